@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob and the only defaults: the published E2E recipe (REFERENCE section 2).
+
+A config of its own starts from this one and changes what it must; it is a run record,
+whose docstring holds the command, the hardware, the time and the numbers to expect.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """All defaults, locked: a key that is not here is an error."""
+    cfg = ConfigDict()
+    cfg.seed = 102
+    cfg.data = _data()
+    cfg.model = ConfigDict(
+        {
+            "dim": 16,  # d, of the embedding
+            "width": 768,
+            "layers": 12,
+            "heads": 12,
+            "ff": 3072,
+            "positions": 512,
+            "time_dim": 128,
+            "trunk": "post_ln",  # post_ln | adaln
+            "predicts": "x0",  # x0 | eps | mu | logits
+            "self_cond": False,  # the network takes its last estimate as input
+            "output_prior": False,  # logits start from the posterior of each position
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "dtype": "float32",  # of the trunk's products: float32 | bfloat16
+        }
+    )
+    cfg.embedding = ConfigDict(
+        {
+            "path": "",  # an .npy table [v d] to start from; "": Gaussian
+            "frozen": False,
+            "normalize": False,  # rows on the sphere of radius sqrt(d)
+        }
+    )
+    cfg.schedule = ConfigDict(
+        {
+            "name": "sqrt",
+            "steps": 2000,  # T; 0 keeps the continuous curve
+            "mean": 0.0,  # logistic, gumbel: of log(1/SNR) in nats; scale 0: their own
+            "scale": 0.0,
+        }
+    )
+    cfg.loss = ConfigDict(
+        {
+            "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | ce
+            "times": "uniform",  # uniform | antithetic | low_discrepancy | importance
+            "mask_pad": False,
+            "self_cond": 0.0,  # the share of batches that feed their estimate back
+        }
+    )
+    cfg.optim = _optim()
+    cfg.train = ConfigDict(
+        {
+            "total_steps": 200_000,
+            "batch": 64,  # sequences a step, over all devices and hosts
+            "ckpt_steps": 10_000,
+            "keep": 2,
+            "log_steps": 50,
+            "valid_steps": 2000,
+            "valid_batches": 20,
+            "sample_steps": 10_000,
+        }
+    )
+    cfg.sample = ConfigDict(
+        {
+            "n": 50,
+            "batch": 50,
+            "steps": 200,
+            "solver": "ddim",  # ancestral | marginal | ddim | dpmpp_2m
+            "eta": 1.0,  # of ddim
+            "sigma": "small",  # of ancestral
+            "top_p": 0.0,  # of ancestral: noise stays below it; 0: off
+            "clamp": 1.0,  # nearest-embedding projection at t <= clamp; -1: off
+            "seed": 101,
+        }
+    )
+    return cfg.lock()
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        {
+            "source": "grammar",  # grammar | text | e2e | csv | jsonl | tfds
+            "path": "",  # a file, E2E's folder, or the TFDS name
+            "valid_path": "",  # "": the last valid_fraction of the file
+            "valid_fraction": 0.05,
+            "column": "text",  # of csv, jsonl and tfds
+            "size": 200_000,  # grammar: training texts
+            "valid_size": 2000,
+            "seed": 0,  # grammar: a split is a seed
+            "tfds_train": "train",
+            "tfds_valid": "validation",
+            "tfds_dir": "",
+            "length": 64,  # positions of a sequence
+            "mode": "pad",  # pad | block
+            "too_long": "error",  # error | truncate (as published) | drop
+            "tokenizer": "word",  # word | sentencepiece
+            "min_count": 10,  # word: types seen more often than this
+            "vocab_size": 8000,  # sentencepiece
+        }
+    )
+
+
+def _optim() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "adamw",  # adamw | muon
+            "lr": 1e-4,
+            "decay": "linear",  # linear | cosine | constant
+            "warmup": 0,
+            "weight_decay": 0.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "clip": 0.0,  # global norm; 0: off
+            "ema": 0.9999,
+            "accumulate": 1,  # microbatches a step
+        }
+    )

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end-to-end losses: diffusion + t=0 term + rounding + prior, named, per example.
+
+The randomness is drawn first (`draw`); `end_to_end` is then deterministic. Sources:
+arXiv:2205.14217 section 4.1 and appendix A; REFERENCE 1.3 for what the code computes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from dlm_jax import model, rounding
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.embedding import embed, unit_rows
+from dlm_jax.model import Params
+from dlm_jax.schedule import (
+    Schedule,
+    add_noise,
+    clipped_variance,
+    expand,
+    posterior,
+)
+from dlm_jax.types import Array, Ids, Latent, PerExample, PRNGKey, Time, UserError
+
+PAD = 3
+
+
+class Draws(NamedTuple):
+    """Everything random about a batch, but dropout.
+
+    t: times, index / steps; eps_0, eps_t: the noise of x_0 and of x_t; weight [b]:
+    importance weights; self_cond [b]: 1 where the first estimate is fed back.
+    """
+
+    t: Time
+    eps_0: Latent
+    eps_t: Latent
+    weight: PerExample | None = None
+    self_cond: PerExample | None = None
+
+
+class Terms(NamedTuple):
+    """Named terms of the loss, each [b]; `end_to_end` states their unit.
+
+    diffusion: the step's error, 0 where t is index 0; t0: |EMB(w) - mu(x_1)|^2 (or its
+    KL) where t is index 0, else 0; rounding: -log p(w | x_0); prior: q(x_T) to N(0, 1).
+    """
+
+    diffusion: PerExample
+    t0: PerExample
+    rounding: PerExample
+    prior: PerExample
+    weight: PerExample
+
+    def total(self) -> PerExample:
+        """The loss of each example [b]."""
+        return self.weight * (self.diffusion + self.t0 + self.rounding + self.prior)
+
+
+class Moments(NamedTuple):
+    """The last losses of every time index, for importance sampling of t."""
+
+    history: Float[Array, "steps 10"]
+    count: Int[Array, " steps"]
+
+
+# --- draws
+
+
+def _uniform(key, index, total):
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
+
+
+def _antithetic(key, index, total):
+    u = _uniform(key, index // 2, total)
+    return jnp.where(index % 2 == 0, u, 1 - u)
+
+
+def _low_discrepancy(key, index, total):
+    return (jax.random.uniform(key) + index / total) % 1.0
+
+
+TIMES: dict[str, Callable[..., PerExample]] = {
+    "uniform": _uniform,
+    "antithetic": _antithetic,
+    "low_discrepancy": _low_discrepancy,
+}
+
+
+def draw(
+    key: PRNGKey,
+    shape: tuple[int, int, int],
+    *,
+    first: int | Array = 0,
+    total: int | None = None,
+    times: str = "uniform",
+    steps: int | None = None,
+    self_cond: float = 0.0,
+    moments: Moments | None = None,
+) -> Draws:
+    """Draws for rows first .. first + b - 1 of a global batch of `total` rows.
+
+    Keyed by the row's global number, so that devices and processes do not matter.
+    steps: T of a discretised schedule (times then fall on indices), None for a curve.
+    self_cond: the probability that this batch feeds its first estimate back.
+    """
+    b, l, d = shape
+    k_time, k_noise, k_self = jax.random.split(key, 3)
+    index = first + jnp.arange(b)
+    u = TIMES[times](k_time, index, b if total is None else total)
+    weight = None
+    if moments is not None:
+        t, weight = _importance(u, moments)
+    else:
+        t = u if steps is None else jnp.floor(u * steps) / steps
+
+    def noise(i):
+        return jax.random.normal(jax.random.fold_in(k_noise, i), (2, l, d))
+
+    eps = jax.vmap(noise)(index)
+    feed = jax.random.uniform(k_self) < self_cond
+    return Draws(t, eps[:, 0], eps[:, 1], weight, jnp.full(b, feed, jnp.float32))
+
+
+def init_moments(steps: int) -> Moments:
+    """An empty history: times stay uniform until every index has ten losses."""
+    return Moments(jnp.zeros((steps, 10)), jnp.zeros(steps, jnp.int32))
+
+
+def time_probabilities(moments: Moments) -> Float[Array, " steps"]:
+    """p_t ~ sqrt(mean loss^2) with a uniform share of 0.001 (loss-second-moment)."""
+    p = jnp.sqrt(jnp.mean(moments.history**2, -1))
+    steps, total = p.shape[0], jnp.sum(p)
+    warm = jnp.all(moments.count == 10) & (total > 0)
+    p = jnp.where(warm, p / jnp.where(total > 0, total, 1.0), 1.0 / steps)
+    return 0.999 * p + 0.001 / steps
+
+
+def _importance(u: PerExample, moments: Moments) -> tuple[PerExample, PerExample]:
+    p = time_probabilities(moments)
+    steps = p.shape[0]
+    index = jnp.clip(jnp.searchsorted(jnp.cumsum(p), u, side="right"), 0, steps - 1)
+    return index / steps, 1.0 / (steps * p[index])
+
+
+def update_moments(moments: Moments, t: PerExample, loss: PerExample) -> Moments:
+    """Appends each loss to its index's history, dropping the oldest of ten."""
+
+    def append(m, pair):
+        i, value = pair
+        row, n = m.history[i], m.count[i]
+        full = n == 10
+        row = jnp.where(full, jnp.roll(row, -1), row).at[jnp.minimum(n, 9)].set(value)
+        return Moments(
+            m.history.at[i].set(row), m.count.at[i].min(9).at[i].add(1)
+        ), None
+
+    index = jnp.round(t * moments.history.shape[0]).astype(jnp.int32)
+    return jax.lax.scan(append, moments, (index, loss))[0]
+
+
+# --- the terms
+
+
+class _Pass(NamedTuple):
+    """One forward pass: what every objective reads."""
+
+    clean: Latent
+    x_0: Latent
+    x_t: Latent
+    x0_hat: Latent
+    raw: Array
+    t: Time
+    ids: Ids
+    draws: Draws
+    params: Params
+    cfg: DenoiserConfig
+    schedule: Schedule
+    mask: Float[Array, "b l"]
+
+    def mean(self, value: Array) -> PerExample:
+        """The mean over positions that count, and over d if there is one [b]."""
+        value = jnp.mean(value, -1) if value.ndim == 3 else value
+        return jnp.sum(value * self.mask, -1) / jnp.maximum(jnp.sum(self.mask, -1), 1)
+
+    def split(self, error: Array, at_zero: Array) -> tuple[PerExample, PerExample]:
+        """(diffusion, t0): the second replaces the first where t is index 0."""
+        steps = self.schedule.steps
+        zero = self.t < 0 if steps is None else self.t * steps < 0.5
+        if zero.ndim == 2:
+            zero = zero[..., None]
+        zero = jnp.broadcast_to(
+            zero.reshape(zero.shape + (1,) * (3 - zero.ndim)), (error.shape)
+        )
+        return (
+            self.mean(jnp.where(zero, 0.0, error)),
+            self.mean(jnp.where(zero, at_zero, 0.0)),
+        )
+
+    def rounding(self) -> PerExample:
+        """-log p(w | x_0) on the noisy true x_0 (Q6), nats per position."""
+        scores = rounding.logits(self.params.table, self.params.bias, self.x_0)
+        return self.mean(rounding.nll(scores, self.ids))
+
+    def terms(self, diffusion, t0, rounding, prior, weight=None) -> Terms:
+        if weight is None:
+            weight = self.draws.weight
+        ones = jnp.ones_like(diffusion)
+        return Terms(diffusion, t0, rounding, prior, ones if weight is None else weight)
+
+
+def _prior_norm(p: _Pass) -> PerExample:
+    """mean((sqrt(alpha_bar_T) x_0)^2): the published tT term."""
+    steps = p.schedule.steps
+    last = 1.0 if steps is None else (steps - 1) / steps
+    alpha, _ = p.schedule.alpha_sigma(jnp.asarray(last))
+    return p.mean((alpha * p.x_0) ** 2)
+
+
+def _x0(p: _Pass) -> Terms:
+    """L_x0-simple e2e: mean squared error of x0_hat."""
+    error = p.split((p.x_0 - p.x0_hat) ** 2, (p.clean - p.x0_hat) ** 2)
+    return p.terms(*error, p.rounding(), _prior_norm(p))
+
+
+def _eps(p: _Pass) -> Terms:
+    """The eps form of L_simple; the t=0 term compares the x_0 that eps implies."""
+    alpha, sigma = p.schedule.alpha_sigma(p.t)
+    eps_hat = p.raw
+    if p.cfg.predicts != "eps":
+        eps_hat = (p.x_t - expand(alpha, p.x_t) * p.x0_hat) / expand(sigma, p.x_t)
+    error = p.split((p.draws.eps_t - eps_hat) ** 2, (p.clean - p.x0_hat) ** 2)
+    return p.terms(*error, p.rounding(), _prior_norm(p))
+
+
+def _mu(p: _Pass) -> Terms:
+    """L_simple e2e: |mu(x_t, x_0) - mu_theta(x_t, t)|^2, the posterior means."""
+    true, _ = posterior(p.x_0, p.x_t, p.t, p.schedule)
+    mine, _ = posterior(p.x0_hat, p.x_t, p.t, p.schedule)
+    error = p.split((true - mine) ** 2, (p.clean - p.x0_hat) ** 2)
+    return p.terms(*error, p.rounding(), _prior_norm(p))
+
+
+def _kl(mean_1, log_var_1, mean_2, log_var_2) -> Array:
+    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, by coordinate."""
+    ratio = log_var_1 - log_var_2
+    square = (mean_1 - mean_2) ** 2 * jnp.exp(-log_var_2)
+    return 0.5 * (jnp.expm1(ratio) - ratio + square)
+
+
+def _kl_terms(p: _Pass, sigma: str) -> tuple[Array, Array, Array]:
+    """(kl_t, kl at index 0, kl of the prior) in nats by coordinate [b l d]."""
+    true, _ = posterior(p.x_0, p.x_t, p.t, p.schedule)
+    mine, _ = posterior(p.x0_hat, p.x_t, p.t, p.schedule)
+    log_true, log_mine = (
+        jnp.log(expand(clipped_variance(p.t, p.schedule, sigma=s), p.x_t))
+        for s in ("small", sigma)
+    )
+    kl = _kl(true, log_true, mine, log_mine)
+    log_zero = 2 * math.log(p.schedule.sigma_0)
+    kl_zero = _kl(p.clean, log_zero, mine, log_mine)
+    last = jnp.asarray((p.schedule.steps - 1) / p.schedule.steps)
+    alpha, var = p.schedule.alpha_sigma(last)
+    return kl, kl_zero, _kl(alpha * p.x_0, 2 * jnp.log(var), 0.0, 0.0)
+
+
+def _vlb(p: _Pass, sigma: str = "small") -> Terms:
+    """L_vlb e2e in nats per position: T kl_t estimates the sum over t."""
+    kl, kl_zero, prior = _kl_terms(p, sigma)
+    steps, d = p.schedule.steps, p.x_t.shape[-1]
+    weight = 1.0 if p.draws.weight is None else p.draws.weight
+    diffusion, t0 = (steps * d * weight * part for part in p.split(kl, kl_zero))
+    ones = jnp.ones_like(diffusion)
+    return p.terms(diffusion, t0, p.rounding(), d * p.mean(prior), ones)
+
+
+def _vlb_legacy(p: _Pass, sigma: str = "small") -> Terms:
+    """The published E2E_KL in bits per dimension: T multiplies all terms (B10)."""
+    kl, kl_zero, prior = _kl_terms(p, sigma)
+    scale = p.schedule.steps / math.log(2)
+    diffusion, t0 = (scale * part for part in p.split(kl, kl_zero))
+    word = scale * p.rounding() / p.x_t.shape[-1]
+    return p.terms(diffusion, t0, word, scale * p.mean(prior))
+
+
+def _ce(p: _Pass) -> Terms:
+    """Cross-entropy of the denoiser's logits, nats per position (RECIPES T1)."""
+    error = p.mean(rounding.nll(p.raw, p.ids))
+    zero = jnp.zeros_like(error)
+    return p.terms(error, zero, zero, zero)
+
+
+OBJECTIVES: dict[str, Callable[..., Terms]] = {
+    "x0": _x0,
+    "eps": _eps,
+    "mu": _mu,
+    "vlb": _vlb,
+    "vlb_legacy": _vlb_legacy,
+    "ce": _ce,
+}
+DISCRETE = ("mu", "vlb", "vlb_legacy")
+
+
+def end_to_end(
+    params: Params,
+    ids: Ids,
+    draws: Draws,
+    *,
+    cfg: DenoiserConfig,
+    schedule: Schedule,
+    objective: str,
+    key: PRNGKey | None = None,
+    mask_pad: bool = False,
+    normalize: bool = False,
+    **options: str,
+) -> Terms:
+    """The named terms of one batch; the gradient reaches table, bias and denoiser.
+
+    objective: "x0", "eps", "mu": mean squared errors by coordinate plus nats per
+    position, as published; "vlb": nats per position; "vlb_legacy": bits per dimension,
+    times T; "ce": nats per position. mask_pad: PADs do not count (Q7). normalize: the
+    table's rows are put on the sphere first. options: sigma ("small", "large") of the
+    two bounds. Raises UserError where objective, network and schedule do not fit.
+    """
+    _check(objective, cfg, schedule)
+    if normalize:
+        params = params._replace(table=unit_rows(params.table))
+    clean = embed(params.table, ids)
+    spread = 0.0 if objective == "ce" else schedule.sigma_0
+    x_0 = clean + spread * draws.eps_0
+    t = jnp.asarray(draws.t)
+    x_t = add_noise(x_0, t, jnp.asarray(draws.eps_t), schedule)
+    x0_prev = _first_estimate(params, cfg, schedule, x_t, t, draws)
+    raw = model.apply(params, cfg, x_t, t, x0_prev, schedule=schedule, key=key)
+    x0_hat = model.TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+    mask = (
+        jnp.where(jnp.asarray(ids) == PAD, 0.0, 1.0)
+        if mask_pad
+        else jnp.ones(ids.shape)
+    )
+    done = _Pass(
+        clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask
+    )
+    return OBJECTIVES[objective](done, **options)
+
+
+def _check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r}: choose one of {list(OBJECTIVES)}")
+    if objective == "ce" and cfg.predicts != "logits":
+        raise UserError(f"objective 'ce' needs predicts 'logits', not {cfg.predicts!r}")
+    if objective in DISCRETE and schedule.steps is None:
+        raise UserError(f"objective {objective!r} needs schedule.discretize(., steps)")
+
+
+def _first_estimate(params, cfg, schedule, x_t, t, draws) -> Latent:
+    """x0_hat without feedback, detached, where self_cond is 1; else zeros."""
+    zeros = jnp.zeros_like(x_t)
+    if not cfg.self_cond or draws.self_cond is None:
+        return zeros
+
+    def first():
+        denoise = model.bind(jax.lax.stop_gradient(params), cfg, schedule=schedule)
+        return denoise(jax.lax.stop_gradient(x_t), t, zeros)
+
+    feed = jnp.asarray(draws.self_cond)
+    estimate = jax.lax.cond(jnp.any(feed > 0), first, lambda: zeros)
+    return jax.lax.stop_gradient(estimate * expand(feed, x_t))

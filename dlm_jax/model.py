@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: an embedding table, a rounding bias and a denoiser, as three arrays."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax import denoiser
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.embedding import init_table
+from dlm_jax.schedule import Schedule, expand, need_steps, posterior_coefficients
+from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
+
+Denoise = Callable[[Latent, Time, Latent], Latent]
+
+
+class Params(NamedTuple):
+    """table [v d] is EMB and the rounding head's weight; bias [v] is its bias."""
+
+    table: Table
+    bias: Bias
+    denoiser: PyTree
+
+
+def init(
+    key: PRNGKey, cfg: DenoiserConfig, vocab: int, *, normalize: bool = False
+) -> Params:
+    """The published start: table N(0, 1), bias U(-1/sqrt d, +), linear layers alike."""
+    k_table, k_bias, k_denoiser = jax.random.split(key, 3)
+    bound = cfg.dim**-0.5
+    return Params(
+        table=init_table(k_table, vocab, cfg.dim, normalize=normalize),
+        bias=jax.random.uniform(k_bias, (vocab,), minval=-bound, maxval=bound),
+        denoiser=denoiser.init(k_denoiser, cfg, vocab),
+    )
+
+
+def count(params: PyTree) -> int:
+    """Number of parameters; the tied head's weight counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def apply(
+    params: Params,
+    cfg: DenoiserConfig,
+    x_t: Latent,
+    t: Time,
+    x0_prev: Latent,
+    *,
+    schedule: Schedule | None = None,
+    key: PRNGKey | None = None,
+) -> Array:
+    """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on."""
+    vocab = params.table.shape[0]
+    raw = denoiser.apply(params.denoiser, cfg, vocab, x_t, t, x0_prev, key=key)
+    if cfg.output_prior and cfg.predicts == "logits":
+        raw = raw + prior_logits(params.table, x_t, t, _need(schedule, cfg))
+    return raw
+
+
+def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logits:
+    """log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2) [b l v].
+
+    The posterior given one position alone: the network has only the context to add.
+    Source: output prior of Plaid, arXiv:2305.18619.
+    """
+    alpha, sigma = schedule.alpha_sigma(t)
+    near = expand(alpha / sigma**2, x_t) * jnp.einsum("bld,vd->blv", x_t, table)
+    return near - expand(0.5 * (alpha / sigma) ** 2, x_t) * jnp.sum(table**2, -1)
+
+
+def _need(schedule: Schedule | None, cfg: DenoiserConfig) -> Schedule:
+    if schedule is None:
+        raise ValueError(f"a model that predicts {cfg.predicts!r} needs schedule=")
+    return schedule
+
+
+def _from_eps(raw, x_t, t, table, schedule):
+    alpha, sigma = schedule.alpha_sigma(t)
+    return (x_t - expand(sigma, x_t) * raw) / expand(alpha, x_t)
+
+
+def _from_mu(raw, x_t, t, table, schedule):
+    """x0 = (mu - coef2 x_t) / coef1, for the step of one index."""
+    t_next = t - 1.0 / need_steps(schedule)
+    coef_0, coef_t, _ = posterior_coefficients(t, t_next, schedule)
+    return (raw - expand(coef_t, x_t) * x_t) / expand(coef_0, x_t)
+
+
+# x0_hat from the raw output, by what the network predicts
+TO_X0: dict[str, Callable[..., Latent]] = {
+    "x0": lambda raw, x_t, t, table, schedule: raw,
+    "eps": _from_eps,
+    "mu": _from_mu,
+    "logits": lambda raw, x_t, t, table, schedule: average(table, raw),
+}
+
+
+def average(table: Table, logits: Logits) -> Latent:
+    """softmax(logits) @ table: the posterior mean embedding [b l d]."""
+    return jnp.einsum("blv,vd->bld", jax.nn.softmax(logits, -1), table)
+
+
+def bind(
+    params: Params,
+    cfg: DenoiserConfig,
+    *,
+    schedule: Schedule | None = None,
+    key: PRNGKey | None = None,
+) -> Denoise:
+    """denoise(x_t [b l d], t [b] or [b l], x0_prev [b l d]) -> x0_hat [b l d].
+
+    t = index / steps in [0, 1). The schedule is needed unless the network predicts x0.
+    """
+    if cfg.predicts != "x0":
+        _need(schedule, cfg)
+
+    def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+        t = jnp.asarray(t)
+        raw = apply(params, cfg, x_t, t, x0_prev, schedule=schedule, key=key)
+        return TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+
+    return denoise

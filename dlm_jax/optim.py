@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimiser: a config into an optax chain, and the moving average of the weights."""
+
+from typing import Any
+
+import jax
+import optax
+
+from dlm_jax.types import PyTree, UserError
+
+# learning rate after warm-up, over `steps`
+DECAYS = {
+    "linear": lambda lr, steps: optax.linear_schedule(lr, 0.0, steps),
+    "cosine": lambda lr, steps: optax.cosine_decay_schedule(lr, steps),
+    "constant": lambda lr, steps: optax.constant_schedule(lr),
+}
+
+
+def learning_rate(cfg: Any, total_steps: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up, then the decay to the last step."""
+    after = choose("optim.decay", DECAYS, cfg.decay)(
+        cfg.lr, max(1, total_steps - cfg.warmup)
+    )
+    if not cfg.warmup:
+        return after
+    rise = optax.linear_schedule(cfg.lr / cfg.warmup, cfg.lr, cfg.warmup)
+    return optax.join_schedules([rise, after], [cfg.warmup])
+
+
+def _adamw(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        lr, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay
+    )
+
+
+def _muon(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on the trunk's matrices, AdamW at the same rate on the rest.
+
+    consistent_rms 0.2 gives both the same size of update (arXiv:2502.16982).
+    """
+    return optax.contrib.muon(
+        lr,
+        weight_decay=cfg.weight_decay,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrices,
+    )
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """Muon's leaves: the kernels inside the layers."""
+
+    def spec(path, leaf):
+        names = [str(getattr(part, "key", "")) for part in path]
+        inside = any(name.startswith("layer_") for name in names)
+        matrix = inside and names[-1] == "kernel" and "modulation" not in names
+        return optax.contrib.MuonDimensionNumbers() if matrix else None
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
+def make(cfg: Any, total_steps: int) -> optax.GradientTransformation:
+    """The chain of a config's `optim`: clipping, then the optimiser."""
+    lr = learning_rate(cfg, total_steps)
+    update = choose("optim.name", OPTIMIZERS, cfg.name)(cfg, lr)
+    if not cfg.clip:
+        return update
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+def average(ema: PyTree, params: PyTree, rate: float) -> PyTree:
+    """rate * ema + (1 - rate) * params; it starts at the first weights, as published."""
+    return jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, params)
+
+
+def choose(flag: str, options: dict[str, Any], name: str) -> Any:
+    """options[name], or a UserError that names the flag and the choices."""
+    if name not in options:
+        raise UserError(f"config.{flag}={name!r}: choose one of {', '.join(options)}")
+    return options[name]

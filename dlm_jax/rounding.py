@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding: p(w | x_0) = softmax(x_0 E^T + c), and the nearest-embedding projection."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Float
+
+from dlm_jax.embedding import embed
+from dlm_jax.types import Array, Bias, Ids, Latent, Logits, Table
+
+CHUNK = 128  # words at a time; an argmax over a large axis costs more than the product
+WHOLE = 2048  # up to this vocabulary the scores are made at once
+
+
+def logits(table: Table, bias: Bias, x: Latent) -> Logits:
+    """x E^T + c: the tied head (the published `logits_mode` 1) [b l v]."""
+    return jnp.einsum("bld,vd->blv", x, table) + bias
+
+
+def distance_logits(table: Table, x: Latent) -> Logits:
+    """-|x - E_v|: the published `logits_mode` 2, without its infinite slope at 0."""
+    square = (
+        jnp.sum(table**2, -1)
+        + jnp.sum(x**2, -1, keepdims=True)
+        - 2.0 * jnp.einsum("bld,vd->blv", x, table)
+    )
+    positive = square > 0
+    return -jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
+def nll(logits: Logits, ids: Ids) -> Float[Array, "b l"]:
+    """-log p(w | x) in nats, for each position."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(ids))
+
+
+def nearest(table: Table, x: Latent) -> Ids:
+    """The word whose embedding is nearest in L2; ties go to the lowest id.
+
+    argmax_v e_v.x - |e_v|^2 / 2: one product, and no array of [b l v d]. Above WHOLE
+    words the vocabulary is scanned in chunks, so that no [b l v] exists either.
+    """
+    half = 0.5 * jnp.sum(jnp.asarray(table) ** 2, -1)
+    if table.shape[0] <= WHOLE:
+        return jnp.argmax(jnp.einsum("bld,vd->blv", x, table) - half, -1)
+    return _nearest_chunked(jnp.asarray(table), half, jnp.asarray(x))
+
+
+def _nearest_chunked(table: Table, half: Bias, x: Latent) -> Ids:
+    """Finds the winning chunk by plain maxima, then the word inside it."""
+    count = -(-table.shape[0] // CHUNK)
+    spare = count * CHUNK - table.shape[0]
+    words = jnp.pad(table, ((0, spare), (0, 0))).reshape(count, CHUNK, -1)
+    halves = jnp.pad(half, (0, spare), constant_values=jnp.inf).reshape(count, CHUNK)
+
+    def compare(carry, chunk):
+        best, winner = carry
+        index, rows, offset = chunk
+        score = jnp.max(jnp.einsum("bld,vd->blv", x, rows) - offset, -1)
+        better = score > best
+        return (jnp.where(better, score, best), jnp.where(better, index, winner)), None
+
+    start = (
+        jnp.full(x.shape[:2], -jnp.inf, x.dtype),
+        jnp.zeros(x.shape[:2], jnp.int32),
+    )
+    (_, winner), _ = jax.lax.scan(compare, start, (jnp.arange(count), words, halves))
+
+    def inside(example):
+        x_row, chunk = example
+        score = jnp.einsum("ld,lvd->lv", x_row, words[chunk]) - halves[chunk]
+        return chunk * CHUNK + jnp.argmax(score, -1)
+
+    return jax.lax.map(inside, (x, winner))
+
+
+def project(table: Table, x: Latent) -> Latent:
+    """The clamp: every position moves to its nearest embedding [b l d]."""
+    return embed(table, nearest(table, x))

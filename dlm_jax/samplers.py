@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers: solvers make a Step from a Denoise; one `lax.scan` runs it over a grid.
+
+Times run from noise (t near 1) to data (t < 0 is clean). All solvers read x0_hat.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dlm_jax.model import Denoise
+from dlm_jax.schedule import Schedule, expand, on, posterior
+from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree
+
+
+class State(NamedTuple):
+    """x_t: the sample; x0_hat: the last estimate (self-conditioning, multistep)."""
+
+    x_t: Latent
+    x0_hat: Latent
+
+
+class Times(NamedTuple):
+    """prev, now, next: the times of a step, each [n] (a scalar inside the scan)."""
+
+    prev: Any
+    now: Any
+    next: Any
+
+
+Step = Callable[[PRNGKeys, State, Times], State]
+
+
+def grid(steps: int, *, start: float | None = None, stop: float = 0.0) -> Times:
+    """n times (n-1)/n, ..., 1/n, 0 and the one after each; the last lands on x0_hat.
+
+    On a schedule of T = 2000, grid(200) is the published "ddim200". start, stop: the
+    first and the last time, evenly parted, for a curve or a part of the range.
+    """
+    first = (steps - 1) / steps if start is None else start
+    now = np.linspace(first, stop, steps)
+    return _times(now)
+
+
+def grid_of(kept: list[int], steps: int) -> Times:
+    """The grid of the indices `kept` (ascending) of a schedule of `steps`."""
+    return _times(np.asarray(kept[::-1]) / steps)
+
+
+def _times(now: np.ndarray) -> Times:
+    """Clean data follows the last time: any t < 0 stands for it."""
+    return Times(np.append(now[:1], now[:-1]), now, np.append(now[1:], -1.0))
+
+
+def keys_of(key: PRNGKey | PRNGKeys, count: int) -> PRNGKeys:
+    """One key an example: fold_in(key, i), whatever the batch it is drawn in."""
+    if key.ndim == 1:
+        return key
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def noise(keys: PRNGKeys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise [b *shape], example by example."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def truncated_noise(
+    keys: PRNGKeys, shape: tuple[int, ...], bound: float
+) -> Float[Array, "b ..."]:
+    """Normal noise conditioned on |n| <= bound: the published `top_p`."""
+    return jax.vmap(lambda k: jax.random.truncated_normal(k, -bound, bound, shape))(
+        keys
+    )
+
+
+# --- solvers: Denoise -> Step
+
+
+def _predict(denoise: Denoise, state: State, now: Any) -> Latent:
+    t = jnp.broadcast_to(now, state.x_t.shape[:1])
+    return denoise(state.x_t, t, state.x0_hat)
+
+
+def ancestral(
+    denoise: Denoise,
+    schedule: Schedule,
+    *,
+    sigma: str = "small",
+    top_p: float | None = None,
+) -> Step:
+    """DDPM: x_next ~ q(x_next | x_t, x0_hat). top_p: |noise| stays below it."""
+
+    def step(keys: PRNGKeys, state: State, times: Times) -> State:
+        x0_hat = _predict(denoise, state, times.now)
+        mean, std = posterior(
+            x0_hat, state.x_t, times.now, schedule, t_next=times.next, sigma=sigma
+        )
+        shape = state.x_t.shape[1:]
+        n = noise(keys, shape) if not top_p else truncated_noise(keys, shape, top_p)
+        return State(mean + expand(std, n) * n, x0_hat)
+
+    return step
+
+
+def marginal(denoise: Denoise, schedule: Schedule) -> Step:
+    """x_next = sqrt(abar) x0_hat + sqrt(1-abar) eps, as section 4.2 prints it (Q9)."""
+
+    def step(keys: PRNGKeys, state: State, times: Times) -> State:
+        x0_hat = _predict(denoise, state, times.now)
+        alpha, sigma = schedule.alpha_sigma(times.next)
+        n = noise(keys, x0_hat.shape[1:])
+        return State(on(alpha, n) * x0_hat + on(sigma, n) * n, x0_hat)
+
+    return step
+
+
+def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
+    """DDIM, arXiv:2010.02502 eq. 12; eta = 1 is `ancestral` with sigma small."""
+
+    def step(keys: PRNGKeys, state: State, times: Times) -> State:
+        x_t, x0_hat = state.x_t, _predict(denoise, state, times.now)
+        alpha, sigma = schedule.alpha_sigma(times.now)
+        alpha_next, sigma_next = schedule.alpha_sigma(times.next)
+        eps_hat = (x_t - on(alpha, x_t) * x0_hat) / on(sigma, x_t)
+        share = schedule.beta(times.now, times.next) / sigma**2
+        fresh = eta * sigma_next * share**0.5
+        kept = (sigma_next**2 * (1 - eta**2 * share)) ** 0.5
+        x_next = on(alpha_next, x_t) * x0_hat + on(kept, x_t) * eps_hat
+        if eta:
+            x_next = x_next + on(fresh, x_t) * noise(keys, x_t.shape[1:])
+        return State(x_next, x0_hat)
+
+    return step
+
+
+def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
+    """DPM-Solver++(2M), data prediction. arXiv:2211.01095, algorithm 2.
+
+    The first step, and the one that lands on clean data, are of first order.
+    """
+
+    def step(keys: PRNGKeys, state: State, times: Times) -> State:
+        x_t, x0_hat = state.x_t, _predict(denoise, state, times.now)
+        before, here, after = (0.5 * schedule.log_snr(jnp.asarray(t)) for t in times)
+        _, sigma = schedule.alpha_sigma(times.now)
+        alpha_next, sigma_next = schedule.alpha_sigma(times.next)
+        h, h_before = after - here, here - before
+        multi = (h_before > 0) & jnp.isfinite(h)
+        gain = jnp.where(multi, 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
+        d = x0_hat + on(gain, x_t) * (x0_hat - state.x0_hat)
+        scale = -alpha_next * jnp.expm1(-h)
+        x_next = on(sigma_next / sigma, x_t) * x_t + on(scale, x_t) * d
+        return State(x_next, x0_hat)
+
+    return step
+
+
+SOLVERS: dict[str, Callable[..., Step]] = {
+    "ancestral": ancestral,
+    "marginal": marginal,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+}
+
+
+def sample(
+    key: PRNGKey | PRNGKeys,
+    step: Step,
+    x_T: Latent,
+    times: Times,
+    *,
+    trace: Callable[[State], PyTree] | None = None,
+) -> tuple[State, PyTree]:
+    """Runs the step over the grid: the last State, and trace(state) of each [n ...].
+
+    key [] or [b]: an example's noise depends on its key and the step's number alone.
+    """
+    keys = keys_of(key, x_T.shape[0])
+    number = len(times.now)
+
+    def body(state: State, inputs: tuple[Array, Times]) -> tuple[State, PyTree]:
+        i, now = inputs
+        here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
+        state = step(here, state, now)
+        return state, None if trace is None else trace(state)
+
+    x_T = jnp.asarray(x_T)
+    start = State(x_T, jnp.zeros_like(x_T))
+    device_times = jax.tree.map(jnp.asarray, times)
+    return jax.lax.scan(body, start, (jnp.arange(number), device_times))

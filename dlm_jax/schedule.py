@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise: x_t = alpha(t) x_0 + sigma(t) eps, variance preserving, t in [0, 1].
+
+A schedule is one curve, L(t) = log alpha_bar(t): it keeps full precision at both ends,
+where alpha_bar = exp(L) or 1 - alpha_bar = -expm1(L) would lose it in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from dlm_jax.types import Array, Latent, Time, UserError
+
+MAX_BETA = 0.999  # the published clip
+
+
+def _numpy(t: Any) -> Any:
+    """NumPy (float64, exact) for host values, jax.numpy for arrays on a device."""
+    return jnp if isinstance(t, jax.Array) else np
+
+
+class Schedule(NamedTuple):
+    """log alpha_bar as a curve over t, or, once discretised, as a table [steps].
+
+    `curve` and `betas` are `Partial`s: functions whose parameters, if any, are leaves,
+    so that a schedule is a pytree. On a table t stands for index round(t * steps), and
+    t < 0 for clean data. Host times (NumPy) give float64, device times float32.
+    """
+
+    curve: Partial | None
+    betas: Partial
+    table: Array | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """T of a discretised schedule; None for a curve."""
+        return None if self.table is None else self.table.shape[0]
+
+    @property
+    def sigma_0(self) -> float:
+        """Standard deviation of x_0 around EMB(w): sqrt(1 - alpha_bar(0))."""
+        return float(np.sqrt(-np.expm1(self._log(np.zeros(()))[0])))
+
+    def _log(self, t: Any) -> tuple[Any, Any]:
+        """L(t) as (high, low): float32 pairs keep the differences of table entries."""
+        xp = _numpy(t)
+        if self.table is None:
+            if self.curve is None:
+                raise UserError(
+                    "this schedule exists only discretised: call "
+                    "schedule.discretize(schedule, steps) first"
+                )
+            value = xp.where(t < 0, 0.0, self.curve(xp.maximum(t, 0.0)))
+            return value, xp.zeros_like(value)
+        steps, t = self.table.shape[0], xp.asarray(t)
+        index = xp.clip(xp.round(t * steps).astype(int), -1, steps - 1) + 1
+        table = np.concatenate([[0.0], np.asarray(self.table, np.float64)])
+        if xp is np:
+            return table[index], np.zeros(np.shape(t))
+        high = table.astype(np.float32)
+        low = (table - high).astype(np.float32)
+        return jnp.asarray(high)[index], jnp.asarray(low)[index]
+
+    def log_alpha_bar(self, t: Any) -> Any:
+        """log alpha_bar(t), of t's shape."""
+        high, low = self._log(t)
+        return high + low
+
+    def alpha_bar(self, t: Any) -> Any:
+        """alpha_bar(t), of t's shape; 1 for t < 0."""
+        return _numpy(t).exp(self.log_alpha_bar(t))
+
+    def alpha_sigma(self, t: Any) -> tuple[Any, Any]:
+        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t."""
+        log, xp = self.log_alpha_bar(t), _numpy(t)
+        return xp.exp(0.5 * log), xp.sqrt(-xp.expm1(log))
+
+    def log_snr(self, t: Any) -> Any:
+        """log(alpha_bar / (1 - alpha_bar)), +inf for clean data."""
+        log, xp = self.log_alpha_bar(t), _numpy(t)
+        clean = log >= 0
+        return xp.where(
+            clean, xp.inf, log - xp.log(-xp.expm1(xp.where(clean, -1, log)))
+        )
+
+    def beta(self, t: Any, t_next: Any) -> Any:
+        """1 - alpha_bar(t) / alpha_bar(t_next): the noise added from t_next to t."""
+        high, low = self._log(t)
+        high_next, low_next = self._log(t_next)
+        return -_numpy(t).expm1((high - high_next) + (low - low_next))
+
+
+def expand(t: Any, x: Latent) -> Any:
+    """A value per example [b] or per token [b l], shaped to multiply x [b l d]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def on(value: Any, x: Latent) -> Any:
+    """A host or device coefficient [b] or [b l] in x's precision, shaped for x."""
+    return expand(jnp.asarray(value, x.dtype), x)
+
+
+def add_noise(x_0: Latent, t: Time, eps: Latent, schedule: Schedule) -> Latent:
+    """q(x_t | x_0): sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    return expand(jnp.asarray(alpha), x_0) * x_0 + expand(jnp.asarray(sigma), eps) * eps
+
+
+# --- one reverse step
+
+
+def posterior_coefficients(t: Any, t_next: Any, schedule: Schedule) -> tuple:
+    """(of x0_hat, of x_t, variance) of q(x_next | x_t, x0_hat), of t's shape."""
+    beta = schedule.beta(t, t_next)
+    noise = schedule.beta(t, -1.0)
+    alpha_next, sigma_next = schedule.alpha_sigma(t_next)
+    coef_t = sigma_next**2 * (1 - beta) ** 0.5 / noise
+    return beta * alpha_next / noise, coef_t, beta * sigma_next**2 / noise
+
+
+def _large(t: Any, t_next: Any, schedule: Schedule) -> Any:
+    return _numpy(t).where(t_next < 0, 0.0, schedule.beta(t, t_next))
+
+
+# variance of a reverse step from t to t_next
+VARIANCES: dict[str, Callable[[Any, Any, Schedule], Any]] = {
+    "small": lambda t, t_next, s: posterior_coefficients(t, t_next, s)[2],
+    "large": _large,
+}
+
+
+def posterior(
+    x0_hat: Latent,
+    x_t: Latent,
+    t: Time,
+    schedule: Schedule,
+    *,
+    t_next: Time | None = None,
+    sigma: str = "small",
+) -> tuple[Latent, Any]:
+    """Mean [b l d] and standard deviation (t's shape) of q(x_next | x_t, x0_hat).
+
+    t_next: the time reached; None is one index on, t - 1/steps. sigma: "small" is the
+    posterior's own, "large" is sqrt(beta); 0 on reaching clean data. arXiv:2006.11239.
+    """
+    if t_next is None:
+        t_next = t - 1.0 / need_steps(schedule)
+    coef_0, coef_t, _ = posterior_coefficients(t, t_next, schedule)
+    std = jnp.asarray(VARIANCES[sigma](t, t_next, schedule)) ** 0.5
+    return on(coef_0, x_t) * x0_hat + on(coef_t, x_t) * x_t, std
+
+
+def need_steps(schedule: Schedule) -> int:
+    """T of a discretised schedule; an error on a curve."""
+    if schedule.steps is None:
+        raise UserError("this needs a discretised schedule: schedule.discretize(., T)")
+    return schedule.steps
+
+
+def clipped_variance(t: Time, schedule: Schedule, *, sigma: str = "small") -> Any:
+    """The step's variance; at index 0, where it is 0, that of index 1 stands in."""
+    xp, step = _numpy(t), 1.0 / need_steps(schedule)
+    later = xp.maximum(t, step)
+    small, mine = (
+        VARIANCES[s](later, later - step, schedule) for s in ("small", sigma)
+    )
+    return xp.where(t < 0.5 * step, small, mine)
+
+
+# --- curves: log alpha_bar(t)
+
+
+def _sqrt(t):
+    xp = _numpy(t)
+    return xp.log1p(-xp.minimum(xp.sqrt(t + 1e-4), 1 - 1e-6))
+
+
+def _cosine(t, shift):
+    xp = _numpy(t)
+    angle = xp.minimum((t + shift) / (1 + shift) * np.pi / 2, np.pi / 2 - 1e-3)
+    return 2.0 * xp.log(xp.cos(angle))
+
+
+def _log_sigmoid(xp, x):
+    return -xp.logaddexp(0.0, -x)
+
+
+def _logistic(t, mean, scale, cut):
+    xp = _numpy(t)
+    u = xp.clip(t, cut, 1 - cut)
+    return _log_sigmoid(xp, -(mean + scale * (xp.log(u) - xp.log1p(-u))))
+
+
+def _gumbel(t, mean, scale, cut):
+    xp = _numpy(t)
+    u = xp.clip(t, cut, 1 - cut)
+    return _log_sigmoid(xp, -(mean - scale * xp.log(-xp.log(u))))
+
+
+# --- discretisations: betas [T], float64
+
+
+def _betas_normalised(steps, f):
+    """`betas_for_alpha_bar`: 1 - f((i+1)/T) / f(i/T), hence alpha_bar over f(0)."""
+    s = np.arange(steps + 1) / steps
+    return np.minimum(1 - f(s[1:]) / f(s[:-1]), MAX_BETA)
+
+
+def _betas_shifted(steps, f):
+    """`betas_for_alpha_bar2`: the first beta is 1 - f(0), hence alpha_bar_i = f(i/T)."""
+    s = np.arange(steps) / steps
+    return np.minimum(1 - f(s) / np.append(1.0, f(s[:-1])), MAX_BETA)
+
+
+def _betas_linear(steps, shift):
+    low, high = 1e-4 * 1000 / steps, 0.02 * 1000 / steps
+    return np.linspace(low + shift, high + shift, steps)
+
+
+def _betas_piecewise(steps):
+    low, high = 1e-4 * 1000 / steps, 0.02 * 1000 / steps
+    head = np.linspace(low + 0.01, low, 10)
+    return np.concatenate([head, np.linspace(low, high, steps - 10)])
+
+
+def _f_sqrt(s):
+    return 1 - np.sqrt(s + 1e-4)
+
+
+def _f_cosine(s, shift):
+    return np.cos((s + shift) / (1 + shift) * np.pi / 2) ** 2
+
+
+def _f_curve(s, curve):
+    return np.exp(curve(s))
+
+
+def _curve(curve: Callable, betas: Callable, f: Callable, **options: float) -> Schedule:
+    return Schedule(Partial(curve, **options), Partial(betas, f=Partial(f, **options)))
+
+
+def quantile(curve: Callable, mean: float, scale: float, cut: float) -> Schedule:
+    """Uniform t gives log(1/SNR) the distribution whose quantile function is `curve`.
+
+    mean, scale: location and scale of log(1/SNR) in nats; cut: the tails left out.
+    """
+    whole = Partial(curve, mean=mean, scale=scale, cut=cut)
+    return Schedule(whole, Partial(_betas_shifted, f=Partial(_f_curve, curve=whole)))
+
+
+# The published six (REFERENCE: improved-diffusion's `get_named_beta_schedule` and the
+# text ones), and two quantile functions: the logistic, and the Gumbel of
+# arXiv:2604.11748 with its published start (4.723, 0.852).
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "sqrt": lambda: _curve(_sqrt, _betas_normalised, _f_sqrt),
+    "cosine": lambda: _curve(_cosine, _betas_normalised, _f_cosine, shift=0.008),
+    "trunc_cos": lambda: _curve(_cosine, _betas_shifted, _f_cosine, shift=0.1),
+    "linear": lambda: Schedule(None, Partial(_betas_linear, shift=0.0)),
+    "trunc_lin": lambda: Schedule(None, Partial(_betas_linear, shift=0.01)),
+    "pw_lin": lambda: Schedule(None, Partial(_betas_piecewise)),
+    "logistic": lambda mean=2.0, scale=1.2: quantile(_logistic, mean, scale, 1e-4),
+    "gumbel": lambda mean=4.723, scale=0.852: quantile(_gumbel, mean, scale, 1e-5),
+}
+
+
+def betas(schedule: Schedule, steps: int) -> np.ndarray:
+    """The clipped betas [steps], float64, of the published code."""
+    return np.asarray(schedule.betas(steps), np.float64)
+
+
+def discretize(schedule: Schedule, steps: int) -> Schedule:
+    """The published table of `steps` noise levels; index i is t = i / steps."""
+    return schedule._replace(table=np.cumsum(np.log1p(-betas(schedule, steps))))
+
+
+def respace(steps: int, spec: str) -> list[int]:
+    """The indices kept of `steps`: "10,15,20" in equal sections, or "ddim200".
+
+    Within a section the stride is fractional and rounds half to even; "ddimN" takes the
+    first integer stride with N indices. Source: the published `space_timesteps`.
+    """
+    if spec.startswith("ddim"):
+        count = int(spec[4:])
+        for stride in range(1, steps):
+            kept = range(0, steps, stride)
+            if len(kept) == count:
+                return list(kept)
+        raise UserError(
+            f"respacing {spec!r}: no integer stride gives {count} of {steps}"
+        )
+    counts = [int(part) for part in spec.split(",")]
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
+        if count > size:
+            raise UserError(f"respacing {spec!r}: a section of {size} has not {count}")
+        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
+        kept += [start + round(stride * k) for k in range(count)]
+        start += size
+    return kept
+
+
+def respaced_betas(schedule: Schedule, kept: list[int]) -> np.ndarray:
+    """betas' = 1 - alpha_bar_k / alpha_bar_(previous kept), float64."""
+    log = np.asarray(schedule.table, np.float64)[np.asarray(kept)]
+    return -np.expm1(np.diff(log, prepend=0.0))

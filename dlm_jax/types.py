@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared types and the axis glossary.
+
+Axes: b batch, l length (positions), d embedding, v vocabulary, h trunk width,
+n steps of a sampling grid. Arrays may live on the host (NumPy) or on a device.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Key, Shaped
+
+Array: TypeAlias = jax.Array | np.ndarray
+PyTree: TypeAlias = Any
+
+Ids: TypeAlias = Int[Array, "b l"]
+Latent: TypeAlias = Float[Array, "b l d"]
+Logits: TypeAlias = Float[Array, "b l v"]
+Table: TypeAlias = Float[Array, "v d"]
+Bias: TypeAlias = Float[Array, " v"]
+Time: TypeAlias = Float[Array, " b"] | Float[Array, "b l"]
+PerExample: TypeAlias = Float[Array, " b"]
+PRNGKey: TypeAlias = Key[jax.Array, ""]
+PRNGKeys: TypeAlias = Key[jax.Array, " b"]
+AnyArray: TypeAlias = Shaped[Array, "..."]
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line with the file or flag, value and remedy."""

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shape checks on every public signature, one compilation cache, shared data."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "dlm_jax_test_jit")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("dlm_jax", "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Arrays of the published code's own modules on a tiny network; see README.md."""
+    with np.load(Path(__file__).parent / "golden.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real text that is not shipped; DLM_DATA names the folder."""
+    folder = os.environ.get("DLM_DATA")
+    if not folder:
+        pytest.skip("DLM_DATA does not name the data folder")
+    return Path(folder)
