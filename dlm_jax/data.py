@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: texts from files, TFDS or the grammar -> ids [n l] -> batches, seeded by step.
+
+`load_texts` reads `config.data`, `encode` makes the one array of ids, and `batch_ids`
+is a pure function of (seed, step), so that a run resumes without saving a position.
+"""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from dlm_jax import grammar
+from dlm_jax.tokenizer import END, PAD, START, TRAINERS, Tokenizer
+from dlm_jax.types import UserError
+
+VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
+CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
+ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow
+
+
+def load_texts(cfg: Any, split: str) -> list[str]:
+    """The texts of `split`, "train" or "valid", from the source that `cfg` names.
+
+    `cfg` is `config.data`. Without a validation set of its own, a source's last
+    `valid_fraction` of examples is held out of training. Raises UserError.
+    """
+    if split not in ("train", "valid"):
+        raise UserError(f"unknown split {split!r}: choose train or valid")
+    source = _choose(SOURCES, cfg.source, "source")
+    return _non_empty(source(cfg, split), f"{split} split of {_describe(cfg)}")
+
+
+def train_tokenizer(cfg: Any, texts: list[str]) -> Tokenizer:
+    """Trains the kind of tokenizer `cfg` names, with `min_count` or `vocab_size`."""
+    train = _choose(TRAINERS, cfg.tokenizer, "tokenizer")
+    option = {"word": "min_count", "sentencepiece": "vocab_size"}[cfg.tokenizer]
+    return train(texts, **{option: getattr(cfg, option)})
+
+
+def _choose(choices: dict[str, Callable], name: str, flag: str) -> Callable:
+    if name not in choices:
+        raise UserError(
+            f"unknown config.data.{flag}={name!r}: choose one of {', '.join(choices)}"
+        )
+    return choices[name]
+
+
+def _describe(cfg: Any) -> str:
+    return f"{cfg.source} {cfg.path}".strip()
+
+
+def _non_empty(texts: list[str], what: str) -> list[str]:
+    if not texts:
+        raise UserError(
+            f"{what} holds no text: check config.data.path, size and source"
+        )
+    return texts
+
+
+# --- sources: (cfg, split) -> texts
+
+
+def _grammar(cfg: Any, split: str) -> list[str]:
+    """Texts of the embedded grammar; a text may stand in both splits, as in E2E."""
+    if split == "train":
+        return grammar.sample(cfg.seed, cfg.size)
+    return grammar.sample(cfg.seed + VALID_SEED, cfg.valid_size)
+
+
+def _file(read: Callable[[Path, Any], list[str]], cfg: Any, split: str) -> list[str]:
+    """Texts of `path`, validation from `valid_path` or held out of `path`."""
+    if cfg.valid_path:
+        path = cfg.path if split == "train" else cfg.valid_path
+        return read(_existing(path, "path" if split == "train" else "valid_path"), cfg)
+    return _hold_out(read(_existing(cfg.path, "path"), cfg), cfg, split)
+
+
+def _e2e(cfg: Any, split: str) -> list[str]:
+    """E2E in Diffusion-LM's layout, from a folder of src1_*.txt or from files."""
+    if not cfg.valid_path and Path(cfg.path).is_dir():
+        path = Path(cfg.path) / f"src1_{split}.txt"
+        return _read_e2e(_existing(str(path), "path"), cfg)
+    return _file(_read_e2e, cfg, split)
+
+
+def _hold_out(texts: list[str], cfg: Any, split: str) -> list[str]:
+    if not 0 <= cfg.valid_fraction < 1:
+        raise UserError(
+            f"config.data.valid_fraction={cfg.valid_fraction}: set it from 0 up to 1"
+        )
+    held = round(len(texts) * cfg.valid_fraction)
+    if cfg.valid_fraction and texts:
+        held = max(held, 1)
+    kept = texts[: len(texts) - held] if split == "train" else texts[-held or None :]
+    if not kept or (split == "valid" and not held):
+        raise UserError(
+            f"{_describe(cfg)} with {len(texts)} texts leaves none for {split} at "
+            f"config.data.valid_fraction={cfg.valid_fraction}: change it, set "
+            "config.data.valid_path (or tfds_valid), or give more text"
+        )
+    return kept
+
+
+def _existing(path: str, flag: str) -> Path:
+    if not path:
+        raise UserError(f"config.data.{flag} is empty: set it to a file of texts")
+    if not Path(path).is_file():
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{path} {found}: set config.data.{flag} to a file of texts")
+    return Path(path)
+
+
+def _read(path: Path) -> str:
+    """The whole file; UserError naming the line that is not UTF-8."""
+    try:
+        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}): "
+            "convert the file to UTF-8"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, stripped, with their numbers from 1."""
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if stripped := line.strip():
+            yield number, stripped
+
+
+def _read_text(path: Path, cfg: Any) -> list[str]:
+    return _non_empty([line for _, line in _lines(path)], str(path))
+
+
+def _read_e2e(path: Path, cfg: Any) -> list[str]:
+    texts = []
+    for number, line in _lines(path):
+        _, bar, text = line.partition("||")
+        if not bar:
+            raise UserError(
+                f"{path} line {number} has no '||' between record and text: "
+                "give E2E's `field : value | ... ||text`, or set config.data.source=text"
+            )
+        texts.append(text.strip())
+    return _non_empty(texts, str(path))
+
+
+def _read_jsonl(path: Path, cfg: Any) -> list[str]:
+    texts = []
+    for number, line in _lines(path):
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{where} is not JSON ({reason}): mend it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is not a JSON object: give {{column: text}}")
+        texts.append(_cell(record, cfg.column, where))
+    return _non_empty([text for text in texts if text], str(path))
+
+
+def _read_csv(path: Path, cfg: Any) -> list[str]:
+    rows = csv.DictReader(io.StringIO(_read(path), newline=""))
+    try:
+        texts = [_cell(row, cfg.column, f"{path} line {rows.line_num}") for row in rows]
+    except csv.Error as error:
+        where = f"{path} line {rows.line_num}"
+        raise UserError(f"{where} is not CSV ({error}): mend it") from error
+    return _non_empty([text for text in texts if text], str(path))
+
+
+def _cell(record: dict[str, Any], column: str, where: str) -> str:
+    """The text of one record, which may be bytes; UserError if it has none."""
+    if column not in record:
+        names = ", ".join(str(name) for name in record if name is not None)
+        raise UserError(
+            f"{where} has no column {column!r}: set config.data.column to one of {names}"
+        )
+    value = record[column]
+    try:
+        value = value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} column {column!r} is not UTF-8: mend it") from error
+    if not isinstance(value, str):
+        kind = "nothing" if value is None else type(value).__name__
+        raise UserError(
+            f"{where} column {column!r} holds {kind}, not text: "
+            "mend it or set config.data.column to another"
+        )
+    return value.strip()
+
+
+# --- TFDS, without TensorFlow
+
+
+def _tfds(cfg: Any, split: str) -> list[str]:
+    """A data set by name ("e2e_cleaned", "name/config:1.0.0"), prepared if it is not."""
+    wanted = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
+    try:
+        builder = _prepared(cfg)
+        if cfg.column not in (builder.info.features or {}):
+            names = ", ".join(builder.info.features or {})
+            raise UserError(
+                f"TFDS {cfg.path} has no column {cfg.column!r}: "
+                f"set config.data.column to one of {names}"
+            )
+        records = builder.as_data_source(split=wanted)
+        cells = (_cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
+        texts = [text for text in cells if text]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_tfds_failure(error, cfg, wanted)) from error
+    return texts if cfg.tfds_valid else _hold_out(texts, cfg, split)
+
+
+def _prepared(cfg: Any) -> Any:
+    """The data set's builder, its files in place: read if there, else prepared."""
+    import tensorflow_datasets as tfds
+
+    data_dir = cfg.tfds_dir or None
+    builder = tfds.builder(cfg.path, data_dir=data_dir)
+    if not builder.is_prepared():
+        builder = tfds.builder(cfg.path, data_dir=data_dir, file_format="array_record")
+        _check_preparable(builder, cfg)
+        builder.download_and_prepare()
+    return builder
+
+
+def _check_preparable(builder: Any, cfg: Any) -> None:
+    """Fails in seconds where TFDS would download in vain or retry for minutes."""
+    import requests
+
+    urls = list(builder.url_infos or {})
+    if any(url.endswith(ARCHIVES) for url in urls) and not find_spec("tensorflow"):
+        raise ModuleNotFoundError("to unpack archives", name="tensorflow")
+    for url in urls[:1]:
+        try:
+            requests.head(url, timeout=CONNECT_SECONDS)
+        except requests.RequestException as error:
+            raise UserError(
+                f"TFDS {cfg.path} is not prepared in {builder.data_path} and {url} "
+                "cannot be reached: prepare it on a machine with a network and set "
+                "config.data.tfds_dir to its folder"
+            ) from error
+
+
+def _tfds_failure(error: Exception, cfg: Any, split: str) -> str:
+    """One line for the user out of whatever TFDS raised."""
+    name = f"TFDS {cfg.path}"
+    chain_ = list(_causes(error))
+    missing = [e.name for e in chain_ if isinstance(e, ImportError) and e.name]
+    if missing:
+        return (
+            f"{name} needs the package {missing[0]}: install it, or prepare the data "
+            "set as array_record elsewhere and set config.data.tfds_dir to its folder"
+        )
+    if any(type(e).__name__ == "DatasetNotFoundError" for e in chain_):
+        return (
+            f"{name} is not a known data set, nor prepared in config.data.tfds_dir="
+            f"{cfg.tfds_dir!r}: correct config.data.path"
+        )
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return (
+        f"{name} split {split!r} cannot be read ({reason}): check config.data.path, "
+        "tfds_train and tfds_valid, and that tfds_dir holds array_record files"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
+    "grammar": _grammar,
+    "text": partial(_file, _read_text),
+    "e2e": _e2e,
+    "csv": partial(_file, _read_csv),
+    "jsonl": partial(_file, _read_jsonl),
+    "tfds": _tfds,
+}
+
+
+# --- texts -> ids
+
+
+def encode(
+    texts: list[str], tok: Tokenizer, *, length: int, mode: str, too_long: str
+) -> Int32[np.ndarray, "n l"]:
+    """Ids of the texts in rows of `length`, each text between START and END.
+
+    `mode` "pad" gives a row a text, filled with PAD; "block" joins all texts and cuts
+    rows from the stream, the remainder dropped. `too_long` says what "pad" does with
+    a text that does not fit: "error", "truncate" (its END is lost, as published) or
+    "drop". Raises UserError for such a text, an unknown choice or an empty result.
+    """
+    if length < 2:
+        raise UserError(f"config.data.length={length}: set it to 2 or more")
+    arrange = _choose(MODES, mode, "mode")
+    fit = _choose(TOO_LONG, too_long, "too_long")
+    ids = arrange([[START, *tok.encode(text), END] for text in texts], length, fit)
+    if not len(ids):
+        raise UserError(
+            f"{len(texts)} texts give no row of config.data.length={length} in mode "
+            f"{mode}: set a smaller length or give more text"
+        )
+    return ids
+
+
+def _pad(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
+    rows = fit(rows, length)
+    sizes = np.fromiter(map(len, rows), np.int32, len(rows))
+    ids = np.full((len(rows), length), PAD, np.int32)
+    ids[np.arange(length) < sizes[:, None]] = _flat(rows)
+    return ids
+
+
+def _block(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
+    flat = _flat(rows)
+    return flat[: len(flat) // length * length].reshape(-1, length)
+
+
+def _flat(rows: list[list[int]]) -> Int32[np.ndarray, " n"]:
+    return np.fromiter(chain.from_iterable(rows), np.int32, sum(map(len, rows)))
+
+
+def _refuse(rows: list[list[int]], length: int) -> list[list[int]]:
+    for number, row in enumerate(rows, 1):
+        if len(row) > length:
+            raise UserError(
+                f"text {number} has {len(row)} tokens with START and END, more than "
+                f"config.data.length={length}: set length={max(map(len, rows))} or "
+                "config.data.too_long to truncate or drop"
+            )
+    return rows
+
+
+MODES: dict[str, Callable] = {"pad": _pad, "block": _block}
+TOO_LONG: dict[str, Callable] = {
+    "error": _refuse,
+    "truncate": lambda rows, length: [row[:length] for row in rows],
+    "drop": lambda rows, length: [row for row in rows if len(row) <= length],
+}
+
+
+# --- ids -> batches
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng((seed % 2**64, epoch)).permutation(n)
+
+
+def batch_ids(
+    ids: Int32[np.ndarray, "n l"],
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    host: int = 0,
+    hosts: int = 1,
+) -> Int32[np.ndarray, "b l"]:
+    """Rows of the global batch of `step` that belong to `host`: batch // hosts of them.
+
+    A pure function of (seed, step). Each epoch has its own order, and a batch may run
+    across its end: every row comes once an epoch and none is dropped. Host h takes the
+    h-th of `hosts` equal slices. Raises UserError if `hosts` does not divide `batch`.
+    """
+    if batch % hosts:
+        raise UserError(
+            f"batch {batch} does not divide over {hosts} hosts: "
+            f"set the batch size to a multiple of {hosts}"
+        )
+    share = batch // hosts
+    epochs, index = np.divmod(step * batch + host * share + np.arange(share), len(ids))
+    rows = [
+        _permutation(seed, epoch, len(ids))[index[epochs == epoch]]
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+    ]
+    return ids[np.concatenate(rows)]
+
+
+def batches(
+    ids: Int32[np.ndarray, "n l"], batch: int
+) -> Iterator[tuple[Int32[np.ndarray, "b l"], Float32[np.ndarray, " b"]]]:
+    """All rows in order, for evaluation: (ids, mask), each of `batch` rows.
+
+    The last batch is filled up with rows from the start, whose mask is 0.
+    """
+    for start in range(0, len(ids), batch):
+        index = np.arange(start, start + batch)
+        yield ids[index % len(ids)], (index < len(ids)).astype(np.float32)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded corpus: a probabilistic grammar whose every question has an exact answer.
+
+The language is that of `restaurant.pcfg`: finite, and with one derivation a text, so the
+probability of a text is that of its derivation, and the entropy of the texts is that of
+the derivations. Texts are tokens parted by single spaces; START, END and padding are the
+tokenizer's and appear only in `entropy`, which says so. Every word has one tag.
+
+Parsing is nltk's; it is imported late, since sampling starts every run and needs none.
+"""
+
+import bisect
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import nltk
+
+START = "Text"
+FIELDS = ("NAME", "TYPE", "FOOD", "PRICE", "RATING", "AREA", "FAMILY", "NEAR")
+BLOCK = 4096  # texts whose uniform numbers are drawn at a time
+
+Rules = dict[str, list[tuple[tuple[str, ...], float]]]
+
+
+@functools.cache
+def source() -> str:
+    """The grammar file, in nltk's PCFG notation."""
+    return Path(__file__).with_name("restaurant.pcfg").read_text(encoding="utf-8")
+
+
+@functools.cache
+def rules() -> Rules:
+    """Nonterminal -> its alternatives (symbols, probability). A word keeps its quotes."""
+    table: Rules = {}
+    for line in source().splitlines():
+        if "->" in line and not line.startswith("#"):
+            left, right = line.split(" -> ")
+            for symbols, p in re.findall(r"([^\[|]+) \[([\d.]+)\]", right):
+                table.setdefault(left, []).append((tuple(symbols.split()), float(p)))
+    return table
+
+
+# ---- sampling ------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiled(symbol: str) -> list:
+    """What a symbol pushes on the stack, last first: words, and choices (cum, pushes)."""
+    if symbol.startswith("'"):
+        return [symbol.strip("'")]
+    alternatives, probabilities = zip(*rules()[symbol], strict=True)
+    pushes = [
+        [item for part in reversed(parts) for item in _compiled(part)]
+        for parts in alternatives
+    ]
+    if len(pushes) == 1:
+        return pushes[0]
+    # the last bound is left out: rounding in the sum must not let a draw pass it
+    return [(list(itertools.accumulate(probabilities))[:-1], pushes)]
+
+
+@functools.cache
+def _choices(symbol: str) -> int:
+    """The most choices that a derivation of the symbol takes."""
+    if symbol.startswith("'"):
+        return 0
+    most = max(sum(map(_choices, parts)) for parts, _ in rules()[symbol])
+    return most + (len(rules()[symbol]) > 1)
+
+
+def _expand(draws: list[float]) -> str:
+    """The text of one derivation; `draws` are uniform numbers in [0, 1)."""
+    stack, words, draw = list(_compiled(START)), [], iter(draws)
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            words.append(item)
+        else:
+            bounds, pushes = item
+            stack += pushes[bisect.bisect_right(bounds, next(draw))]
+    return " ".join(words)
+
+
+def sample(seed: int, n: int) -> list[str]:
+    """n texts drawn from the grammar, without specials.
+
+    Text i has its own row of one stream of `numpy.random.default_rng(seed)`, so
+    sample(seed, n)[:k] == sample(seed, k); other seeds are independent splits.
+    """
+    rng, width, texts = np.random.default_rng(seed), _choices(START), []
+    for start in range(0, n, BLOCK):
+        rows = rng.random((min(BLOCK, n - start), width)).tolist()
+        texts += map(_expand, rows)
+    return texts
+
+
+# ---- exact answers -------------------------------------------------------------------
+
+
+@functools.cache
+def _moments(symbol: str) -> tuple[float, float]:
+    """Entropy (nats) and expected length (tokens) of what a symbol derives.
+
+    H(A) = sum_r p_r (-ln p_r + sum_{B in r} H(B)), and likewise the length.
+    """
+    if symbol.startswith("'"):
+        return 0.0, 1.0
+    nats = tokens = 0.0
+    for parts, p in rules()[symbol]:
+        inner = [_moments(part) for part in parts]
+        nats += p * (sum(h for h, _ in inner) - math.log(p))
+        tokens += p * sum(length for _, length in inner)
+    return nats, tokens
+
+
+def entropy() -> tuple[float, float]:
+    """Entropy of the language in nats, exact: (per text, per token with END as one)."""
+    nats, tokens = _moments(START)
+    return nats, nats / (tokens + 1)
+
+
+@functools.cache
+def word_tags() -> dict[str, str]:
+    """Word -> its universal part-of-speech tag; the grammar gives each word one."""
+    return {
+        symbol.strip("'"): left.split("_")[0]
+        for left, alternatives in rules().items()
+        for parts, _ in alternatives
+        for symbol in parts
+        if symbol.startswith("'")
+    }
+
+
+def words() -> list[str]:
+    """All word types of the language, sorted."""
+    return sorted(word_tags())
+
+
+# ---- parsing -------------------------------------------------------------------------
+
+
+@functools.cache
+def _length(symbol: str, bound: Callable) -> int:
+    """The least (bound=min) or greatest (max) number of tokens a symbol derives."""
+    if symbol.startswith("'"):
+        return 1
+    sums = (sum(_length(part, bound) for part in parts) for parts, _ in rules()[symbol])
+    return bound(sums)
+
+
+def lengths() -> tuple[int, int]:
+    """The least and the greatest number of tokens of a text, without specials."""
+    return _length(START, min), _length(START, max)
+
+
+@functools.cache
+def _parser():
+    """nltk's chart parser for the grammar file."""
+    import nltk
+
+    grammar = nltk.PCFG.fromstring(source())
+    return nltk.parse.BottomUpLeftCornerChartParser(grammar)
+
+
+def derivations(text: str) -> list["nltk.Tree"]:
+    """All derivations of a text: one, or none outside the language."""
+    tokens = text.split(" ")
+    least, greatest = lengths()  # a chart takes cubic time: long strings stay outside
+    if not least <= len(tokens) <= greatest or not word_tags().keys() >= set(tokens):
+        return []
+    return [tree.freeze() for tree in _parser().parse(tokens)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _derivation(text: str) -> "nltk.Tree | None":
+    return next(iter(derivations(text)), None)
+
+
+def accepts(text: str) -> bool:
+    """Whether a text, without specials, is in the language; False for any other str."""
+    return _derivation(text) is not None
+
+
+def parse(text: str) -> "nltk.Tree":
+    """The one derivation of a text (an immutable tree). Raises ValueError outside."""
+    tree = _derivation(text)
+    if tree is None:
+        raise ValueError(f"not in the language of restaurant.pcfg: {text!r}")
+    return tree
+
+
+@functools.cache
+def _log_rules() -> dict[tuple[str, tuple[str, ...]], float]:
+    """(left side, right side) of a rule -> the log of its probability, nats."""
+    return {
+        (left, parts): math.log(p)
+        for left, alternatives in rules().items()
+        for parts, p in alternatives
+    }
+
+
+def log_prob(text: str) -> float:
+    """Log probability of a text in nats, END not counted; -inf outside the language."""
+    tree = _derivation(text)
+    if tree is None:
+        return -math.inf
+    return sum(
+        _log_rules()[
+            node.label(),
+            tuple(f"'{c}'" if isinstance(c, str) else c.label() for c in node),
+        ]
+        for node in tree.subtrees()
+    )
+
+
+def tags(text: str) -> list[str]:
+    """Universal part-of-speech tag of each token. Raises ValueError outside."""
+    return [label.split("_")[0] for _, label in parse(text).pos()]
+
+
+def fields(text: str) -> dict[str, str]:
+    """Field -> the words that state it, or yes/no for family. Raises ValueError outside.
+
+    `fields("The Eagle is a cheap pub near Café Sicilia .")` is
+    `{"name": "The Eagle", "price": "cheap", "type": "pub", "near": "Café Sicilia"}`.
+    """
+    found = {}
+    for node in parse(text).subtrees():
+        field, _, kind = node.label().partition("_")
+        if field == "FAMILY":
+            found["family"] = kind.split("_")[0].lower()
+        elif field in FIELDS:
+            found[field.lower()] = " ".join(node.leaves())
+    return found

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: sources, rows of ids, and batches as a pure function of (seed, step)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dlm_jax import data
+from dlm_jax.tokenizer import END, PAD, START, WordTokenizer
+from dlm_jax.types import UserError
+
+TOK = WordTokenizer(("a", "b", "c", "d"))
+LINES = [f"text {i} café" for i in range(20)]
+
+
+def _cfg(**changes):
+    cfg = ConfigDict(
+        {
+            "source": "text",
+            "path": "",
+            "valid_path": "",
+            "column": "text",
+            "size": 30,
+            "valid_size": 10,
+            "seed": 0,
+            "tfds_train": "train",
+            "tfds_valid": "",
+            "tfds_dir": "",
+            "length": 8,
+            "mode": "pad",
+            "too_long": "error",
+            "tokenizer": "word",
+            "min_count": 0,
+            "vocab_size": 40,
+            "valid_fraction": 0.1,
+        }
+    )
+    cfg.update(changes)
+    return cfg
+
+
+def _fails(says, call, *args, **kwargs):
+    """The call raises a UserError that is one line and says `says`."""
+    with pytest.raises(UserError, match=says) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+# --- sources
+
+
+def test_grammar_is_seeded_and_its_splits_differ():
+    train = data.load_texts(_cfg(source="grammar"), "train")
+    assert len(train) == 30
+    assert train == data.load_texts(_cfg(source="grammar"), "train")
+    assert train != data.load_texts(_cfg(source="grammar", seed=1), "train")
+    valid = data.load_texts(_cfg(source="grammar"), "valid")
+    assert len(valid) == 10
+    assert valid != train[:10]
+
+
+CONTENT = {
+    "text": "\ufeff" + "\r\n\n".join(LINES) + "\n",
+    "csv": "id,text\n" + "".join(f'{i},"{t}"\n' for i, t in enumerate(LINES)),
+    "jsonl": "".join(json.dumps({"text": t}) + "\n" for t in LINES),
+    "e2e": "".join(f"name : x | food : y||{t} \n" for t in LINES),
+}
+
+
+@pytest.mark.parametrize("source", CONTENT)
+def test_files_hold_out_their_last_examples(tmp_path, source):
+    path = _write(tmp_path / "a", CONTENT[source])
+    cfg = _cfg(source=source, path=path)
+    assert data.load_texts(cfg, "train") == LINES[:18]
+    assert data.load_texts(cfg, "valid") == LINES[18:]
+    cfg.valid_fraction = 0.0
+    assert data.load_texts(cfg, "train") == LINES
+    _fails("valid_fraction=0.0", data.load_texts, cfg, "valid")
+    cfg.valid_path = path
+    assert data.load_texts(cfg, "train") == data.load_texts(cfg, "valid") == LINES
+
+
+def test_a_line_separator_inside_a_text_does_not_end_it(tmp_path):
+    path = _write(tmp_path / "a", "one\u2028still one\x0bhere\ntwo\n")
+    texts = data.load_texts(_cfg(path=path, valid_fraction=0.0), "train")
+    assert texts == ["one\u2028still one\x0bhere", "two"]
+
+
+def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path):
+    path = _write(tmp_path / "a", 'text,n\n"a, ""b""\nc",1\nd,2\n')
+    texts = data.load_texts(_cfg(source="csv", path=path, valid_fraction=0.0), "train")
+    assert texts == ['a, "b"\nc', "d"]
+
+
+def test_e2e_folder(tmp_path):
+    _write(tmp_path / "src1_train.txt", CONTENT["e2e"])
+    _write(tmp_path / "src1_valid.txt", "name : x||only one\n")
+    cfg = _cfg(source="e2e", path=str(tmp_path))
+    assert data.load_texts(cfg, "train") == LINES
+    assert data.load_texts(cfg, "valid") == ["only one"]
+
+
+def test_published_e2e():
+    """Line counts and vocabulary of the published files, from their README."""
+    if "DLM_DATA" not in os.environ:
+        pytest.skip("set DLM_DATA to the folder that holds e2e/src1_train.txt")
+    path = str(Path(os.environ["DLM_DATA"]) / "e2e")
+    cfg = _cfg(source="e2e", path=path, min_count=10, length=64)
+    train, valid = (data.load_texts(cfg, split) for split in ("train", "valid"))
+    assert (len(train), len(valid)) == (42_061, 4_672)
+    tok = data.train_tokenizer(cfg, train)
+    assert tok.vocab_size == 821
+    how = {"length": 64, "mode": "pad"}
+    assert len(data.encode(train, tok, **how, too_long="truncate")) == 42_061
+    assert len(data.encode(train, tok, **how, too_long="drop")) == 42_061 - 2
+    _fails("set length=77", data.encode, train, tok, **how, too_long="error")
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "says"),
+    [
+        ("text", "", "a holds no text"),
+        ("text", "\n \n", "a holds no text"),
+        ("text", b"fine\nalso\nbad \xff\n", "a line 3 is not UTF-8"),
+        ("e2e", "x : y||fine\n\nx : y|bad\n", r"a line 3 has no '\|\|'"),
+        ("csv", "id,words\n1,x\n", "line 2 has no column 'text': .* id, words"),
+        ("csv", "id,text\n1,x\n2\n", "line 3 column 'text' holds nothing"),
+        ("csv", "", "a holds no text"),
+        ("csv", "text\n" + "x" * 200_000, "a line . is not CSV"),
+        ("jsonl", '{"text": "x"}\n{"text": \n', "a line 2 is not JSON"),
+        ("jsonl", '["x"]\n', "a line 1 is not a JSON object"),
+        ("jsonl", '{"words": "x"}\n', "line 1 has no column 'text': .* words"),
+        ("jsonl", '{"text": 3}\n', "line 1 column 'text' holds int"),
+    ],
+)
+def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
+    cfg = _cfg(source=source, path=_write(tmp_path / "a", content))
+    assert str(tmp_path) in _fails(says, data.load_texts, cfg, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"source": "xml"}, "config.data.source='xml': .*grammar, text, e2e"),
+        ({"path": ""}, "config.data.path is empty"),
+        ({"path": "nowhere.txt"}, r"nowhere.txt does not exist: set config.data.path"),
+        ({"path": "."}, "is a folder: set config.data.path"),
+        ({"source": "e2e", "path": "."}, "src1_train.txt does not exist"),
+        ({"source": "grammar", "size": 0}, "grammar holds no text|size"),
+    ],
+)
+def test_bad_settings_name_the_flag(changes, says):
+    _fails(says, data.load_texts, _cfg(**changes), "train")
+
+
+def test_bad_validation_settings_name_the_flag(tmp_path):
+    path = _write(tmp_path / "a", "one\n")
+    load = data.load_texts
+    _fails("valid_fraction=0.1", load, _cfg(path=path), "train")
+    _fails("valid_fraction=1", load, _cfg(path=path, valid_fraction=1.0), "train")
+    _fails("config.data.valid_path", load, _cfg(path=path, valid_path="no"), "valid")
+    _fails("train or valid", load, _cfg(path=path), "test")
+
+
+def test_tokenizers_are_trained_by_name():
+    cfg = _cfg()
+    assert data.train_tokenizer(cfg, LINES).to_dict()["kind"] == "word"
+    cfg.tokenizer, cfg.vocab_size = "sentencepiece", 22
+    assert data.train_tokenizer(cfg, LINES).vocab_size == 22
+    _fails(
+        "config.data.tokenizer='bpe'", data.train_tokenizer, _cfg(tokenizer="bpe"), []
+    )
+
+
+# --- TFDS
+
+
+@pytest.fixture(scope="module")
+def tfds_set(tmp_path_factory):
+    """The name and data_dir of a data set that TFDS knows only from this test."""
+    pytest.importorskip("array_record")
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class DlmCafes(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"text": tfds.features.Text(), "n": np.int64}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(20), "test": iter([(0, EXAMPLE)])}
+
+        def _generate_examples(self, n):
+            return ((i, {"text": LINES[i], "n": i}) for i in range(n))
+
+    return "dlm_cafes", str(tmp_path_factory.mktemp("tfds"))
+
+
+EXAMPLE = {"text": "the test café", "n": 0}
+
+
+def test_tfds_prepares_once_and_reads_without_tensorflow(tfds_set, monkeypatch):
+    name, folder = tfds_set
+    cfg = _cfg(source="tfds", path=name, tfds_dir=folder)
+    train = data.load_texts(cfg, "train")
+    valid = data.load_texts(cfg, "valid")
+    assert (len(train), len(valid)) == (18, 2)
+    assert sorted(train + valid) == sorted(LINES)
+    monkeypatch.setattr(data, "_check_preparable", None)  # prepared: not asked again
+    cfg.tfds_valid = "test"
+    assert data.load_texts(cfg, "valid") == ["the test café"]
+    assert len(data.load_texts(cfg, "train")) == 20
+    cfg.tfds_train = "train[:50%]"
+    assert len(data.load_texts(cfg, "train")) == 10
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"path": "no_such_set"}, "no_such_set is not a known data set"),
+        ({"path": "bad name!"}, "bad name! .* config.data.path"),
+        ({"path": "dlm_cafes:9.9.9"}, "9.9.9"),
+        ({"tfds_train": "dev"}, "'dev' .*train.*test.* tfds_train"),
+        ({"column": "words"}, "no column 'words': .* text, n"),
+        ({"column": "n"}, "column 'n' holds int"),
+    ],
+)
+def test_tfds_failures_are_one_line(tfds_set, changes, says):
+    name, folder = tfds_set
+    cfg = _cfg(**({"source": "tfds", "path": name, "tfds_dir": folder} | changes))
+    _fails(says, data.load_texts, cfg, "train")
+
+
+def test_tfds_that_needs_tensorflow_says_so(tfds_set, tmp_path, monkeypatch):
+    cfg = _cfg(source="tfds", path="lm1b", tfds_dir=str(tmp_path))
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    _fails("lm1b needs the package tensorflow", data.load_texts, cfg, "train")
+
+    def prepare(cfg):
+        raise RuntimeError("two\nlines") from ModuleNotFoundError("", name="tensorflow")
+
+    monkeypatch.setattr(data, "_prepared", prepare)
+    cfg.path = tfds_set[0]
+    _fails("needs the package tensorflow", data.load_texts, cfg, "train")
+
+
+def test_tfds_without_a_network_fails_at_once(tfds_set, tmp_path, monkeypatch):
+    requests = pytest.importorskip("requests")
+
+    def head(url, timeout):
+        assert timeout <= 10
+        raise requests.ConnectionError("no\nroute")
+
+    monkeypatch.setattr(requests, "head", head)
+    cfg = _cfg(source="tfds", path="e2e_cleaned", tfds_dir=str(tmp_path))
+    says = "e2e_cleaned is not prepared .* cannot be reached: .*tfds_dir"
+    _fails(says, data.load_texts, cfg, "train")
+
+
+# --- texts -> ids
+
+
+def _encode(texts, length=5, mode="pad", too_long="error"):
+    return data.encode(texts, TOK, length=length, mode=mode, too_long=too_long)
+
+
+def test_pad():
+    ids = _encode(["a b", "", "a b c"])
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [
+        [START, 4, 5, END, PAD],
+        [START, END, PAD, PAD, PAD],
+        [START, 4, 5, 6, END],
+    ]
+
+
+def test_too_long():
+    texts = ["a b c", "a b c d", "d", "a a a a a"]
+    rows = _encode(texts, too_long="truncate").tolist()
+    assert rows[1] == [START, 4, 5, 6, 7]  # END is lost, as published
+    assert rows[3] == [START, 4, 4, 4, 4]
+    assert _encode(texts, too_long="drop").tolist() == [rows[0], rows[2]]
+    _fails("text 2 has 6 tokens .*length=5: set length=7", _encode, texts)
+
+
+def test_block():
+    texts = ["a b c d", "a", "b c"]
+    ids = _encode(texts, length=4, mode="block")
+    stream = [START, 4, 5, 6, 7, END, START, 4, END, START, 5, 6, END]
+    assert ids.dtype == np.int32
+    assert ids.ravel().tolist() == stream[:12]
+    assert ids.shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"texts": []}, "0 texts give no row"),
+        ({"texts": ["a"], "mode": "block"}, "no row of config.data.length=5"),
+        ({"texts": ["a a a a"], "too_long": "drop"}, "1 texts give no row"),
+        ({"texts": ["a"], "length": 1}, "config.data.length=1"),
+        ({"texts": ["a"], "mode": "cut"}, "config.data.mode='cut': .* pad, block"),
+        ({"texts": ["a"], "too_long": "x"}, "config.data.too_long='x': .* truncate"),
+    ],
+)
+def test_encode_refuses(changes, says):
+    _fails(says, _encode, **changes)
+
+
+# --- ids -> batches
+
+IDS = np.arange(46, dtype=np.int32).reshape(23, 2)
+
+
+def _rows(step, seed=0, batch=8, **host):
+    return data.batch_ids(IDS, seed=seed, step=step, batch=batch, **host)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 23, 60])
+def test_every_row_comes_once_an_epoch(batch):
+    stream = np.concatenate([_rows(step, batch=batch) for step in range(100)])[:, 0]
+    for epoch in range(len(stream) // 23):
+        assert sorted(stream[epoch * 23 : (epoch + 1) * 23]) == IDS[:, 0].tolist()
+
+
+def test_epochs_are_shuffled_anew_and_seeds_differ():
+    epochs = [_rows(step, batch=23)[:, 0].tolist() for step in range(4)]
+    assert len({tuple(epoch) for epoch in [*epochs, IDS[:, 0].tolist()]}) == 5
+    assert _rows(0, seed=1, batch=23)[:, 0].tolist() not in epochs
+    assert _rows(0, seed=-1).shape == _rows(0, seed=2**40).shape == (8, 2)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    forward = [_rows(step) for step in range(12)]
+    for step in (11, 0, 7, 3, 7):
+        _rows(step + 100, seed=5)
+        np.testing.assert_array_equal(_rows(step), forward[step])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_the_batch(hosts):
+    for step in range(6):
+        shares = [_rows(step, host=host, hosts=hosts) for host in range(hosts)]
+        assert {len(share) for share in shares} == {8 // hosts}
+        np.testing.assert_array_equal(np.concatenate(shares), _rows(step))
+
+
+def test_hosts_must_divide_the_batch():
+    _fails("batch 8 does not divide over 3 hosts", _rows, 0, hosts=3)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 23, 50])
+def test_evaluation_batches_cover_the_rows_once(batch):
+    pairs = list(data.batches(IDS, batch))
+    assert len(pairs) == -(-23 // batch)
+    assert all(
+        ids.shape == (batch, 2) and mask.shape == (batch,) for ids, mask in pairs
+    )
+    kept = np.concatenate([ids[mask > 0] for ids, mask in pairs])
+    np.testing.assert_array_equal(kept, IDS)
+    assert sum(mask.sum() for _, mask in pairs) == 23
