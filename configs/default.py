@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
             "sigma": "small",  # of ancestral
             "top_p": 0.0,  # of ancestral: noise stays below it; 0: off
             "clamp": 1.0,  # nearest-embedding projection at t <= clamp; -1: off
+            "rounding": "logits",  # logits (as published) | nearest
             "seed": 101,
         }
     )

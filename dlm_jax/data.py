@@ -408,3 +408,24 @@ def batches(
     for start in range(0, len(ids), batch):
         index = np.arange(start, start + batch)
         yield ids[index % len(ids)], (index < len(ids)).astype(np.float32)
+
+
+def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:
+    """An embedding table [v d] from an .npy file; None where path is empty.
+
+    Raises UserError where the file is missing, not an array, or of another shape.
+    """
+    if not path:
+        return None
+    try:
+        table = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"config.embedding.path={path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"config.embedding.path={path}: not an .npy array") from error
+    if table.shape != (vocab, dim):
+        raise UserError(
+            f"config.embedding.path={path}: shape {table.shape}, and this run has "
+            f"{vocab} words of config.model.dim={dim}"
+        )
+    return table.astype(np.float32)

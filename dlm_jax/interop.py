@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interop: published PyTorch weights (state-dict names of REFERENCE 1.4) to Params."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,8 +12,10 @@ import numpy as np
 
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.model import Params
+from dlm_jax.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.types import PyTree, UserError
 
+HEADS = 12  # bert-base; the published `num_heads` flag is ignored (REFERENCE 1.4)
 LAYER = "input_transformers.layer.{}."
 # our name -> the published name, for the linear layers and norms outside the encoder
 OUTSIDE = {
@@ -103,3 +108,89 @@ def _put(tree: PyTree, path: tuple[str, ...], value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value
+
+
+def is_reference(folder: str | Path) -> bool:
+    """Whether a folder is a published checkpoint: `training_args.json` and weights."""
+    path = Path(folder)
+    return (path / "training_args.json").is_file() and any(path.glob("ema_*.pt"))
+
+
+def load_reference(
+    folder: str | Path,
+) -> tuple[DenoiserConfig, Params, WordTokenizer, dict]:
+    """(network, EMA parameters, tokenizer, config) of a published checkpoint folder.
+
+    Reads the newest `ema_*.pt` (with torch, weights only: nothing is unpickled),
+    `vocab.json` and `training_args.json`. Raises UserError, one line.
+    """
+    path = Path(folder)
+    args = _json(path / "training_args.json")
+    words = _json(path / "vocab.json")
+    files = sorted(path.glob("ema_*.pt"), key=lambda p: int(_digits(p.stem)))
+    cfg, params = from_reference(_torch_weights(files[-1]), heads=HEADS)
+    cfg = dataclasses.replace(cfg, **_network(args))
+    order = sorted(words, key=words.get)
+    if order[:4] != list(SPECIALS) or sorted(words.values()) != list(range(len(words))):
+        raise UserError(
+            f"{path / 'vocab.json'}: ids must be 0.. with START END UNK PAD"
+        )
+    return cfg, params, WordTokenizer(tuple(order[4:])), _config(args)
+
+
+def _digits(stem: str) -> str:
+    tail = stem.rsplit("_", 1)[-1]
+    return tail if tail.isdigit() else "0"
+
+
+def _json(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the folder must hold it") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return record
+
+
+def _torch_weights(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs torch; pip install torch") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0][:150]
+        raise UserError(f"{path}: not a file of plain weights ({reason})") from error
+
+
+def _network(args: dict) -> dict:
+    """What the published flags say of the network and the weights do not."""
+    predicts = "x0" if args.get("predict_xstart", False) else "eps"
+    return {"predicts": predicts, "dropout": float(args.get("dropout", 0.1))}
+
+
+def _config(args: dict) -> dict:
+    """A run's config, as far as sampling reads it."""
+    return {
+        "data": {"length": int(args.get("image_size", 8)) ** 2},
+        "schedule": {
+            "name": args.get("noise_schedule", "sqrt"),
+            "steps": int(args.get("diffusion_steps", 2000)),
+        },
+        "sample": {
+            "n": 50,
+            "batch": 50,
+            "steps": 200,
+            "solver": "ddim",
+            "eta": 1.0,
+            "sigma": "small",
+            "top_p": 0.0,
+            "clamp": 1.0,
+            "rounding": "logits",
+            "seed": 101,
+        },
+    }

@@ -326,7 +326,7 @@ def end_to_end(
     table's rows are put on the sphere first. options: sigma ("small", "large") of the
     two bounds. Raises UserError where objective, network and schedule do not fit.
     """
-    _check(objective, cfg, schedule)
+    check(objective, cfg, schedule)
     if normalize:
         params = params._replace(table=unit_rows(params.table))
     clean = embed(params.table, ids)
@@ -348,7 +348,8 @@ def end_to_end(
     return OBJECTIVES[objective](done, **options)
 
 
-def _check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
+def check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
+    """UserError where objective, network and schedule do not fit together."""
     if objective not in OBJECTIVES:
         raise UserError(f"objective {objective!r}: choose one of {list(OBJECTIVES)}")
     if objective == "ce" and cfg.predicts != "logits":

@@ -267,6 +267,9 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
+QUANTILES = ("logistic", "gumbel")
+
+
 def betas(schedule: Schedule, steps: int) -> np.ndarray:
     """The clipped betas [steps], float64, of the published code."""
     return np.asarray(schedule.betas(steps), np.float64)
@@ -308,3 +311,17 @@ def respaced_betas(schedule: Schedule, kept: list[int]) -> np.ndarray:
     """betas' = 1 - alpha_bar_k / alpha_bar_(previous kept), float64."""
     log = np.asarray(schedule.table, np.float64)[np.asarray(kept)]
     return -np.expm1(np.diff(log, prepend=0.0))
+
+
+def named(
+    name: str, steps: int = 0, *, mean: float = 0.0, scale: float = 0.0
+) -> Schedule:
+    """SCHEDULES[name], discretised if steps > 0; scale > 0 sets a quantile curve."""
+    if name not in SCHEDULES:
+        raise UserError(
+            f"config.schedule.name={name!r}: choose one of {', '.join(SCHEDULES)}"
+        )
+    if scale and name not in QUANTILES:
+        raise UserError(f"config.schedule.scale is for {QUANTILES}, not {name!r}")
+    schedule = SCHEDULES[name](mean, scale) if scale else SCHEDULES[name]()
+    return discretize(schedule, steps) if steps else schedule

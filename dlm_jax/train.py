@@ -1,18 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: a pure step, and the loop that drives it."""
 
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from dlm_jax import losses, model, optim
+from dlm_jax import (
+    checkpoint,
+    data,
+    denoiser,
+    generate,
+    losses,
+    model,
+    optim,
+    parallel,
+    schedule,
+)
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import unit_rows
+from dlm_jax.metrics import Progress
 from dlm_jax.model import Params
 from dlm_jax.schedule import Schedule
-from dlm_jax.types import Array, Ids, PRNGKey, PyTree
+from dlm_jax.tokenizer import Tokenizer, from_dict
+from dlm_jax.types import Array, Ids, PRNGKey, PyTree, UserError
 
 
 class TrainState(NamedTuple):
@@ -172,3 +190,223 @@ def _remember(moments, t, terms: losses.Terms, axis):
     if axis is not None:
         t, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (t, loss))
     return losses.update_moments(moments, t, loss)
+
+
+# --- the loop
+
+
+def recipe_of(config: Any) -> Recipe:
+    """The static choices of a resolved config; UserError names a wrong key."""
+    cfg, noise = network(config), schedule.named(**config.schedule)
+    optim.choose("loss.objective", losses.OBJECTIVES, config.loss.objective)
+    times = {**losses.TIMES, "importance": None}
+    optim.choose("loss.times", times, config.loss.times)
+    losses.check(config.loss.objective, cfg, noise)
+    if config.loss.times == "importance" and noise.steps is None:
+        raise UserError(
+            "config.loss.times='importance' needs config.schedule.steps > 0"
+        )
+    if config.loss.self_cond and not cfg.self_cond:
+        raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
+    parallel.check_batch(config.train.batch, config.optim.accumulate)
+    return Recipe(
+        cfg=cfg,
+        schedule=noise,
+        optimizer=optim.make(config.optim, config.train.total_steps),
+        batch=config.train.batch,
+        normalize=config.embedding.normalize,
+        frozen=config.embedding.frozen,
+        ema=config.optim.ema,
+        accumulate=config.optim.accumulate,
+        **config.loss,
+    )
+
+
+def network(config: Any) -> DenoiserConfig:
+    """config.model as a DenoiserConfig, checked against the data's length."""
+    cfg = DenoiserConfig(**config.model)
+    optim.choose("model.trunk", denoiser.BLOCKS, cfg.trunk)
+    optim.choose("model.predicts", model.TO_X0, cfg.predicts)
+    optim.choose("model.dtype", dict.fromkeys(("float32", "bfloat16")), cfg.dtype)
+    if config.data.length > cfg.positions:
+        raise UserError(
+            f"config.data.length={config.data.length} exceeds "
+            f"config.model.positions={cfg.positions}: raise the latter"
+        )
+    if cfg.width % cfg.heads:
+        raise UserError(
+            f"config.model.heads={cfg.heads} does not divide width={cfg.width}"
+        )
+    return cfg
+
+
+class Corpus(NamedTuple):
+    """Token ids of both splits [n l], and what made them."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    tokenizer: Tokenizer
+
+
+def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Reads, tokenises and encodes both splits; a saved tokenizer is kept."""
+    texts = data.load_texts(config.data, "train")
+    held_out = data.load_texts(config.data, "valid")
+    tokenizer = tokenizer or data.train_tokenizer(config.data, texts)
+    layout = {name: config.data[name] for name in ("length", "mode", "too_long")}
+    train, valid = (data.encode(t, tokenizer, **layout) for t in (texts, held_out))
+    return Corpus(train, valid, tokenizer)
+
+
+class Validation:
+    """The loss on held-out sequences: fixed draws, no dropout, the averaged weights."""
+
+    def __init__(self, ids: np.ndarray, recipe: Recipe, batches: int):
+        self.size = min(recipe.batch, len(ids))
+        self.recipe = recipe._replace(batch=self.size, times="low_discrepancy")
+        rows = itertools.islice(data.batches(ids, self.size), batches)
+        self.batches = list(rows)
+        self.run = jax.jit(self._batch)
+
+    def _batch(self, params: Params, number: Array, ids: Ids, mask: Array) -> PyTree:
+        key = jax.random.fold_in(jax.random.key(0), number)
+        draws = make_draws(key, ids, self.recipe, 0, ())
+        _, terms = loss_fn(params, ids, draws, self.recipe)
+        named = {"loss": terms.total(), **terms._asdict()}
+        del named["weight"]
+        return {k: jnp.sum(v * mask) for k, v in named.items()} | {"n": jnp.sum(mask)}
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """The loss and its named terms, means over the sequences."""
+        sums = [self.run(params, i, *b) for i, b in enumerate(self.batches)]
+        total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
+        n = total.pop("n")
+        return {name: value / n for name, value in total.items()}
+
+
+class Run:
+    """A training run in its directory: begins, resumes, saves, reports."""
+
+    def __init__(self, config: Any, workdir: str):
+        self.config, self.workdir = config, Path(workdir)
+        self.recipe = recipe_of(config)
+        self.host, self.hosts = parallel.hosts()
+        self.record = json.loads(config.to_json_best_effort())
+        self.resumed = bool(checkpoint.steps(workdir))
+        tokenizer = None
+        if self.resumed:
+            _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
+            tokenizer = from_dict(saved)
+        self.corpus = corpus_of(config, tokenizer)
+        checkpoint.claim(workdir, self.record, write=self.host == 0)
+        self.state = self._begin()
+        self.valid = Validation(
+            self.corpus.valid, self.recipe, config.train.valid_batches
+        )
+        self.bundle = self._bundle()
+
+    def _begin(self) -> TrainState:
+        vocab, key = self.corpus.tokenizer.vocab_size, jax.random.key(self.config.seed)
+        table = data.load_table(self.config.embedding.path, vocab, self.recipe.cfg.dim)
+        if not self.resumed:
+            return parallel.place(init_state(key, self.recipe, vocab, table))
+        like = jax.eval_shape(lambda: init_state(key, self.recipe, vocab, table))
+        step = checkpoint.latest(self.workdir)
+        found = checkpoint.restore(self.workdir, step, parallel.global_like(like))
+        return parallel.to_local(found)
+
+    def _bundle(self) -> generate.Bundle:
+        p = self.state.ema
+        tok, cfg = self.corpus.tokenizer, self.recipe.cfg
+        return generate.from_parts(cfg, p, tok, self.record)
+
+    def batch(self, step: int) -> np.ndarray:
+        """This host's rows of a step, by device [devices b l]."""
+        rows = data.batch_ids(
+            self.corpus.train,
+            seed=self.config.seed,
+            step=step,
+            batch=self.recipe.batch,
+            host=self.host,
+            hosts=self.hosts,
+        )
+        return parallel.shard(rows)
+
+    def save(self, writer: Any) -> None:
+        """A checkpoint of the present step."""
+        tokenizer = self.corpus.tokenizer.to_dict()
+        state = parallel.to_global(self.state)
+        checkpoint.save(writer, int(self.state.step), state, self.record, tokenizer)
+
+    def show(self, progress: Progress, step: int) -> None:
+        """Writes samples/<step>.txt and shows a few of them."""
+        if self.host:
+            return
+        texts = dataclasses.replace(self.bundle, ema=self.state.ema).sample(16)
+        path = self.workdir / "samples" / f"{step}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(texts) + "\n")
+        for text in texts[:3]:
+            progress.say(f"  | {text}")
+
+
+def run(config: Any, workdir: str) -> None:
+    """Trains to config.train.total_steps, resuming what lies in workdir."""
+    task = Run(config, workdir)
+    start, total = int(task.state.step), config.train.total_steps
+    if start >= total:
+        print(f"{workdir}: finished already, at step {start} of {total}")
+        return
+    progress = Progress(
+        task.workdir / "metrics.jsonl", total=total, start=start, main=task.host == 0
+    )
+    count = model.count(task.state.params)
+    progress.say(f"{parallel.describe()}; {count:,} parameters; from step {start}")
+    writer = checkpoint.manager(workdir, keep=config.train.keep)
+    try:
+        _loop(task, progress, writer, start, total)
+        writer.wait_until_finished()
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir}: {error}; the last checkpoint is "
+            f"{checkpoint.steps(workdir)[-1:] or 'none'}, start again to go on from it"
+        ) from error
+    finally:
+        progress.close()
+        writer.close()
+
+
+def _loop(task: Run, progress: Progress, writer: Any, start: int, total: int) -> None:
+    step_fn = parallel.map_step(
+        functools.partial(train_step, recipe=task.recipe, axis=parallel.AXIS)
+    )
+    key, every, before = jax.random.key(task.config.seed), task.config.train, None
+    for step in range(start, total):
+        task.state, metrics = step_fn(key, task.state, task.batch(step))
+        if before is not None:
+            _report(task, progress, step, before)  # of the step before: never waits
+        before, done = metrics, step + 1
+        due = {n: every[n] and done % every[n] == 0 for n in every if "_steps" in n}
+        last = done == total
+        if due["ckpt_steps"] or last:
+            _report(task, progress, done, before)  # a bad state is never saved
+            before = None
+            task.save(writer)
+        if due["valid_steps"] or last:
+            progress.record(done, task.valid(task.state.ema), kind="valid")
+        if due["sample_steps"] or last:
+            task.show(progress, done)
+
+
+def _report(task: Run, progress: Progress, step: int, metrics: PyTree) -> None:
+    """Checks and records the metrics of `step`, waiting for them."""
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    progress.advance(step)
+    if not np.isfinite(values["loss"]):
+        there = checkpoint.steps(task.workdir)
+        raise UserError(
+            f"the loss is {values['loss']} at step {step}: stopped; the last checkpoint "
+            f"is {there[-1] if there else 'none'}; lower optim.lr or set optim.clip"
+        )
+    if step % task.config.train.log_steps == 0 or step == 1:
+        progress.record(step, values, kind="train")

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of seconds through every part, for tests and CI; it learns next to nothing.
+
+python -m dlm_jax.main --config configs/smoke.py --workdir runs/smoke
+"""
+
+from ml_collections import ConfigDict
+
+from configs import grammar
+
+
+def get_config() -> ConfigDict:
+    """The quickstart, shrunk."""
+    cfg = grammar.get_config()
+    cfg.data.update(size=500, valid_size=64)
+    cfg.model.update(dim=8, width=32, layers=2, heads=2, ff=64, time_dim=16)
+    cfg.train.update(
+        total_steps=20,
+        batch=16,
+        ckpt_steps=10,
+        log_steps=5,
+        valid_steps=10,
+        valid_batches=2,
+        sample_steps=10,
+    )
+    cfg.sample.update(n=4, batch=16, steps=8)
+    return cfg

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programmatic API: load a run, sample texts from it.
+
+bundle = dlm_jax.load("runs/quickstart")
+bundle.sample(4, seed=0, steps=64)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import (
+    checkpoint,
+    control,
+    interop,
+    model,
+    parallel,
+    rounding,
+    samplers,
+    schedule,
+    tokenizer,
+)
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.model import Params
+from dlm_jax.schedule import Schedule
+from dlm_jax.types import PyTree, UserError
+
+
+class Samples(NamedTuple):
+    """texts [n]; ids [n l]; latents [n l d], the last x0_hat; trace [n steps l] or None.
+
+    The trace holds the ids that every step's x0_hat rounds to.
+    """
+
+    texts: list[str]
+    ids: np.ndarray
+    latents: np.ndarray
+    trace: np.ndarray | None
+
+
+class Settings(NamedTuple):
+    """How to sample; one compilation for each value and batch."""
+
+    steps: int
+    solver: str
+    eta: float
+    sigma: str
+    top_p: float
+    clamp: float
+    rounding: str
+    trace: bool = False
+
+
+ROUNDINGS: dict[str, Callable] = {
+    "nearest": lambda params, x: rounding.nearest(params.table, x),
+    "logits": lambda params, x: jnp.argmax(
+        rounding.logits(params.table, params.bias, x), -1
+    ),
+}
+# the options each solver takes, out of the settings
+OPTIONS: dict[str, Callable[[Settings], dict]] = {
+    "ancestral": lambda s: {"sigma": s.sigma, "top_p": s.top_p or None},
+    "marginal": lambda s: {},
+    "ddim": lambda s: {"eta": s.eta},
+    "dpmpp_2m": lambda s: {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A trained model with all it needs: params as trained, ema for sampling."""
+
+    params: Params
+    ema: Params
+    cfg: DenoiserConfig
+    schedule: Schedule
+    tokenizer: tokenizer.Tokenizer
+    config: dict
+    step: int
+    compiled: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence."""
+        return self.config["data"]["length"]
+
+    def sample(self, n: int, **settings: Any) -> list[str]:
+        """n texts without specials; `draw` lists the settings."""
+        return self.draw(n, **settings).texts
+
+    def draw(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        eta: float | None = None,
+        sigma: str | None = None,
+        top_p: float | None = None,
+        clamp: float | bool | None = None,
+        rounding: str | None = None,
+        trace: bool = False,
+        batch: int | None = None,
+    ) -> Samples:
+        """n samples as texts, ids and latents; None means the run's config.
+
+        seed: text i depends on (seed, i) alone, not on n or the batch. steps: denoiser
+        calls. clamp: True, False or the time below which x0_hat is snapped to words.
+        """
+        given = {
+            "steps": steps, "solver": solver, "eta": eta, "sigma": sigma, "top_p": top_p, "clamp": clamp
+        }
+        given |= {"rounding": rounding, "trace": trace}
+        settings = self._settings(given)
+        _positive("n", n)
+        key = jax.random.key(self._default("seed", seed))
+        size = min(_positive("batch", self._default("batch", batch)), _power(n))
+        parts = []
+        for first in range(0, n, size):
+            index = first + np.arange(size)
+            parts.append(
+                jax.device_get(self._run(settings, size)(self.ema, key, index))
+            )
+        latents, ids, traces = (
+            None if parts[0][i] is None else np.concatenate([p[i] for p in parts])[:n]
+            for i in range(3)
+        )
+        texts = [self.tokenizer.decode(row) for row in ids]
+        return Samples(texts, ids, latents, traces)
+
+    def _default(self, name: str, value: Any) -> Any:
+        return self.config["sample"][name] if value is None else value
+
+    def _settings(self, given: dict) -> Settings:
+        values = {name: self._default(name, v) for name, v in given.items()}
+        _known("solver", samplers.SOLVERS, values["solver"])
+        _known("rounding", ROUNDINGS, values["rounding"])
+        _known("sigma", schedule.VARIANCES, values["sigma"])
+        most = self.schedule.steps
+        _positive("steps", values["steps"])
+        if most is not None and values["steps"] > most:
+            raise UserError(f"steps={values['steps']}: this model has {most} at most")
+        if isinstance(values["clamp"], bool):
+            values["clamp"] = 1.0 if values["clamp"] else -1.0
+        return Settings(**values)
+
+    def _run(self, settings: Settings, size: int) -> Callable:
+        """The compiled chain of a batch size, made once."""
+        name = (settings, size)
+        if name not in self.compiled:
+            self.compiled[name] = jax.jit(self._chain(settings))
+        return self.compiled[name]
+
+    def _chain(self, s: Settings) -> Callable:
+        def chain(params: Params, key: jax.Array, index: jax.Array) -> tuple:
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+            k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
+            denoise = model.bind(params, self.cfg, schedule=self.schedule)
+            if s.clamp >= 0:
+                denoise = control.clamp(denoise, params.table, below=s.clamp)
+            step = samplers.SOLVERS[s.solver](
+                denoise, self.schedule, **OPTIONS[s.solver](s)
+            )
+
+            def to_ids(x):
+                return ROUNDINGS[s.rounding](params, x)
+
+            x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
+            film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
+            times = time_grid(self.schedule, s.steps)
+            state, trace = samplers.sample(k_steps, step, x_T, times, trace=film)
+            trace = None if trace is None else jnp.swapaxes(trace, 0, 1)
+            return state.x0_hat, to_ids(state.x0_hat), trace
+
+        return chain
+
+
+def time_grid(noise: Schedule, steps: int) -> samplers.Times:
+    """Indices of a table; on a curve, evenly from t = 1 to 1/steps, then clean."""
+    if noise.steps is not None:
+        return samplers.grid(steps)
+    return samplers.grid(steps, start=1.0, stop=1.0 / steps)
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise UserError(f"{name}={value}: must be 1 or more")
+    return value
+
+
+def _power(n: int) -> int:
+    """The power of two at or above n: few batch sizes, few compilations."""
+    return 1 << (n - 1).bit_length()
+
+
+def _known(name: str, options: dict, value: str) -> None:
+    if value not in options:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(options)}")
+
+
+def load(workdir: str | Path, step: int | None = None) -> Bundle:
+    """A run's newest checkpoint (or `step`), or a published checkpoint folder.
+
+    Raises UserError, one line, where there is none or it is damaged.
+    """
+    if interop.is_reference(workdir):
+        return from_parts(*interop.load_reference(workdir))
+    step = checkpoint.latest(workdir, step)
+    config, words = checkpoint.read_json(workdir, step)
+    tok = tokenizer.from_dict(words)
+    cfg, _, like = blueprint(config, tok.vocab_size)
+    like = parallel.global_like({"params": like, "ema": like})
+    found = parallel.to_local(checkpoint.restore_part(workdir, step, like))
+    return from_parts(cfg, found["params"], tok, config, ema=found["ema"], step=step)
+
+
+def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
+    """(network, schedule, shapes of Params) that a resolved config describes."""
+    try:
+        cfg = DenoiserConfig(**config["model"])
+        noise = schedule.named(**config["schedule"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the saved config is not one of this version: {error}"
+        ) from error
+    key = jax.random.key(0)
+    return cfg, noise, jax.eval_shape(lambda: model.init(key, cfg, vocab))
+
+
+def from_parts(
+    cfg: DenoiserConfig,
+    params: Params,
+    tok: tokenizer.Tokenizer,
+    config: dict,
+    *,
+    ema: Params | None = None,
+    step: int = 0,
+) -> Bundle:
+    """A bundle from its parts; ema defaults to params."""
+    if tok.vocab_size != params.table.shape[0]:
+        raise UserError(
+            f"the tokenizer has {tok.vocab_size} words and the embedding "
+            f"{params.table.shape[0]}: they are not of one checkpoint"
+        )
+    noise = schedule.named(**config["schedule"])
+    ema = params if ema is None else ema
+    return Bundle(params, ema, cfg, noise, tok, config, step)

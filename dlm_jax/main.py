@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: python -m dlm_jax.main --config configs/grammar.py --workdir runs/x."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "a file of configs/, as FILE[:variant]")
+flags.DEFINE_string("workdir", None, "the run's directory")
+flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "evaluate", "plot"], "what to do"
+)
+flags.DEFINE_integer("step", None, "the checkpoint to use (the newest)")
+flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
+flags.DEFINE_integer("processes", 1, "number of hosts")
+flags.DEFINE_integer("process_id", 0, "this host's number")
+
+
+def _train(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import train
+    from dlm_jax.types import UserError
+
+    if config is None:
+        raise UserError("--config: name a file of configs/, such as configs/grammar.py")
+    train.run(config, workdir)
+
+
+def _load(config: Any, workdir: str, step: int | None) -> Any:
+    """The bundle, with the sampling settings of --config where one is given."""
+    import json
+
+    from dlm_jax import generate
+
+    bundle = generate.load(workdir, step)
+    if config is not None:
+        bundle.config["sample"] = json.loads(config.sample.to_json_best_effort())
+    return bundle
+
+
+def _sample(config: Any, workdir: str, step: int | None) -> None:
+    bundle = _load(config, workdir, step)
+    for text in bundle.sample(bundle.config["sample"]["n"]):
+        print(text)
+
+
+def _evaluate(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import evaluate
+
+    evaluate.run(_load(config, workdir, step), workdir)
+
+
+def _plot(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import viz
+
+    for path in viz.run(_load(config, workdir, step), workdir):
+        print(path)
+
+
+MODES: dict[str, Callable] = {
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "plot": _plot,
+}
+
+
+def main(argv: list[str]) -> None:
+    """Runs a mode; a user's mistake ends in one line and status 2."""
+    from dlm_jax import parallel
+    from dlm_jax.types import UserError
+
+    try:
+        if len(argv) > 1:
+            raise UserError(f"{argv[1]}: not a flag; see --help")
+        if not FLAGS.workdir:
+            raise UserError("--workdir: name the run's directory, such as runs/first")
+        parallel.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
+        MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
+    except UserError as error:
+        _fail(error)
+
+
+def _fail(error: BaseException) -> None:
+    line = " ".join(str(error).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flags; an unknown config key or file is one line, not a traceback."""
+    try:
+        rest = FLAGS(argv)
+        _ = FLAGS.config  # a missing config file shows only here
+        return rest
+    except (flags.Error, AttributeError, OSError, KeyError, ValueError, TypeError) as e:
+        _fail(e)
+        raise
+
+
+def cli() -> None:
+    """The entry point."""
+    app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    cli()

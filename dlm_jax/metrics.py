@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics: JSON lines on disk, a bar on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows and records a long run; quiet on all hosts but the first."""
+
+    def __init__(self, path: Path, *, total: int, start: int, main: bool = True):
+        self.path, self.main, self.total = path, main, total
+        self.terminal = main and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=start, unit="step", disable=not self.terminal
+        )
+        self.began, self.first = time.monotonic(), start
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self.bar.update(step - self.bar.n)
+
+    def record(self, step: int, values: Mapping[str, Any], *, kind: str) -> None:
+        """Appends one JSON line, and shows it."""
+        if not self.main:
+            return
+        passed = time.monotonic() - self.began
+        row = {"step": step, "kind": kind, "seconds": round(passed, 3), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        done = max(1, step - self.first)
+        left = passed / done * (self.total - step)
+        self.say(
+            f"{kind} {step}/{self.total}  {shown}  [{passed:.0f}s, {left:.0f}s left]"
+        )
+
+    def say(self, line: str) -> None:
+        """One line, above the bar where there is one."""
+        if not self.main:
+            return
+        if self.terminal:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()
+
+
+def read(path: Path, kind: str) -> list[dict]:
+    """The rows of one kind; of a step recorded twice, after a resume, the last."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    return list({r["step"]: r for r in rows if r["kind"] == kind}.values())
