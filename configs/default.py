@@ -5,11 +5,13 @@ A config of its own starts from this one and changes what it must; it is a run r
 whose docstring holds the command, the hardware, the time and the numbers to expect.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    """All defaults, locked: a key that is not here is an error."""
+def get_config() -> Any:
+    """All defaults as a locked ConfigDict: a key that is not here is an error."""
     cfg = ConfigDict()
     cfg.seed = 102
     cfg.data = _data()
@@ -25,7 +27,7 @@ def get_config() -> ConfigDict:
             "trunk": "post_ln",  # post_ln | adaln
             "predicts": "x0",  # x0 | eps | mu | logits
             "self_cond": False,  # the network takes its last estimate as input
-            "output_prior": False,  # logits start from the posterior of each position
+            "output_prior": False,  # each position's own posterior: an input, and the logits' start
             "dropout": 0.1,
             "attention_dropout": 0.1,
             "dtype": "float32",  # of the trunk's products: float32 | bfloat16

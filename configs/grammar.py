@@ -4,12 +4,12 @@
 python -m dlm_jax.main --config configs/grammar.py --workdir runs/quickstart
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """The recipe that speaks soonest on two cores."""
     cfg = default.get_config()
     cfg.seed = 1

@@ -4,12 +4,12 @@
 python -m dlm_jax.main --config configs/smoke.py --workdir runs/smoke
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs import grammar
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """The quickstart, shrunk."""
     cfg = grammar.get_config()
     cfg.data.update(size=500, valid_size=64)

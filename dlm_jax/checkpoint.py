@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by Orbax: <workdir>/checkpoints/<step>/{state, config, tokenizer}.
+"""Checkpoints by Orbax: <workdir>/checkpoints/<step>/{state, config, tokenizer, sums}.
 
 Saves are asynchronous and atomic: a step directory appears under its plain integer when
-it is complete. config and tokenizer are JSON; nothing here is ever unpickled.
+it is complete. config and tokenizer are JSON; nothing here is ever unpickled. sums are
+CRC-32s of all that is saved, as Orbax's compression does not notice a flipped bit.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dlm_jax.types import PyTree, UserError
@@ -37,9 +43,14 @@ def folder(workdir: str | Path) -> Path:
 
 def manager(workdir: str | Path, *, keep: int) -> ocp.CheckpointManager:
     """The writer of a run: it keeps the newest `keep` steps."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    _quiet()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return ocp.CheckpointManager(folder(workdir), options=options)
+
+
+def _quiet() -> None:
+    """Orbax logs some fifty lines a save; its errors reach us as exceptions."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def save(
@@ -57,6 +68,7 @@ def save(
         state=ocp.args.StandardSave(state),
         config=ocp.args.JsonSave(config),
         tokenizer=ocp.args.JsonSave(tokenizer),
+        sums=ocp.args.JsonSave(_sums(state) | _json_sums(config, tokenizer)),
     )
     if not writer.save(step, args=parts):
         raise UserError(
@@ -87,7 +99,7 @@ def latest(workdir: str | Path, step: int | None = None) -> int:
 
 def restore(workdir: str | Path, step: int, like: PyTree) -> PyTree:
     """The state saved at `step`; like: its shapes and shardings."""
-    return _read(workdir, step, state=ocp.args.StandardRestore(like)).state
+    return _state(workdir, step, ocp.args.StandardRestore(like))
 
 
 def restore_part(workdir: str | Path, step: int, like: dict[str, PyTree]) -> PyTree:
@@ -97,51 +109,91 @@ def restore_part(workdir: str | Path, step: int, like: dict[str, PyTree]) -> PyT
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
         partial_restore=True,
     )
-    return _read(workdir, step, state=args).state
+    return _state(workdir, step, args)
+
+
+def _state(workdir: str | Path, step: int, args: Any) -> PyTree:
+    found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
+    _compare(workdir, step, _sums(found.state), found.sums)
+    return found.state
 
 
 def read_json(workdir: str | Path, step: int) -> tuple[dict, dict]:
     """(resolved config, tokenizer record) of a checkpoint."""
     json_args = ocp.args.JsonRestore()
-    found = _read(workdir, step, config=json_args, tokenizer=json_args)
+    parts = dict.fromkeys(("config", "tokenizer", "sums"), json_args)
+    found = _read(workdir, step, **parts)
+    sums = _json_sums(found.config, found.tokenizer)
+    _compare(workdir, step, sums, found.sums)
     return found.config, found.tokenizer
+
+
+def _sums(state: PyTree) -> dict[str, int]:
+    """CRC-32 of every leaf, by its path; a replica is read, not a global array."""
+
+    def crc(x: Any) -> int:
+        x = x.addressable_data(0) if isinstance(x, jax.Array) else x
+        return zlib.crc32(np.asarray(x).tobytes())
+
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    name = jax.tree_util.keystr
+    return {name(path, simple=True, separator="/"): crc(x) for path, x in leaves}
+
+
+def _json_sums(config: dict, tokenizer: dict) -> dict[str, int]:
+    records = {"config": config, "tokenizer": tokenizer}
+    text = {k: json.dumps(v, sort_keys=True) for k, v in records.items()}
+    return {name: zlib.crc32(value.encode()) for name, value in text.items()}
+
+
+def _compare(workdir: str | Path, step: int, sums: dict, saved: dict) -> None:
+    for name, value in sums.items():
+        if saved.get(name) != value:
+            raise _damaged(workdir, step, f"{name} has another checksum")
+
+
+def _damaged(workdir: str | Path, step: int, reason: str) -> UserError:
+    return UserError(
+        f"{folder(workdir) / str(step)}: damaged or not of this model ({reason}); "
+        "use another step, or move this one away to fall back on the one before"
+    )
 
 
 def _read(workdir: str | Path, step: int, **parts: Any) -> Any:
     """One read-only restore; whatever is wrong with the files is one line."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    _quiet()
     options = ocp.CheckpointManagerOptions(read_only=True)
+    silent = contextlib.redirect_stderr(io.StringIO())  # from its reading threads
     try:
-        with ocp.CheckpointManager(folder(workdir), options=options) as reader:
+        with silent, ocp.CheckpointManager(folder(workdir), options=options) as reader:
             return reader.restore(step, args=ocp.args.Composite(**parts))
     except Exception as error:  # Orbax raises many kinds for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"{folder(workdir) / str(step)}: damaged or not of this model ({reason}); "
-            "use another step, or move this one away to fall back on the one before"
-        ) from error
+        raise _damaged(workdir, step, reason) from error
 
 
-def claim(workdir: str | Path, config: dict, *, write: bool = True) -> None:
-    """Makes the run directory this config's, or refuses it with the reason.
-
-    <workdir>/config.json is the run's identity. Intervals may change, sampling
-    settings too, and train.total_steps may grow where the learning rate is constant.
-    write: False on all hosts but the first.
-    """
-    path = Path(workdir) / "config.json"
-    if not write:
-        return
+def claim(workdir: str | Path, config: dict) -> None:
+    """Makes the run directory this config's: <workdir>/config.json is its identity."""
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if steps(workdir):
-                raise UserError(f"{path}: missing beside checkpoints; restore it")
-            _write_json(path, config)
+        _write_json(Path(workdir) / "config.json", config)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: cannot write ({error.strerror}); choose another"
         ) from error
+
+
+def check(workdir: str | Path, config: dict) -> None:
+    """UserError where the run directory is another config's, with the difference.
+
+    Intervals may change, sampling settings too, and train.total_steps may grow where
+    the learning rate is constant.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        if steps(workdir):
+            raise UserError(f"{path}: missing beside checkpoints; restore it")
+        return
     try:
         there = json.loads(path.read_text())
     except ValueError as error:
@@ -153,7 +205,6 @@ def claim(workdir: str | Path, config: dict, *, write: bool = True) -> None:
             f"--workdir {workdir} was begun with {name}={old!r}, not {new!r} "
             f"({len(differing)} differing): take a fresh --workdir or the old value"
         )
-    _write_json(path, config)
 
 
 def _write_json(path: Path, record: dict) -> None:

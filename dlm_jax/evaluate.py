@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import log
 from pathlib import Path
+from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from dlm_jax import data, grammar
+from dlm_jax import data, grammar, parallel
 from dlm_jax.generate import Bundle
 
 SAMPLES = 256
@@ -44,7 +44,7 @@ def language(texts: list[str]) -> Iterator[Row]:
 
 def run(bundle: Bundle, workdir: str) -> dict[str, float]:
     """Draws SAMPLES texts, prints the table and writes evaluation.json."""
-    config = ml_collections.ConfigDict(bundle.config)
+    config: Any = ml_collections.ConfigDict(bundle.config)
     train = data.load_texts(config.data, "train")
     texts = bundle.sample(SAMPLES)
     rows = dict(diversity(texts, train))
@@ -53,7 +53,7 @@ def run(bundle: Bundle, workdir: str) -> dict[str, float]:
     for name, value in rows.items():
         print(f"{name:28s} {value:.4f}")
     print("\n".join(f"  | {text}" for text in texts[:8]))
-    if jax.process_index() == 0:
+    if parallel.hosts()[0] == 0:
         record = {"step": bundle.step, "samples": SAMPLES, **rows}
         record |= {"sample": bundle.config["sample"], "texts": texts}
         path = Path(workdir) / "evaluation.json"

@@ -114,7 +114,12 @@ class Bundle:
         calls. clamp: True, False or the time below which x0_hat is snapped to words.
         """
         given = {
-            "steps": steps, "solver": solver, "eta": eta, "sigma": sigma, "top_p": top_p, "clamp": clamp
+            "steps": steps,
+            "solver": solver,
+            "eta": eta,
+            "sigma": sigma,
+            "top_p": top_p,
+            "clamp": clamp,
         }
         given |= {"rounding": rounding, "trace": trace}
         settings = self._settings(given)
@@ -125,12 +130,10 @@ class Bundle:
         for first in range(0, n, size):
             index = first + np.arange(size)
             parts.append(
-                jax.device_get(self._run(settings, size)(self.ema, key, index))
+                jax.device_get(self._run(settings, size)(key, self.ema, index))
             )
-        latents, ids, traces = (
-            None if parts[0][i] is None else np.concatenate([p[i] for p in parts])[:n]
-            for i in range(3)
-        )
+        latents, ids = (np.concatenate([p[i] for p in parts])[:n] for i in (0, 1))
+        traces = np.concatenate([p[2] for p in parts])[:n] if trace else None
         texts = [self.tokenizer.decode(row) for row in ids]
         return Samples(texts, ids, latents, traces)
 
@@ -158,7 +161,7 @@ class Bundle:
         return self.compiled[name]
 
     def _chain(self, s: Settings) -> Callable:
-        def chain(params: Params, key: jax.Array, index: jax.Array) -> tuple:
+        def chain(key: jax.Array, params: Params, index: jax.Array) -> tuple:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
             denoise = model.bind(params, self.cfg, schedule=self.schedule)

@@ -3,7 +3,9 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import pickle
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import numpy as np
 
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.model import Params
+from dlm_jax.schedule import QUANTILES, SCHEDULES
 from dlm_jax.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.types import PyTree, UserError
 
 HEADS = 12  # bert-base; the published `num_heads` flag is ignored (REFERENCE 1.4)
-LAYER = "input_transformers.layer.{}."
+LAYERS = "input_transformers.layer."
+LAYER = LAYERS + "{}."
 # our name -> the published name, for the linear layers and norms outside the encoder
 OUTSIDE = {
     ("time",): "time_embed.0",
@@ -34,6 +38,20 @@ INSIDE = {
     ("down",): "output.dense",
     ("norm",): "output.LayerNorm",
 }
+# what `training_args.json` must say of a flag it holds; the rest is another model
+READABLE: dict[str, tuple] = {
+    "model_arch": ("transformer",),
+    "training_mode": ("e2e", "e2e-simple"),  # others keep the embedding elsewhere
+    "experiment_mode": ("lm",),
+    "config_name": ("bert-base-uncased",),  # it sets the heads
+    "learn_sigma": (False,),
+    "class_cond": (False,),
+    "rescale_timesteps": (True,),
+    "timestep_respacing": ("",),
+    "noise_schedule": tuple(n for n in SCHEDULES if n not in QUANTILES),
+    "logits_mode": (1, 2),
+    "use_bert_tokenizer": ("no",),
+}
 
 
 def from_reference(
@@ -45,10 +63,11 @@ def from_reference(
     be read off the weights. Raises UserError naming a missing entry.
     """
     read = _reader(weights)
-    layers = 0
-    while LAYER.format(layers) + "output.dense.weight" in weights:
-        layers += 1
-    table = read("word_embedding.weight")
+    layers = len({n.split(".")[2] for n in weights if n.startswith(LAYERS)})
+    # a published file's lm_head.weight is not averaged, its word_embedding.weight is;
+    # load_state_dict fills the tied weight with both, lm_head last, and so it counts
+    tied = "lm_head.weight" in weights
+    table = read("lm_head.weight" if tied else "word_embedding.weight")
     up = read(LAYER.format(0) + "intermediate.dense.weight")
     cfg = DenoiserConfig(
         dim=table.shape[1],
@@ -59,6 +78,7 @@ def from_reference(
         positions=read("position_embeddings.weight").shape[0],
         time_dim=read("time_embed.0.weight").shape[1],
     )
+    _check_widths(cfg, out=read("output_down_proj.2.weight").shape[0])
     tree: PyTree = {"trunk": {"positions": read("position_embeddings.weight")}}
     for path, name in OUTSIDE.items():
         _put(tree, path, _linear(read, name))
@@ -76,13 +96,23 @@ def from_reference(
     return cfg, Params(jnp.asarray(table), jnp.asarray(read("lm_head.bias")), tree)
 
 
+def _check_widths(cfg: DenoiserConfig, *, out: int) -> None:
+    if out != cfg.dim:
+        raise UserError(
+            f"output_down_proj.2.weight: {out} outputs for embeddings of {cfg.dim}; a "
+            "network that learns its variance (learn_sigma) is not read"
+        )
+    if cfg.width % cfg.heads:
+        raise UserError(f"a width of {cfg.width} does not divide by {cfg.heads} heads")
+
+
 def _to_jax(tree: PyTree) -> PyTree:
     if isinstance(tree, dict):
         return {name: _to_jax(value) for name, value in tree.items()}
     return jnp.asarray(tree)
 
 
-def _reader(weights: Mapping[str, Any]):
+def _reader(weights: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
     def read(name: str) -> np.ndarray:
         if name not in weights:
             raise UserError(
@@ -90,7 +120,8 @@ def _reader(weights: Mapping[str, Any]):
                 "dict of the published TransformerNetModel2"
             )
         value = weights[name]
-        value = value.numpy() if hasattr(value, "numpy") else value
+        if hasattr(value, "detach"):  # an average is saved as a Parameter
+            value = value.detach().float().numpy()
         return np.asarray(value, np.float32)
 
     return read
@@ -111,9 +142,8 @@ def _put(tree: PyTree, path: tuple[str, ...], value: Any) -> None:
 
 
 def is_reference(folder: str | Path) -> bool:
-    """Whether a folder is a published checkpoint: `training_args.json` and weights."""
-    path = Path(folder)
-    return (path / "training_args.json").is_file() and any(path.glob("ema_*.pt"))
+    """Whether a folder is a published checkpoint: it holds `training_args.json`."""
+    return (Path(folder) / "training_args.json").is_file()
 
 
 def load_reference(
@@ -125,27 +155,71 @@ def load_reference(
     `vocab.json` and `training_args.json`. Raises UserError, one line.
     """
     path = Path(folder)
-    args = _json(path / "training_args.json")
-    words = _json(path / "vocab.json")
-    files = sorted(path.glob("ema_*.pt"), key=lambda p: int(_digits(p.stem)))
-    cfg, params = from_reference(_torch_weights(files[-1]), heads=HEADS)
+    args = _args(path / "training_args.json")
+    tokenizer = _tokenizer(path / "vocab.json")
+    file = _newest(path)
+    try:
+        cfg, params = from_reference(_torch_weights(file), heads=HEADS)
+        _check_sizes(args, cfg, params, tokenizer)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     cfg = dataclasses.replace(cfg, **_network(args))
-    order = sorted(words, key=words.get)
-    if order[:4] != list(SPECIALS) or sorted(words.values()) != list(range(len(words))):
+    return cfg, params, tokenizer, _config(args)
+
+
+def _args(path: Path) -> dict:
+    """The published flags, refused where they describe another kind of model."""
+    args = _json(path)
+    for name, allowed in READABLE.items():
+        if args.get(name, allowed[0]) not in allowed:
+            can = " or ".join(repr(value) for value in allowed)
+            raise UserError(f"{path}: {name}={args[name]!r} is not read, only {can}")
+    kinds = {"image_size": int, "diffusion_steps": int, "predict_xstart": bool}
+    for name, kind in {**kinds, "noise_schedule": str}.items():
+        if type(args.get(name)) is not kind:
+            raise UserError(
+                f"{path}: {name}={args.get(name)!r} must be of type {kind.__name__}"
+            )
+    return args
+
+
+def _tokenizer(path: Path) -> WordTokenizer:
+    words = _json(path)
+    by_id = {i: word for word, i in words.items() if type(i) is int}
+    order = tuple(by_id[i] for i in range(len(words)) if i in by_id)
+    if order[:4] != SPECIALS or len(order) != len(words):
+        raise UserError(f"{path}: ids must be 0.. with START END UNK PAD first")
+    return WordTokenizer(order[4:])
+
+
+def _newest(folder: Path) -> Path:
+    """The `ema_<rate>_<step>.pt` of the latest step; of its rates, the highest."""
+    named = {
+        p: re.fullmatch(r"ema_(\d*\.?\d+)_(\d+)", p.stem) for p in folder.iterdir()
+    }
+    age = {
+        p: (int(m[2]), float(m[1])) for p, m in named.items() if m and p.suffix == ".pt"
+    }
+    if not age:
+        raise UserError(f"{folder}: no ema_*.pt beside training_args.json; copy one")
+    return max(age, key=lambda p: age[p])
+
+
+def _check_sizes(
+    args: dict, cfg: DenoiserConfig, params: Params, tokenizer: WordTokenizer
+) -> None:
+    words, rows = tokenizer.vocab_size, params.table.shape[0]
+    if words != rows:
+        raise UserError(f"{rows} embeddings for the {words} words of vocab.json")
+    if args["image_size"] ** 2 > cfg.positions:
         raise UserError(
-            f"{path / 'vocab.json'}: ids must be 0.. with START END UNK PAD"
+            f"{cfg.positions} positions for image_size={args['image_size']} squared"
         )
-    return cfg, params, WordTokenizer(tuple(order[4:])), _config(args)
-
-
-def _digits(stem: str) -> str:
-    tail = stem.rsplit("_", 1)[-1]
-    return tail if tail.isdigit() else "0"
 
 
 def _json(path: Path) -> dict:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the folder must hold it") from error
     except ValueError as error:
@@ -157,40 +231,47 @@ def _json(path: Path) -> dict:
 
 def _torch_weights(path: Path) -> Mapping[str, Any]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError(f"{path}: reading it needs torch; pip install torch") from error
+        raise UserError("reading it needs torch; pip install torch") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
+        raise UserError("holds more than weights; it was not unpickled") from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0][:150]
-        raise UserError(f"{path}: not a file of plain weights ({reason})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+        raise UserError(f"damaged or not of torch ({reason})") from error
+    if not isinstance(weights, Mapping):
+        raise UserError(f"holds a {type(weights).__name__}, not a state dict")
+    return weights
 
 
 def _network(args: dict) -> dict:
     """What the published flags say of the network and the weights do not."""
-    predicts = "x0" if args.get("predict_xstart", False) else "eps"
+    predicts = "x0" if args["predict_xstart"] else "eps"
     return {"predicts": predicts, "dropout": float(args.get("dropout", 0.1))}
 
 
 def _config(args: dict) -> dict:
     """A run's config, as far as sampling reads it."""
+    # argmax of -|x - E_v|, the published logits_mode 2, is the nearest embedding
+    distance = args.get("logits_mode", 1) == 2
     return {
-        "data": {"length": int(args.get("image_size", 8)) ** 2},
+        "data": {"length": args["image_size"] ** 2},
         "schedule": {
-            "name": args.get("noise_schedule", "sqrt"),
-            "steps": int(args.get("diffusion_steps", 2000)),
+            "name": args["noise_schedule"],
+            "steps": args["diffusion_steps"],
         },
         "sample": {
             "n": 50,
             "batch": 50,
-            "steps": 200,
+            "steps": min(200, args["diffusion_steps"]),
             "solver": "ddim",
             "eta": 1.0,
             "sigma": "small",
             "top_p": 0.0,
             "clamp": 1.0,
-            "rounding": "logits",
+            "rounding": "nearest" if distance else "logits",
             "seed": 101,
         },
     }

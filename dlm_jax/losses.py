@@ -22,6 +22,7 @@ from dlm_jax.schedule import (
     add_noise,
     clipped_variance,
     expand,
+    need_steps,
     posterior,
 )
 from dlm_jax.types import Array, Ids, Latent, PerExample, PRNGKey, Time, UserError
@@ -65,7 +66,7 @@ class Moments(NamedTuple):
     """The last losses of every time index, for importance sampling of t."""
 
     history: Float[Array, "steps 10"]
-    count: Int[Array, " steps"]
+    filled: Int[Array, " steps"]
 
 
 # --- draws
@@ -135,7 +136,7 @@ def time_probabilities(moments: Moments) -> Float[Array, " steps"]:
     """p_t ~ sqrt(mean loss^2) with a uniform share of 0.001 (loss-second-moment)."""
     p = jnp.sqrt(jnp.mean(moments.history**2, -1))
     steps, total = p.shape[0], jnp.sum(p)
-    warm = jnp.all(moments.count == 10) & (total > 0)
+    warm = jnp.all(moments.filled == 10) & (total > 0)
     p = jnp.where(warm, p / jnp.where(total > 0, total, 1.0), 1.0 / steps)
     return 0.999 * p + 0.001 / steps
 
@@ -152,11 +153,11 @@ def update_moments(moments: Moments, t: PerExample, loss: PerExample) -> Moments
 
     def append(m, pair):
         i, value = pair
-        row, n = m.history[i], m.count[i]
+        row, n = m.history[i], m.filled[i]
         full = n == 10
         row = jnp.where(full, jnp.roll(row, -1), row).at[jnp.minimum(n, 9)].set(value)
         return Moments(
-            m.history.at[i].set(row), m.count.at[i].min(9).at[i].add(1)
+            m.history.at[i].set(row), m.filled.at[i].min(9).at[i].add(1)
         ), None
 
     index = jnp.round(t * moments.history.shape[0]).astype(jnp.int32)
@@ -263,7 +264,8 @@ def _kl_terms(p: _Pass, sigma: str) -> tuple[Array, Array, Array]:
     kl = _kl(true, log_true, mine, log_mine)
     log_zero = 2 * math.log(p.schedule.sigma_0)
     kl_zero = _kl(p.clean, log_zero, mine, log_mine)
-    last = jnp.asarray((p.schedule.steps - 1) / p.schedule.steps)
+    steps = need_steps(p.schedule)
+    last = jnp.asarray((steps - 1) / steps)
     alpha, var = p.schedule.alpha_sigma(last)
     return kl, kl_zero, _kl(alpha * p.x_0, 2 * jnp.log(var), 0.0, 0.0)
 
@@ -271,7 +273,7 @@ def _kl_terms(p: _Pass, sigma: str) -> tuple[Array, Array, Array]:
 def _vlb(p: _Pass, sigma: str = "small") -> Terms:
     """L_vlb e2e in nats per position: T kl_t estimates the sum over t."""
     kl, kl_zero, prior = _kl_terms(p, sigma)
-    steps, d = p.schedule.steps, p.x_t.shape[-1]
+    steps, d = need_steps(p.schedule), p.x_t.shape[-1]
     weight = 1.0 if p.draws.weight is None else p.draws.weight
     diffusion, t0 = (steps * d * weight * part for part in p.split(kl, kl_zero))
     ones = jnp.ones_like(diffusion)
@@ -281,7 +283,7 @@ def _vlb(p: _Pass, sigma: str = "small") -> Terms:
 def _vlb_legacy(p: _Pass, sigma: str = "small") -> Terms:
     """The published E2E_KL in bits per dimension: T multiplies all terms (B10)."""
     kl, kl_zero, prior = _kl_terms(p, sigma)
-    scale = p.schedule.steps / math.log(2)
+    scale = need_steps(p.schedule) / math.log(2)
     diffusion, t0 = (scale * part for part in p.split(kl, kl_zero))
     word = scale * p.rounding() / p.x_t.shape[-1]
     return p.terms(diffusion, t0, word, scale * p.mean(prior))

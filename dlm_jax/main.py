@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: python -m dlm_jax.main --config configs/grammar.py --workdir runs/x."""
 
+import io
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -84,9 +85,10 @@ def main(argv: list[str]) -> None:
         _fail(error)
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: object) -> NoReturn:
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.stderr = io.StringIO()  # threads that still read a damaged file stay silent
     sys.exit(2)
 
 
@@ -94,11 +96,18 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flags; an unknown config key or file is one line, not a traceback."""
     try:
         rest = FLAGS(argv)
-        _ = FLAGS.config  # a missing config file shows only here
+        if FLAGS["verbosity"].using_default_value:
+            FLAGS.verbosity = -1  # warnings; app.run would choose all of JAX's notes
+        if FLAGS.config is not None:
+            FLAGS.config.keys()  # a missing config file shows only here
         return rest
-    except (flags.Error, AttributeError, OSError, KeyError, ValueError, TypeError) as e:
-        _fail(e)
-        raise
+    except (KeyError, AttributeError) as error:
+        inner = error.args[0]  # a KeyError inside an AttributeError keeps its quotes
+        text = inner.args[0] if isinstance(inner, KeyError) else inner
+        _fail(f"--config has no key {text}; configs/default.py holds all keys")
+    except (flags.Error, OSError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines()  # a config's own traceback: its ends
+        _fail(" ".join(dict.fromkeys((lines[0], lines[-1].strip()))))
 
 
 def cli() -> None:

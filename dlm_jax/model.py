@@ -53,18 +53,22 @@ def apply(
     key: PRNGKey | None = None,
 ) -> Array:
     """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on."""
-    vocab = params.table.shape[0]
-    raw = denoiser.apply(params.denoiser, cfg, vocab, x_t, t, x0_prev, key=key)
-    if cfg.output_prior and cfg.predicts == "logits":
-        raw = raw + prior_logits(params.table, x_t, t, _need(schedule, cfg))
-    return raw
+    vocab, alone, start = params.table.shape[0], None, 0.0
+    if cfg.output_prior:
+        start = prior_logits(params.table, x_t, t, _need(schedule, cfg))
+        alone = average(params.table, start)
+    raw = denoiser.apply(
+        params.denoiser, cfg, vocab, x_t, t, x0_prev, alone=alone, key=key
+    )
+    return raw + start if cfg.predicts == "logits" else raw
 
 
 def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logits:
     """log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2) [b l v].
 
     The posterior given one position alone: the network has only the context to add.
-    Source: output prior of Plaid, arXiv:2305.18619.
+    Source: output prior of Plaid, arXiv:2305.18619; as an input, the softmax transform
+    of arXiv:2205.14217 appendix F.
     """
     alpha, sigma = schedule.alpha_sigma(t)
     near = expand(alpha / sigma**2, x_t) * jnp.einsum("bld,vd->blv", x_t, table)
@@ -114,7 +118,7 @@ def bind(
 
     t = index / steps in [0, 1). The schedule is needed unless the network predicts x0.
     """
-    if cfg.predicts != "x0":
+    if cfg.predicts != "x0" or cfg.output_prior:
         _need(schedule, cfg)
 
     def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:

@@ -18,8 +18,18 @@ AXIS = "data"
 
 def start(coordinator: str, processes: int, process: int) -> None:
     """Joins the other hosts, before any device is touched; a no-op for one host."""
-    if processes > 1:
+    if processes == 1:
+        return
+    if not coordinator or not 0 <= process < processes:
+        raise UserError(
+            f"--processes={processes} --process_id={process} "
+            f"--coordinator={coordinator!r}: give host:port of process 0 and a number "
+            "from 0 up to processes"
+        )
+    try:
         jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--coordinator={coordinator}: {error}") from error
 
 
 def hosts() -> tuple[int, int]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from dlm_jax.types import Array, Latent, Time, UserError
 
@@ -136,10 +137,10 @@ VARIANCES: dict[str, Callable[[Any, Any, Schedule], Any]] = {
 def posterior(
     x0_hat: Latent,
     x_t: Latent,
-    t: Time,
+    t: Time | Float[Array, ""],
     schedule: Schedule,
     *,
-    t_next: Time | None = None,
+    t_next: Time | Float[Array, ""] | None = None,
     sigma: str = "small",
 ) -> tuple[Latent, Any]:
     """Mean [b l d] and standard deviation (t's shape) of q(x_next | x_t, x0_hat).
@@ -182,7 +183,9 @@ def _sqrt(t):
 def _cosine(t, shift):
     xp = _numpy(t)
     angle = xp.minimum((t + shift) / (1 + shift) * np.pi / 2, np.pi / 2 - 1e-3)
-    return 2.0 * xp.log(xp.cos(angle))
+    # log cos^2, by the sine where the cosine is near 1
+    near, far = xp.log1p(-(xp.sin(angle) ** 2)), 2.0 * xp.log(xp.cos(angle))
+    return xp.where(angle < np.pi / 4, near, far)
 
 
 def _log_sigmoid(xp, x):

@@ -70,7 +70,10 @@ def init_state(
     """Step 0; table: a fixed start for the embedding [v d]."""
     params = model.init(key, recipe.cfg, vocab, normalize=recipe.normalize)
     if table is not None:
-        params = params._replace(table=jnp.asarray(table))
+        table = (
+            unit_rows(jnp.asarray(table)) if recipe.normalize else jnp.asarray(table)
+        )
+        params = params._replace(table=table)
     opt = recipe.optimizer.init(params)
     moments = ()
     if recipe.times == "importance":
@@ -86,7 +89,7 @@ def make_draws(
     importance = recipe.times == "importance"
     return losses.draw(
         key,
-        (*ids.shape, recipe.cfg.dim),
+        (ids.shape[0], ids.shape[1], recipe.cfg.dim),
         first=first,
         total=recipe.batch,
         times="uniform" if importance else recipe.times,
@@ -101,6 +104,7 @@ def loss_fn(
     ids: Ids,
     draws: losses.Draws,
     recipe: Recipe,
+    *,
     key: PRNGKey | None = None,
 ) -> tuple[Array, losses.Terms]:
     """The batch's mean loss, and its terms; a key turns dropout on."""
@@ -130,17 +134,17 @@ def _gradients(key, state, ids, recipe, first):
         draws = make_draws(k_draw, rows, recipe, start, state.moments)
         k = jax.random.fold_in(k_drop, start) if dropout else None
         value = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, terms), grads = value(state.params, rows, draws, recipe, k)
-        return jax.tree.map(jnp.add, carry, grads), (terms, draws.t)
+        (_, terms), grads = value(state.params, rows, draws, recipe, key=k)
+        return jax.tree.map(jnp.add, carry, grads), (terms, draws.t, draws.weight)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     numbered = (jnp.arange(recipe.accumulate), micro)
     if recipe.accumulate == 1:
-        grads, (terms, t) = one(zeros, jax.tree.map(lambda x: x[0], numbered))
+        grads, seen = one(zeros, jax.tree.map(lambda x: x[0], numbered))
     else:
-        grads, (terms, t) = jax.lax.scan(one, zeros, numbered)
+        grads, seen = jax.lax.scan(one, zeros, numbered)
     grads = jax.tree.map(lambda g: g / recipe.accumulate, grads)
-    return grads, jax.tree.map(lambda x: x.reshape(-1), terms), t.reshape(-1)
+    return grads, jax.tree.map(lambda x: x.reshape(-1), seen)
 
 
 def train_step(
@@ -157,7 +161,7 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     first = 0 if axis is None else jax.lax.axis_index(axis) * ids.shape[0]
-    grads, terms, t = _gradients(key, state, ids, recipe, first)
+    grads, (terms, t, weight) = _gradients(key, state, ids, recipe, first)
     metrics = {"loss": terms.total(), **terms._asdict()}
     del metrics["weight"]
     metrics = jax.tree.map(jnp.mean, metrics)
@@ -167,10 +171,10 @@ def train_step(
     if recipe.frozen:
         grads = grads._replace(table=jnp.zeros_like(grads.table))
     updates, opt = recipe.optimizer.update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params = _constrain(params, state.params, recipe)
+    moved: Any = optax.apply_updates(state.params, updates)
+    params = _constrain(moved, state.params, recipe)
     ema = _constrain(optim.average(state.ema, params, recipe.ema), state.ema, recipe)
-    moments = _remember(state.moments, t, terms, axis)
+    moments = _remember(state.moments, terms, t, weight, axis)
     return TrainState(state.step + 1, params, ema, opt, moments), metrics
 
 
@@ -183,10 +187,12 @@ def _constrain(params: Params, before: Params, recipe: Recipe) -> Params:
     )
 
 
-def _remember(moments, t, terms: losses.Terms, axis):
+def _remember(moments, terms: losses.Terms, t, weight, axis):
+    """The history with these losses, as they are without importance weights."""
     if not isinstance(moments, losses.Moments):
         return moments
-    loss = terms.total() / terms.weight
+    error = (terms.diffusion + terms.t0) * terms.weight / weight  # see losses._vlb
+    loss = error + terms.rounding + terms.prior
     if axis is not None:
         t, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (t, loss))
     return losses.update_moments(moments, t, loss)
@@ -197,6 +203,9 @@ def _remember(moments, t, terms: losses.Terms, axis):
 
 def recipe_of(config: Any) -> Recipe:
     """The static choices of a resolved config; UserError names a wrong key."""
+    for name in ("batch", "total_steps", "log_steps", "keep", "valid_batches"):
+        _positive(f"train.{name}", config.train[name])
+    _positive("optim.accumulate", config.optim.accumulate)
     cfg, noise = network(config), schedule.named(**config.schedule)
     optim.choose("loss.objective", losses.OBJECTIVES, config.loss.objective)
     times = {**losses.TIMES, "importance": None}
@@ -220,6 +229,11 @@ def recipe_of(config: Any) -> Recipe:
         accumulate=config.optim.accumulate,
         **config.loss,
     )
+
+
+def _positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"config.{flag}={value}: set it to 1 or more")
 
 
 def network(config: Any) -> DenoiserConfig:
@@ -292,14 +306,16 @@ class Run:
         self.recipe = recipe_of(config)
         self.host, self.hosts = parallel.hosts()
         self.record = json.loads(config.to_json_best_effort())
+        checkpoint.check(workdir, self.record)
         self.resumed = bool(checkpoint.steps(workdir))
         tokenizer = None
         if self.resumed:
             _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
             tokenizer = from_dict(saved)
         self.corpus = corpus_of(config, tokenizer)
-        checkpoint.claim(workdir, self.record, write=self.host == 0)
         self.state = self._begin()
+        if self.host == 0:
+            checkpoint.claim(workdir, self.record)
         self.valid = Validation(
             self.corpus.valid, self.recipe, config.train.valid_batches
         )
@@ -308,9 +324,13 @@ class Run:
     def _begin(self) -> TrainState:
         vocab, key = self.corpus.tokenizer.vocab_size, jax.random.key(self.config.seed)
         table = data.load_table(self.config.embedding.path, vocab, self.recipe.cfg.dim)
+
+        def init(key: PRNGKey) -> TrainState:
+            return init_state(key, self.recipe, vocab, table)
+
         if not self.resumed:
-            return parallel.place(init_state(key, self.recipe, vocab, table))
-        like = jax.eval_shape(lambda: init_state(key, self.recipe, vocab, table))
+            return parallel.place(jax.jit(init)(key))
+        like = jax.eval_shape(init, key)
         step = checkpoint.latest(self.workdir)
         found = checkpoint.restore(self.workdir, step, parallel.global_like(like))
         return parallel.to_local(found)
@@ -333,7 +353,13 @@ class Run:
         return parallel.shard(rows)
 
     def save(self, writer: Any) -> None:
-        """A checkpoint of the present step."""
+        """A checkpoint of the present step, if its weights are numbers."""
+        weights = jax.tree.leaves((self.state.params, self.state.ema))
+        if not all(np.isfinite(x).all() for x in jax.device_get(weights)):
+            raise UserError(
+                f"weights are not finite at step {int(self.state.step)}: stopped, none "
+                "saved; lower config.optim.lr or set config.optim.clip"
+            )
         tokenizer = self.corpus.tokenizer.to_dict()
         state = parallel.to_global(self.state)
         checkpoint.save(writer, int(self.state.step), state, self.record, tokenizer)
@@ -402,11 +428,13 @@ def _report(task: Run, progress: Progress, step: int, metrics: PyTree) -> None:
     """Checks and records the metrics of `step`, waiting for them."""
     values = {name: float(x) for name, x in jax.device_get(metrics).items()}
     progress.advance(step)
-    if not np.isfinite(values["loss"]):
-        there = checkpoint.steps(task.workdir)
-        raise UserError(
-            f"the loss is {values['loss']} at step {step}: stopped; the last checkpoint "
-            f"is {there[-1] if there else 'none'}; lower optim.lr or set optim.clip"
-        )
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(values[name]):
+            there = checkpoint.steps(task.workdir)
+            raise UserError(
+                f"{name} is {values[name]} at step {step}: stopped; the last checkpoint "
+                f"is {there[-1] if there else 'none'}; lower config.optim.lr or set "
+                "config.optim.clip"
+            )
     if step % task.config.train.log_steps == 0 or step == 1:
         progress.record(step, values, kind="train")

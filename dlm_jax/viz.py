@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a run as PNG files: embedding map, denoising film, loss over t, training."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from dlm_jax import data, grammar, losses, metrics, samplers
+from dlm_jax.tokenizer import END, PAD, SPECIALS, START, WordTokenizer
+from dlm_jax.types import Array, Ids, Table, UserError
+
+Bundle: TypeAlias = Any  # generate.Bundle, which is of this layer
+Points: TypeAlias = Float[np.ndarray, "n 2"]
+
+WORDS = 200  # labels on the map
+FRAMES = 12  # lines of the film
+WRAP = 104  # characters of a line of the film
+TIMES = 25  # points of the loss over t
+ROWS = 64  # held-out sequences for the loss
+FONT = 8.5  # points, of the film; LINE, CHAR: the fixed-width font's; LEFT: margin
+LINE, CHAR, LEFT = 1.5 * FONT, 0.602 * FONT, 62.0
+DARK, PALE, BLUE, RED = "#111111", "#a8a8a8", "#1f5fa8", "#c0392b"
+# of the tags, the most frequent first; dark enough for small letters
+COLOURS = (
+    BLUE, RED, "#1e8449", "#8e44ad", "#d35400", "#00838f", "#9a7d0a", "#ad1457",
+    "#5d6d7e", "#6e2c00", "#283593", "#000000", "#7cb342", "#ef6c9a",
+)  # fmt: skip
+# unit of the diffusion term, by objective
+UNITS: dict[str, str] = {
+    "x0": "squared error of x_0 per coordinate",
+    "mu": "squared error of the mean per coordinate",
+    "eps": "squared error of the noise per coordinate",
+    "vlb": "T x KL, nats per position",
+    "vlb_legacy": "T x KL, bits per dimension",
+    "ce": "cross-entropy, nats per position",
+}
+
+
+def run(bundle: Bundle, workdir: str | Path) -> list[Path]:
+    """Draws every plot that the run allows into <workdir>/plots; their paths.
+
+    Prints the neighbour agreement, and a line for each plot that is left out.
+    """
+    folder = Path(workdir) / "plots"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; choose another") from error
+    held_out = _held_out(bundle)
+    drawn = {
+        "embedding.png": embedding_map(bundle, held_out),
+        "film.png": film(bundle),
+        "loss_over_t.png": loss_plot(bundle, held_out),
+        "training.png": training(Path(workdir) / "metrics.jsonl"),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=130, facecolor="white")
+            paths.append(folder / name)
+    return paths
+
+
+def _held_out(bundle: Bundle) -> Ids | None:
+    """The validation sequences; None, with a line that says why, without the data."""
+    cfg: Any = ml_collections.ConfigDict(bundle.config["data"])
+    if "source" not in cfg:
+        print("no loss over t: this checkpoint does not name its data")
+        return None
+    try:
+        texts = data.load_texts(cfg, "valid")
+        layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
+        return data.encode(texts, bundle.tokenizer, **layout)
+    except UserError as error:
+        print(f"no loss over t: {error}")
+        return None
+
+
+def _axes(figure: Figure, xlabel: str, ylabel: str) -> Any:
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _printable(word: str) -> str:
+    return word.replace("\n", "\u21b5").replace("\t", "\u21e5")
+
+
+# --- the embedding table
+
+
+def directions(table: Table) -> Float[np.ndarray, "v d"]:
+    """Rows of norm 1: words are compared by angle."""
+    rows = np.asarray(table, np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def neighbour_agreement(table: Table, tags: Sequence[str]) -> float:
+    """The share of words whose nearest other word, by angle, has the same tag."""
+    rows = directions(table)
+    near = rows @ rows.T
+    np.fill_diagonal(near, -np.inf)
+    named = np.asarray(tags)
+    return float(np.mean(named[np.argmax(near, -1)] == named))
+
+
+def chance_agreement(tags: Sequence[str]) -> float:
+    """What `neighbour_agreement` expects where the table knows nothing of the tags."""
+    n = len(tags)
+    return sum(k * (k - 1) for k in Counter(tags).values()) / (n * (n - 1))
+
+
+def principal(rows: Float[np.ndarray, "v d"]) -> tuple[Float[np.ndarray, "v 2"], float]:
+    """The first two principal components, and the share of variance they hold."""
+    u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    power = s**2 / max(float(np.sum(s**2)), 1e-12)
+    return u[:, :2] * s[:2], float(np.sum(power[:2]))
+
+
+def _chosen(bundle: Bundle, held_out: Ids | None) -> tuple[list[int], list[str] | None]:
+    """(ids of the words shown, their tags): of the grammar, tagged; else the frequent."""
+    tokens = bundle.tokenizer.tokens()
+    known = grammar.word_tags()
+    if bundle.config["data"].get("source") == "grammar":
+        ids = [i for i, token in enumerate(tokens) if token in known]
+        if len(ids) > 2:
+            return ids, [known[tokens[i]] for i in ids]
+    order = np.arange(len(tokens))
+    if held_out is not None:
+        counts = np.bincount(np.ravel(held_out), minlength=len(tokens))
+        order = np.argsort(-counts, kind="stable")
+    return [int(i) for i in order if i >= len(SPECIALS)][:WORDS], None
+
+
+def embedding_map(bundle: Bundle, held_out: Ids | None) -> Figure:
+    """Words at the first two principal components of their directions, by tag."""
+    ids, tags = _chosen(bundle, held_out)
+    table, tokens = np.asarray(bundle.ema.table)[ids], bundle.tokenizer.tokens()
+    points, share = principal(directions(table))
+    title = (
+        f"{len(ids)} word embeddings, two components of PCA ({share:.0%} of variance)"
+    )
+    if tags is not None:
+        agreement, chance = neighbour_agreement(table, tags), chance_agreement(tags)
+        line = (
+            f"nearest word of the same part of speech: {agreement:.0%} "
+            f"(by chance {chance:.0%})"
+        )
+        print(line)
+        title += "\n" + line
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11)
+    axes.set_axis_off()
+    _words(axes, points, [_printable(tokens[i]) for i in ids], tags)
+    return figure
+
+
+def _words(axes: Any, points: Points, words: list[str], tags: list[str] | None) -> None:
+    """A dot and a label for each word; labels move apart, and the legend names tags."""
+    size = np.array([800.0, 590.0])  # of the axes in points, so that labels have a size
+    span = np.ptp(points, 0)
+    dots = (points - points.min(0)) / np.where(span > 0, span, 1.0) * size
+    boxes = np.array([[0.6 * 7.5 * len(word) + 4, 9.5] for word in words])
+    labels = spread(dots + np.array([0.0, 6.0]), boxes)
+    names = tags or [""] * len(words)
+    kinds = [tag for tag, _ in Counter(names).most_common()]
+    colours = {tag: COLOURS[i % len(COLOURS)] for i, tag in enumerate(kinds)}
+    for tag in kinds:
+        mine = np.array([name == tag for name in names])
+        x, y = dots[mine].T
+        axes.scatter(x, y, s=7, color=colours[tag], label=f"{tag} ({mine.sum()})")
+    for word, name, dot, label in zip(words, names, dots, labels, strict=True):
+        colour = colours[name]
+        axes.plot(*zip(dot, label, strict=True), color=colour, lw=0.4, alpha=0.5)
+        style = {"color": colour, "fontsize": 7.5, "parse_math": False}
+        axes.text(*label, word, ha="center", va="center", **style)
+    if tags is not None:
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes.legend(frameon=False, markerscale=2.5, **place)
+
+
+def spread(centres: Points, boxes: Points) -> Points:
+    """Centres moved so that boxes [width, height] overlap little: 200 rounds of pushes.
+
+    Every overlapping pair parts along the axis on which it overlaps less.
+    """
+    centres, reach = centres.copy(), 0.5 * (boxes[:, None] + boxes[None])
+    order = np.sign(np.arange(len(boxes))[:, None] - np.arange(len(boxes)))
+    for _ in range(200):
+        apart = centres[:, None] - centres[None]
+        overlap = np.maximum(reach - np.abs(apart), 0.0)
+        overlap *= np.min(overlap, -1, keepdims=True) > 0
+        overlap[np.eye(len(boxes), dtype=bool)] = 0.0
+        least = np.argmin(overlap, -1)[..., None] == np.arange(2)
+        way = np.where(apart == 0, order[..., None], np.sign(apart))
+        centres += np.sum(0.25 * overlap * least * way, 1)
+    return centres
+
+
+# --- the film
+
+
+class Frame(NamedTuple):
+    """A moment: its time, the words x0_hat rounds to, which of them are final."""
+
+    t: float
+    words: list[str]
+    final: list[bool]
+
+
+def frames(bundle: Bundle, *, seed: int | None = None) -> list[Frame]:
+    """FRAMES moments of one sample, from noise to text; the last is the text."""
+    trace = np.asarray(bundle.draw(1, seed=seed, trace=True).trace)[0]
+    steps = len(trace)
+    grid = samplers.grid(steps)
+    if bundle.schedule.steps is None:  # as generate.time_grid
+        grid = samplers.grid(steps, start=1.0, stop=1.0 / steps)
+    picked = np.unique(np.round(np.linspace(0, steps - 1, FRAMES)).astype(int))
+    return [_frame(bundle, grid.now[i], trace[i], trace[-1]) for i in picked]
+
+
+def _frame(bundle: Bundle, t: float, ids: Array, last: Array) -> Frame:
+    """Words before the first END, without START and PAD, each with its own space."""
+    ends = np.flatnonzero(ids == END)
+    stop = int(ends[0]) if len(ends) else len(ids)
+    kept = [i for i in range(stop) if ids[i] not in (START, PAD)]
+    tokens = bundle.tokenizer.tokens()
+    words = [tokens[ids[i]] for i in kept]
+    if isinstance(bundle.tokenizer, WordTokenizer):
+        words = [" " + word for word in words]
+    words = [word.replace("\u2581", " ") for word in words]
+    return Frame(float(t), words, [bool(ids[i] == last[i]) for i in kept])
+
+
+def film(bundle: Bundle) -> Figure:
+    """The text at FRAMES moments, a paragraph each; words that stay are dark."""
+    shown = frames(bundle)
+    placed = [_wrap(frame.words) for frame in shown]
+    heights = [(max((row for row, _ in at), default=0) + 1.7) * LINE for at in placed]
+    ends = [
+        column + len(word)
+        for frame, at in zip(shown, placed, strict=True)
+        for word, (_, column) in zip(frame.words, at, strict=True)
+    ]
+    width, height = LEFT + CHAR * max([*ends, 60]) + 20, sum(heights) + 52
+    figure = Figure(figsize=(width / 72, height / 72))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    title = "What the estimate of x_0 rounds to, from noise to text"
+    axes.text(14, 20, title, fontsize=11, color=DARK)
+    note = "dark: the word of the final text stands there already"
+    axes.text(14, 34, note, fontsize=FONT, color=PALE)
+    top = 58.0
+    for frame, at, tall in zip(shown, placed, heights, strict=True):
+        _paragraph(axes, frame, at, top)
+        top += tall
+    return figure
+
+
+def _paragraph(axes: Any, frame: Frame, at: list[tuple[int, int]], top: float) -> None:
+    style = {"fontsize": FONT, "family": "monospace", "parse_math": False}
+    axes.text(14, top, f"t {frame.t:5.3f}", color=BLUE, **style)
+    if not at:
+        axes.text(LEFT, top, "(no words)", color=PALE, **style)
+    words = zip(frame.words, frame.final, at, strict=True)
+    for word, final, (row, column) in words:
+        x, y = LEFT + column * CHAR, top + row * LINE
+        axes.text(x, y, _printable(word), color=DARK if final else PALE, **style)
+
+
+def _wrap(words: list[str]) -> list[tuple[int, int]]:
+    """The (row, column) of each word in lines of WRAP characters."""
+    row, column, at = 0, 0, []
+    for word in words:
+        if column and column + len(word) > WRAP:
+            row, column = row + 1, 0
+        at.append((row, column))
+        column += len(word)
+    return at
+
+
+# --- the loss over t, and over training
+
+
+class Curve(NamedTuple):
+    """The diffusion term at each time: mean over sequences, and its standard error."""
+
+    t: Float[np.ndarray, " n"]
+    mean: Float[np.ndarray, " n"]
+    error: Float[np.ndarray, " n"]
+
+
+def times(steps: int | None) -> Float[np.ndarray, " n"]:
+    """Times across [0, 1]; indices 1 .. T - 1 of a table, whose index 0 is the t0 term."""
+    if steps is None:
+        return np.linspace(0, 1, TIMES)
+    return np.unique(np.round(np.linspace(1, steps - 1, TIMES))) / steps
+
+
+def loss_curve(bundle: Bundle, ids: Ids, *, feed: bool = False) -> Curve:
+    """The diffusion term of the run's objective, the same noise at all times.
+
+    feed: the first estimate is fed back (self-conditioning); else it is zero.
+    """
+    config = bundle.config
+
+    @jax.jit
+    def at(params, ids, t):
+        k_0, k_t = jax.random.split(jax.random.key(0))
+        shape, rows = (*ids.shape, bundle.cfg.dim), ids.shape[:1]
+        eps_0, eps_t = (jax.random.normal(k, shape) for k in (k_0, k_t))
+        fed = jnp.full(rows, float(feed))
+        draws = losses.Draws(jnp.full(rows, t), eps_0, eps_t, self_cond=fed)
+        return losses.end_to_end(
+            params,
+            ids,
+            draws,
+            cfg=bundle.cfg,
+            schedule=bundle.schedule,
+            objective=config["loss"]["objective"],
+            mask_pad=config["loss"]["mask_pad"],
+            normalize=config["embedding"]["normalize"],
+        ).diffusion
+
+    t = times(bundle.schedule.steps)
+    values = np.stack([np.asarray(at(bundle.ema, ids, now)) for now in t])
+    error = np.std(values, -1, ddof=1) / np.sqrt(values.shape[-1])
+    return Curve(t, np.mean(values, -1), error)
+
+
+def loss_plot(bundle: Bundle, held_out: Ids | None) -> Figure | None:
+    """The loss over t with a band of one standard error; None without the data."""
+    if held_out is None or len(held_out) < 2:
+        return None
+    ids, objective = held_out[:ROWS], bundle.config["loss"]["objective"]
+    kinds = {"": False}
+    if bundle.cfg.self_cond:
+        kinds = {"first estimate zero": False, "first estimate fed back": True}
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = _axes(figure, "t (0: text, 1: noise)", UNITS[objective])
+    for (label, feed), colour in zip(kinds.items(), (BLUE, RED), strict=False):
+        t, mean, error = loss_curve(bundle, ids, feed=feed)
+        axes.fill_between(t, mean - error, mean + error, color=colour, alpha=0.25, lw=0)
+        axes.plot(t, mean, color=colour, marker="o", ms=3, lw=1.2, label=label)
+    if bundle.cfg.self_cond:
+        axes.legend(frameon=False)
+    if objective.startswith("vlb"):
+        axes.set_yscale("log")
+    title = f"Diffusion term ({objective}) on {len(ids)} held-out sequences"
+    axes.set_title(f"{title}; band: one standard error", fontsize=11)
+    return figure
+
+
+def training(path: Path) -> Figure | None:
+    """Training and validation loss over steps, from metrics.jsonl; None without it."""
+    if not path.is_file():
+        return None
+    try:
+        read = {kind: metrics.read(path, kind) for kind in ("train", "valid")}
+    except (ValueError, KeyError) as error:
+        print(f"no plot of training: {path} is damaged ({error})")
+        return None
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = _axes(figure, "step", "loss")
+    styles = {"train": {"color": BLUE, "lw": 1}, "valid": {"color": RED, "marker": "o"}}
+    for kind, rows in read.items():
+        pairs = [(row["step"], row["loss"]) for row in rows]
+        axes.plot(*zip(*pairs, strict=True), label=kind, ms=4, **styles[kind])
+    values = [row["loss"] for rows in read.values() for row in rows]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.set_title("Training", fontsize=11)
+    axes.legend(frameon=False)
+    return figure

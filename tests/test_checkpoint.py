@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: a resumed run has the same bits, and nothing is lost or overwritten."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dlm_jax
+from configs import smoke
+from dlm_jax import checkpoint, train
+from dlm_jax.types import UserError
+
+ROOT = Path(__file__).parent.parent
+STEPS = 300
+NEVER = 10 * STEPS
+TINY = {
+    "data.source": "text",
+    "data.length": 8,
+    "data.valid_fraction": 0.25,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.ff": 32,
+    "model.positions": 8,
+    "model.self_cond": False,
+    "model.dropout": 0.1,
+    "loss.self_cond": 0.0,
+    "train.batch": 8,
+    "train.total_steps": STEPS,
+    "train.ckpt_steps": NEVER,
+    "train.log_steps": 100,
+    "train.valid_steps": NEVER,
+    "train.sample_steps": NEVER,
+    "sample.steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file of 32 short texts."""
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("".join(f"word{i % 5} is not word{i % 3}\n" for i in range(32)))
+    return str(path)
+
+
+def _config(texts, **changes):
+    config = smoke.get_config()
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict({**TINY, "data.path": texts, **dotted})
+    return config
+
+
+def _saved(texts, workdir, steps=(0,), keep=2, **changes):
+    """A run directory with the start's state under each of `steps`."""
+    run = train.Run(_config(texts, train__keep=keep, **changes), str(workdir))
+    writer = checkpoint.manager(workdir, keep=keep)
+    for step in steps:
+        run.state = run.state._replace(step=run.state.step * 0 + step)
+        run.save(writer)
+    writer.close()
+    return run
+
+
+@pytest.fixture(scope="module")
+def start(texts, tmp_path_factory):
+    """A run directory with steps 1 and 2; tests copy it before they harm it."""
+    workdir = tmp_path_factory.mktemp("start") / "run"
+    _saved(texts, workdir, (1, 2))
+    return workdir
+
+
+def _same_bits(a, b):
+    paths = jax.tree_util.tree_leaves_with_path(a)
+    for (path, x), y in zip(paths, jax.tree.leaves(b), strict=True):
+        assert np.array_equal(x, y), jax.tree_util.keystr(path)
+
+
+def _digest(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
+
+
+def _fails(says, call, *args):
+    with pytest.raises(UserError, match=says) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- resuming
+
+
+def _command(texts, workdir, **changes):
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    settings = {**TINY, "data.path": texts, **dotted}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    main = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
+    return [*main, *flags, "--workdir", str(workdir)]
+
+
+def _kill_after_first_checkpoint(command, workdir):
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not checkpoint.steps(workdir) and time.monotonic() < deadline:
+                assert process.poll() is None, "ended before it saved anything"
+                time.sleep(0.005)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
+    """Dropout, shuffling, EMA and optimiser all follow from the step alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = _command(texts, killed, train__ckpt_steps=5, train__keep=100)
+    _kill_after_first_checkpoint(command, killed)
+    reached = checkpoint.latest(killed)
+    assert reached < STEPS
+    unfinished = checkpoint.folder(killed) / f"{STEPS - 1}.orbax-checkpoint-tmp"
+    (unfinished / "state").mkdir(parents=True)
+    config = _config(texts)
+    train.run(config, str(killed))
+    assert f"from step {reached}" in capsys.readouterr().out
+    train.run(config, str(whole))
+    assert checkpoint.latest(killed) == checkpoint.latest(whole) == STEPS
+    states = [train.Run(config, str(w)).state for w in (whole, killed)]
+    assert not np.array_equal(states[0].params.table, states[0].ema.table)
+    _same_bits(*states)
+
+
+def test_finished_run_says_so(texts, tmp_path, capsys):
+    _saved(texts, tmp_path, (STEPS,))
+    before = _digest(tmp_path)
+    train.run(_config(texts), str(tmp_path))
+    assert "finished already" in capsys.readouterr().out
+    assert _digest(tmp_path) == before
+
+
+def test_unfinished_save_is_ignored(texts, start, tmp_path):
+    workdir = shutil.copytree(start, tmp_path / "run")
+    done = checkpoint.folder(workdir) / "2"
+    shutil.copytree(done, done.with_name("9.orbax-checkpoint-tmp"))
+    assert checkpoint.steps(workdir) == [1, 2]
+    assert int(train.Run(_config(texts), str(workdir)).state.step) == 2
+    assert dlm_jax.load(workdir).step == 2
+
+
+def test_restores_under_another_number_of_devices(start):
+    """The bytes that three devices read are those that one device saved."""
+    program = (
+        "import sys, dlm_jax, numpy as np, jax\n"
+        "assert jax.device_count() == 3\n"
+        "ema = dlm_jax.load(sys.argv[1]).ema\n"
+        "assert len(ema.table.sharding.device_set) == 3\n"
+        "print(sum(float(np.abs(x).sum()) for x in jax.tree.leaves(ema)))"
+    )
+    command = [sys.executable, "-c", program, str(start)]
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "3"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    mine = jax.tree.leaves(dlm_jax.load(start).ema)
+    assert float(done.stdout) == sum(float(np.abs(x).sum()) for x in mine)
+
+
+# --- the directory
+
+
+def test_layout(texts, start):
+    folders = checkpoint.folder(start)
+    assert folders == start / "checkpoints"
+    assert {p.name for p in folders.iterdir()} == {"1", "2"}
+    config, tokenizer = checkpoint.read_json(start, 2)
+    assert config == json.loads((start / "config.json").read_text())
+    assert config["train"]["total_steps"] == STEPS
+    assert tokenizer["kind"] == "word"
+    for name in ("config", "tokenizer"):
+        json.loads((folders / "2" / name / "metadata").read_text())
+
+
+def test_keeps_the_newest(texts, tmp_path):
+    _saved(texts, tmp_path, (1, 2, 3, 4, 5), keep=3)
+    assert checkpoint.steps(tmp_path) == [3, 4, 5]
+
+
+def test_no_save_over_a_newer_step(texts, start, tmp_path):
+    """Orbax itself would return False and say nothing."""
+    workdir = shutil.copytree(start, tmp_path / "run")
+    run = train.Run(_config(texts), str(workdir))
+    run.state = run.state._replace(step=run.state.step - 1)
+    writer = checkpoint.manager(workdir, keep=2)
+    _fails("step 1 was not saved", run.save, writer)
+    writer.close()
+
+
+def test_unwritable_workdir(texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file" / "x"
+    _fails("cannot write", train.run, _config(texts), str(workdir))
+
+
+# --- damage
+
+
+def _read_by_restore(workdir):
+    """The files of the newest step that hold what a restore reads."""
+    step = checkpoint.folder(workdir) / str(checkpoint.latest(workdir))
+    data = [p for p in (step / "state").rglob("*") if p.is_file()]
+    biggest = max(data, key=lambda p: p.stat().st_size if p.parent.name == "d" else 0)
+    fixed = "state/_METADATA", "state/manifest.ocdbt", "config/metadata"
+    return [biggest, *(step / f for f in (*fixed, "tokenizer/metadata"))]
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    path.write_bytes(content)
+
+
+# Orbax's reading threads complain after the fact, to nobody
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("harm", [_truncate, _flip, Path.unlink])
+def test_damaged_checkpoint_is_one_line(harm, texts, start, tmp_path):
+    """It names the step, and leaves all files as they are."""
+    for number in range(5):
+        workdir = shutil.copytree(start, tmp_path / str(number))
+        path = _read_by_restore(workdir)[number]
+        harm(path)
+        before = _digest(workdir)
+        for call in (dlm_jax.load, lambda w: train.run(_config(texts), str(w))):
+            line = _fails("checkpoints/2: damaged", call, workdir)
+            assert "the one before" in line
+        assert _digest(workdir) == before, path
+    shutil.rmtree(checkpoint.folder(workdir) / "2")
+    assert dlm_jax.load(workdir).step == 1
+
+
+# --- another config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim__lr": 0.5},
+        {"model__ff": 64},
+        {"seed": 7},
+        {"data__length": 4},  # too short for the texts: the difference is said first
+        {"train__total_steps": STEPS + 1},  # the cosine would bend
+    ],
+)
+def test_another_config_is_refused(change, texts, start, tmp_path):
+    workdir = shutil.copytree(start, tmp_path / "run")
+    before = _digest(workdir)
+    ((name, new),) = change.items()
+    name = name.replace("__", ".")
+    old = _config(texts)
+    for part in name.split("."):
+        old = old[part]
+    line = _fails("was begun with", train.run, _config(texts, **change), str(workdir))
+    assert f"config.{name}={old!r}, not {new!r}" in line
+    assert _digest(workdir) == before
+
+
+def test_intervals_and_sampling_may_change(texts, start):
+    record = json.loads((start / "config.json").read_text())
+    changes = {f"train__{n}": 3 for n in ("ckpt_steps", "log_steps", "sample_steps")}
+    changed = _config(texts, **changes, sample__n=2, train__valid_steps=1)
+    assert checkpoint.flatten(record)["train.ckpt_steps"] == NEVER
+    checkpoint.check(start, json.loads(changed.to_json_best_effort()))
+
+
+def test_total_steps_grow_only_at_a_constant_rate(texts, tmp_path):
+    def check(steps):
+        config = _config(texts, optim__decay="constant", train__total_steps=steps)
+        record = json.loads(config.to_json_best_effort())
+        checkpoint.check(tmp_path, record)
+        return record
+
+    checkpoint.claim(tmp_path, check(STEPS))
+    check(STEPS + 1)
+    _fails("total_steps", check, STEPS - 1)

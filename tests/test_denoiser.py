@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Denoiser: what its two trunks promise about time, dropout, precision and the start."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_jax import denoiser
+from dlm_jax.denoiser import DenoiserConfig
+
+TINY = DenoiserConfig(
+    dim=4, width=16, layers=1, heads=2, ff=32, positions=8, time_dim=8, self_cond=True
+)
+start = jax.jit(denoiser.init, static_argnums=(1, 2))
+TRUNKS = {trunk: dataclasses.replace(TINY, trunk=trunk) for trunk in denoiser.BLOCKS}
+
+
+@pytest.fixture(scope="module", params=TRUNKS)
+def cfg(request):
+    return TRUNKS[request.param]
+
+
+@functools.cache
+def weights(cfg):
+    """Not the start: adaln's gates are zero there and would hide the layers."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: denoiser.init(key, cfg, 11), jax.random.key(0))
+    return jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype("f"), shapes)
+
+
+@functools.cache
+def compiled(cfg):
+    return jax.jit(
+        lambda params, *x, key=None: denoiser.apply(params, cfg, 11, *x, key=key)
+    )
+
+
+def run(cfg, *inputs, key=None):
+    return np.asarray(compiled(cfg)(weights(cfg), *inputs, key=key))
+
+
+def inputs(seed=1):
+    """x_t and x0_prev [b l d], t [b]."""
+    x_t, x0_prev = jax.random.normal(jax.random.key(seed), (2, 3, 6, 4))
+    return x_t, jnp.array([0.0, 0.3, 0.9]), x0_prev
+
+
+def test_time_features():
+    """Cosines first, of 1000 t at frequencies 1 to 1e-4 (excluded)."""
+    t = np.array([0.0, 0.0125, 0.9995])
+    angle = 1000 * t[:, None] * 1e4 ** (-np.arange(4) / 4)
+    want = np.concatenate([np.cos(angle), np.sin(angle)], -1)
+    # float32 angles reach 1000: their sines are good to 1000 * 2^-24
+    np.testing.assert_allclose(denoiser.time_features(t, 8), want, atol=1e-4)
+
+
+def test_time_per_token(cfg):
+    """t [b l] with equal rows is t [b]; with unequal ones it is not."""
+    x_t, t, x0_prev = inputs()
+    rows = jnp.tile(t[:, None], 6)
+    one, many = run(cfg, x_t, t, x0_prev), run(cfg, x_t, rows, x0_prev)
+    np.testing.assert_allclose(many, one, atol=1e-6)
+    other = run(cfg, x_t, rows.at[0, 0].set(0.8), x0_prev)
+    assert np.abs(other[0] - one[0]).max() > 1e-3
+    np.testing.assert_allclose(other[1:], one[1:], atol=1e-6)
+
+
+def test_examples_do_not_meet(cfg):
+    """Permuting the batch permutes the output."""
+    order = np.array([2, 0, 1])
+    want = run(cfg, *inputs())[order]
+    found = run(cfg, *(x[order] for x in inputs()))
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_positions_meet_and_matter(cfg):
+    """Attention reaches every position, and order is seen."""
+    x_t, t, x0_prev = inputs()
+    before = run(cfg, x_t, t, x0_prev)
+    after = run(cfg, x_t.at[:, 5].add(1.0), t, x0_prev)
+    assert np.all(np.abs(after - before).max(-1) > 1e-6)
+    turned = run(cfg, x_t[:, ::-1], t, x0_prev[:, ::-1])[:, ::-1]
+    assert np.abs(turned - before).max() > 1e-2
+
+
+def test_every_input_counts(cfg):
+    x_t, t, x0_prev = inputs()
+    before = run(cfg, x_t, t, x0_prev)
+    for change in (
+        (x_t + 1, t, x0_prev),
+        (x_t, t + 0.05, x0_prev),
+        (x_t, t, x0_prev + 1),
+    ):
+        assert np.abs(run(cfg, *change) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+def test_dropout_needs_a_key(cfg, rate):
+    """No key: the rates do not matter. A key: each does, and the key decides."""
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, rate: 0.5}
+    one, x = dataclasses.replace(cfg, **rates), inputs()
+    k_1, k_2 = jax.random.split(jax.random.key(2))
+    dropped = run(one, *x, key=k_1)
+    assert np.abs(dropped - run(cfg, *x)).max() > 1e-3
+    assert np.abs(dropped - run(one, *x, key=k_2)).max() > 1e-3
+    np.testing.assert_array_equal(dropped, run(one, *x, key=k_1))
+    traces = [
+        jax.make_jaxpr(functools.partial(denoiser.apply, weights(cfg), c, 11))(*x)
+        for c in (cfg, one)
+    ]
+    assert str(traces[0]) == str(traces[1])
+
+
+def test_bfloat16_trunk(cfg):
+    """bfloat16 keeps 8 bits: about 0.4% a rounding, some ten of them in a row."""
+    half = dataclasses.replace(cfg, dtype="bfloat16")
+    want, found = run(cfg, *inputs()), run(half, *inputs())
+    assert found.dtype == np.float32
+    error = np.sqrt(np.mean((found - want) ** 2) / np.mean(want**2))
+    assert 1e-4 < error < 0.03  # rounded, and by no more than that
+    shapes = jax.eval_shape(lambda key: denoiser.init(key, half, 11), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_output_width(cfg):
+    words = dataclasses.replace(cfg, predicts="logits", layers=1)
+    shape = jax.eval_shape(lambda k: denoiser.init(k, words, 11), jax.random.key(0))
+    assert shape["head"]["kernel"].shape == (16, 11)
+    assert weights(cfg)["head"]["kernel"].shape == (16, 4)
+
+
+def leaves_of(tree, path=()):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves_of(value, (*path, name))
+        else:
+            yield (*path, name), np.asarray(value)
+
+
+def check_spread(name, value, sigma, kurtosis):
+    """Mean 0 and deviation sigma, to five standard errors; SE(s) by the kurtosis."""
+    n = value.size
+    assert abs(value.mean()) < 5 * sigma / n**0.5, name
+    assert abs(value.std() - sigma) < 2.5 * sigma * ((kurtosis - 1) / n) ** 0.5, name
+
+
+def test_post_ln_starts_as_published():
+    """REFERENCE 1.4: U(-1/sqrt fan_in, +) everywhere, N(0, 1) positions, norms 1 and 0."""
+    cfg = DenoiserConfig(dim=16, width=64, layers=1, heads=4, ff=256, positions=64)
+    tree = start(jax.random.key(3), cfg, 11)
+    leaves = dict(leaves_of(tree))
+    fans = {path[:-1]: v.shape[0] for path, v in leaves.items() if path[-1] == "kernel"}
+    assert len(fans) == 2 + 3 + 4 + 1
+    for path, value in leaves.items():
+        if path[-1] == "scale":
+            np.testing.assert_array_equal(value, 1)
+        elif path[-1] == "positions":
+            check_spread(path, value, 1.0, 3.0)
+        elif path[:-1] not in fans:
+            np.testing.assert_array_equal(value, 0)
+        else:
+            bound = fans[path[:-1]] ** -0.5
+            assert np.abs(value).max() <= bound, path
+            check_spread(path, value, bound / 3**0.5, 1.8)
+    assert {p for p, v in leaves.items() if np.ptp(v) == 0} == {
+        p for p in leaves if "norm" in p[-2]
+    }
+
+
+def test_adaln_starts_without_its_layers():
+    """All gates are zero: neither the layers' weights nor the time change a thing."""
+    cfg = TRUNKS["adaln"]
+    params = start(jax.random.key(4), cfg, 11)
+    names = [path for path, v in leaves_of(params) if not v.any()]
+    assert {path[:-1] for path in names} == {
+        ("trunk", "layer_0", "modulation"),
+        ("trunk", "modulation"),
+    }
+    (x_t, t, x0_prev), apply = inputs(), compiled(cfg)
+    before = apply(params, x_t, t, x0_prev)
+    np.testing.assert_array_equal(apply(params, x_t, t * 0.5, x0_prev), before)
+    layer = params["trunk"]["layer_0"]
+    for name in ("attention", "up", "down"):
+        layer[name] = jax.tree.map(lambda p: 7 * p + 1, layer[name])
+    np.testing.assert_array_equal(apply(params, x_t, t, x0_prev), before)

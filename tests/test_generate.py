@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundles: text i follows from (seed, i), a setting compiles once, mistakes are named."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import dlm_jax
+from configs import smoke
+from dlm_jax import checkpoint, generate, samplers, train
+from dlm_jax.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.types import UserError
+
+LENGTH, DIM, T = 6, 8, 20
+
+
+def _config(folder):
+    path = folder / "texts.txt"
+    path.write_text("".join(f"w{i % 7} and w{i % 5}\n" for i in range(32)))
+    config = smoke.get_config()
+    config.data.update(source="text", path=str(path), length=LENGTH)
+    config.model.update(layers=1, width=16, ff=16, dim=DIM, positions=LENGTH)
+    config.schedule.update(name="sqrt", steps=T, mean=0.0, scale=0.0)
+    config.sample.update(n=3, batch=4, steps=4)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run's directory with one checkpoint, whose average differs from the weights."""
+    folder = tmp_path_factory.mktemp("generate")
+    run = train.Run(_config(folder), str(folder / "run"))
+    ema = jax.tree.map(lambda x: x + 0.1, run.state.ema)
+    run.state = run.state._replace(step=run.state.step + 7, ema=ema)
+    writer = checkpoint.manager(folder / "run", keep=1)
+    run.save(writer)
+    writer.close()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def bundle(workdir):
+    return dlm_jax.load(workdir)
+
+
+def test_load(workdir, bundle):
+    assert bundle.step == 7
+    assert bundle.length == LENGTH
+    assert bundle.config["train"]["batch"] == 16
+    difference = bundle.ema.table - bundle.params.table
+    np.testing.assert_allclose(difference, 0.1, atol=1e-6)
+    again = dlm_jax.load(str(workdir), step=7)
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (bundle.ema, again.ema))))
+
+
+def test_texts_hold_no_specials(bundle):
+    texts = bundle.sample(9, seed=3)
+    assert len(texts) == 9
+    assert len(set(texts)) > 1
+    words = {word for text in texts for word in text.split()}
+    assert words
+    assert words <= set(bundle.tokenizer.words)
+    assert not words & set(SPECIALS)
+
+
+def test_a_text_depends_on_its_seed_and_number(bundle):
+    """Not on how many are drawn, nor on the batch they are drawn in."""
+    whole = bundle.draw(8, seed=0, batch=8)
+    for n, batch in ((3, 4), (8, 3), (1, 4)):
+        part = bundle.draw(n, seed=0, batch=batch)
+        np.testing.assert_array_equal(part.ids, whole.ids[:n])
+        np.testing.assert_allclose(part.latents, whole.latents[:n], atol=1e-4)
+        assert part.texts == whole.texts[:n]
+    assert len(np.unique(whole.latents[:, 0], axis=0)) == 8
+    assert bundle.sample(8, seed=1, batch=8) != whole.texts
+
+
+def test_samples_from_the_average(bundle):
+    mine = bundle.draw(4, seed=0).latents
+    swapped = dataclasses.replace(bundle, ema=bundle.params, params=bundle.ema)
+    assert not np.allclose(mine, swapped.draw(4, seed=0).latents, atol=1e-3)
+
+
+def test_shapes_and_trace(bundle):
+    plain, filmed = (bundle.draw(3, steps=5, trace=trace) for trace in (False, True))
+    assert plain.ids.shape == (3, LENGTH)
+    assert plain.latents.shape == (3, LENGTH, DIM)
+    assert plain.trace is None
+    assert filmed.trace.shape == (3, 5, LENGTH)
+    np.testing.assert_array_equal(filmed.trace[:, -1], plain.ids)
+
+
+def test_compiles_once_for_each_batch_and_setting(workdir):
+    bundle = dlm_jax.load(workdir)
+
+    def compilations():
+        return sum(run._cache_size() for run in bundle.compiled.values())
+
+    for seed in range(3):
+        bundle.sample(4, seed=seed)
+        bundle.sample(7, seed=seed)  # two batches of four
+    assert compilations() == 1
+    bundle.sample(2)
+    assert compilations() == 2
+    bundle.sample(4, steps=5)
+    assert compilations() == 3
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_every_solver_ends_on_finite_latents(solver, bundle):
+    found = bundle.draw(
+        2, solver=solver, clamp=solver == "marginal", rounding="nearest"
+    )
+    assert np.isfinite(found.latents).all()
+    assert set(samplers.SOLVERS) == set(generate.OPTIONS)
+
+
+def test_clamp_ends_on_word_vectors(bundle):
+    """The last estimate is a row of the table, unless the clamp is off."""
+    table = np.asarray(bundle.ema.table)
+    for clamp, snapped in ((True, True), (0.0, True), (False, False)):
+        found = bundle.draw(2, clamp=clamp, rounding="nearest")
+        assert np.array_equal(found.latents, table[found.ids]) is snapped
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"n": 0}, "n=0"),
+        ({"n": -1}, "n=-1"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": T + 1}, f"steps={T + 1}: this model has {T} at most"),
+        ({"batch": 0}, "batch=0"),
+        ({"solver": "euler"}, "solver='euler': choose one of ancestral"),
+        ({"sigma": "huge"}, "sigma='huge'"),
+        ({"rounding": "up"}, "rounding='up'"),
+    ],
+)
+def test_wrong_settings(settings, says, bundle):
+    with pytest.raises(UserError, match=says) as caught:
+        bundle.sample(**({"n": 2} | settings))
+    assert "\n" not in str(caught.value)
+
+
+# --- loading what cannot be loaded
+
+
+def _fails(says, *args):
+    with pytest.raises(UserError, match=says) as caught:
+        dlm_jax.load(*args)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_of_nothing(tmp_path, workdir):
+    _fails("no checkpoint", tmp_path)
+    _fails("no checkpoint", tmp_path / "none")
+    _fails(r"no step 3; there are \[7\]", workdir, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_of_another_run(tmp_path, workdir, bundle):
+    """Whether it is exchanged in the checkpoint or handed over."""
+    other = WordTokenizer((*bundle.tokenizer.words, "more"))
+    with pytest.raises(UserError, match="not of one checkpoint"):
+        generate.from_parts(bundle.cfg, bundle.params, other, bundle.config)
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    path = checkpoint.folder(copy) / "7" / "tokenizer" / "metadata"
+    path.write_text(json.dumps(other.to_dict()))
+    _fails("checkpoints/7: damaged or not of this model", copy)

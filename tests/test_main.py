@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: a user's mistake is one line on stderr and a status that is not 0."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from configs import smoke
+from dlm_jax import parallel, train
+from dlm_jax.types import UserError
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ("--config", "configs/smoke.py")
+# name: (flags, what the line says, environment); {} is an empty folder
+COMMANDS = {
+    "no workdir": ((*SMOKE,), "--workdir", {}),
+    "no config": (("--workdir", "{}/run"), "--config", {}),
+    "no such config": (
+        ("--config", "configs/none.py", "--workdir", "{}/run"),
+        "configs/none.py",
+        {},
+    ),
+    "no such variant": (
+        ("--config", "configs/smoke.py:large", "--workdir", "{}/run"),
+        "large",
+        {},
+    ),
+    "misspelt key": (
+        (*SMOKE, "--workdir", "{}/run", "--config.optim.warmpu=3"),
+        "no key 'warmpu' Did you mean \"warmup\"",
+        {},
+    ),
+    "unknown key": (
+        (*SMOKE, "--workdir", "{}/run", "--config.model.colour=3"),
+        "no key 'colour'",
+        {},
+    ),
+    "wrong type": (
+        (*SMOKE, "--workdir", "{}/run", "--config.train.batch=many"),
+        "many",
+        {},
+    ),
+    "no such file": (
+        (
+            *(*SMOKE, "--workdir", "{}/run", "--config.data.source=text"),
+            "--config.data.path={}/no.txt",
+        ),
+        "/no.txt does not exist",
+        {},
+    ),
+    "batch and devices": (
+        (*SMOKE, "--workdir", "{}/run"),
+        "config.train.batch=16 is not a multiple of 3",
+        {"JAX_NUM_CPU_DEVICES": "3"},
+    ),
+    "nothing to sample": (
+        ("--mode", "sample", "--workdir", "{}/run"),
+        "no checkpoint",
+        {},
+    ),
+    "no coordinator": (
+        (*SMOKE, "--workdir", "{}/run", "--processes", "2"),
+        "--coordinator",
+        {},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    """Every command's end and folder; two at a time."""
+
+    def run(item):
+        name, (flags, _, env) = item
+        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        flags = [flag.replace("{}", str(folder)) for flag in flags]
+        command = [sys.executable, "-m", "dlm_jax.main", *flags]
+        env = os.environ | env
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )
+        return name, (done, folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, COMMANDS.items()))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_is_one_line(name, endings):
+    done, folder = endings[name]
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert COMMANDS[name][1] in lines[0]
+    assert not done.stdout
+    assert not list(folder.iterdir())  # nothing is begun
+
+
+# --- the same, in this process: what the data and the config may do wrong
+
+
+def _train(tmp_path, content=None, **changes):
+    config = smoke.get_config()
+    if content is not None:
+        (tmp_path / "texts.txt").write_bytes(content)
+        config.data.update(source="text", path=str(tmp_path / "texts.txt"))
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(dotted)
+    train.run(config, str(tmp_path / "run"))
+
+
+MISTAKES = {
+    "empty file": (b"", {}, "holds no text"),
+    "not UTF-8": (b"good\nb\xff\xfed\n" * 9, {}, "line 2 is not UTF-8"),
+    "too long": (b"one two three\n" * 9, {"data__length": 4}, "set length=5"),
+    "source": (None, {"data__source": "web"}, "data.source='web': choose one of"),
+    "objective": (None, {"loss__objective": "l1"}, "loss.objective='l1': choose"),
+    "times": (None, {"loss__times": "all"}, "loss.times='all': choose"),
+    "trunk": (None, {"model__trunk": "unet"}, "model.trunk='unet': choose"),
+    "decay": (None, {"optim__decay": "none"}, "optim.decay='none': choose"),
+    "optimiser": (None, {"optim__name": "sgd"}, "optim.name='sgd': choose"),
+    "schedule": (None, {"schedule__name": "flat"}, "schedule.name='flat': choose"),
+    "heads": (None, {"model__heads": 3}, "heads=3 does not divide"),
+    "positions": (None, {"model__positions": 8}, "positions=8"),
+    "importance": (None, {"loss__times": "importance"}, "schedule.steps > 0"),
+    "feedback": (None, {"model__self_cond": False}, "self_cond"),
+    "batch": (None, {"train__batch": 0}, "train.batch=0"),
+    "logging": (None, {"train__log_steps": 0}, "train.log_steps=0"),
+    "keep": (None, {"train__keep": 0}, "train.keep=0"),
+    "microbatches": (None, {"optim__accumulate": 3}, "batch=16 is not a multiple"),
+    "no microbatch": (None, {"optim__accumulate": 0}, "optim.accumulate=0"),
+    "table": (None, {"embedding__path": "no.npy"}, "embedding.path=no.npy"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_wrong_setting_is_named(name, tmp_path):
+    content, changes, says = MISTAKES[name]
+    with pytest.raises(UserError) as caught:
+        _train(tmp_path, content, **changes)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process"), [("", 2, 0), ("localhost:1", 2, 2)]
+)
+def test_hosts_are_checked(coordinator, processes, process):
+    with pytest.raises(UserError, match="--coordinator"):
+        parallel.start(coordinator, processes, process)

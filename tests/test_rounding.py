@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding: the nearest word, exact and lean at any vocabulary; logits and nll."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from dlm_jax import rounding
+
+BIG = rounding.WHOLE + 100  # scanned in chunks, the last one partly empty
+
+
+def whole_numbers(seed, *shape):
+    """Small integers: float32 products of them are exact, so ties are true ties."""
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+
+
+def distances(table, x):
+    return np.linalg.norm(x[..., None, :].astype(float) - table, axis=-1)
+
+
+def test_big_is_awkward():
+    assert BIG % rounding.CHUNK
+    assert BIG > rounding.WHOLE
+
+
+@pytest.mark.parametrize("vocab", [1, 11, BIG])
+def test_nearest_is_the_closest_word(vocab):
+    """Brute force over all distances; ties, frequent here, go to the lowest id."""
+    table, x = whole_numbers(0, vocab, 4), whole_numbers(1, 3, 5, 4)
+    square = np.round(distances(table, x) ** 2)
+    want = square.argmin(-1)
+    if vocab == BIG:
+        ties = square == square.min(-1, keepdims=True)
+        chunks = np.arange(BIG) // rounding.CHUNK
+        split = [len(set(chunks[tie])) > 1 for tie in ties.reshape(-1, BIG)]
+        assert sum(split) > 5  # ties across chunks do occur
+    np.testing.assert_array_equal(jax.jit(rounding.nearest)(table, x), want)
+
+
+def test_ties_across_chunk_borders():
+    """Copies of one row, the query on it: the first copy wins wherever it lies."""
+    edge = rounding.CHUNK
+    copies = [edge - 1, edge, 3 * edge - 1, 3 * edge, BIG - 1]
+    nearest, x = jax.jit(rounding.nearest), np.full((1, 1, 3), 9.0, np.float32)
+    for first in range(len(copies)):
+        table = whole_numbers(2, BIG, 3)
+        table[copies[first:]] = 9.0
+        assert nearest(table, x).item() == copies[first]
+
+
+def test_nearest_on_gaussians():
+    """Not only on whole numbers: a word's own vector, moved by a little."""
+    rng = np.random.default_rng(3)
+    table = rng.normal(size=(BIG, 16)).astype(np.float32)
+    ids = rng.integers(0, BIG, (4, 8))
+    x = table[ids] + 0.1 * rng.normal(size=(4, 8, 16)).astype(np.float32)
+    np.testing.assert_array_equal(rounding.nearest(table, x), ids)
+
+
+def sizes(jaxpr):
+    """Elements of every value in a jaxpr, the inner ones included."""
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            yield value.aval.size
+        for inner in jaxprs_in_params(equation.params):
+            yield from sizes(inner)
+
+
+def test_chunks_hold_no_score_for_every_word():
+    b, l, d = 16, 32, 8
+    x = jnp.zeros((b, l, d))
+
+    def largest(vocab):
+        table = jnp.zeros((vocab, d))
+        return max(sizes(jax.make_jaxpr(rounding.nearest)(table, x).jaxpr))
+
+    assert largest(rounding.WHOLE) == b * l * rounding.WHOLE  # sizes() sees them
+    assert largest(BIG) <= max(b * l * rounding.CHUNK, BIG * d * 2)
+
+
+@pytest.mark.parametrize("vocab", [11, BIG])
+def test_project_is_idempotent(vocab):
+    table, x = whole_numbers(4, vocab, 3), whole_numbers(5, 2, 4, 3) + 0.25
+    once = rounding.project(table, x)
+    np.testing.assert_array_equal(rounding.project(table, once), once)
+    words = {tuple(row) for row in table.tolist()}
+    assert {tuple(row) for row in np.asarray(once).reshape(-1, 3).tolist()} <= words
+
+
+def test_distance_logits():
+    rng = np.random.default_rng(6)
+    table = rng.normal(size=(7, 3)).astype(np.float32)
+    x = rng.normal(size=(2, 5, 3)).astype(np.float32)
+    # the square's round-off, 1e-6, is 1e-3 under the root only at distance 0
+    np.testing.assert_allclose(
+        rounding.distance_logits(table, x), -distances(table, x), atol=1e-4
+    )
+
+
+def test_distance_logits_on_a_word():
+    """The published root has an infinite slope at zero distance (B16)."""
+    table = whole_numbers(7, 5, 3)
+    x = jnp.asarray(table[None, :2])
+    scores = rounding.distance_logits(table, x)
+    np.testing.assert_array_equal(np.diagonal(scores[0]), 0)
+    for argument in (0, 1):
+        grad = jax.grad(
+            lambda *a: rounding.distance_logits(*a).sum(), argnums=argument
+        )(jnp.asarray(table), x)
+        assert np.isfinite(grad).all()
+
+
+def test_logits():
+    table, x = whole_numbers(8, 6, 3), whole_numbers(9, 2, 4, 3)
+    bias = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(rounding.logits(table, bias, x), x @ table.T + bias)
+
+
+def test_nll():
+    """-log softmax at the word, in nats; equal logits give log v."""
+    rng = np.random.default_rng(10)
+    scores = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    ids = np.array([[0, 4, 2], [1, 1, 3]])
+    probability = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    want = -np.log(np.take_along_axis(probability, ids[..., None], -1)[..., 0])
+    np.testing.assert_allclose(rounding.nll(scores, ids), want, rtol=1e-5)
+    np.testing.assert_allclose(rounding.nll(0 * scores, ids), np.log(5), rtol=1e-6)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers: orders and laws measured where the denoiser and the answer are known.
+
+The toy: x_0 ~ N(MEAN, SPREAD^2). Then E[x_0 | x_t], the probability-flow path and the
+law of an ancestral chain are closed forms.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from scipy import stats
+
+from dlm_jax import samplers, schedule
+from dlm_jax.samplers import State, Times
+
+MEAN, SPREAD = 0.8, 0.5
+CURVE = schedule.named("cosine")
+T200 = schedule.named("sqrt", 200)
+KEY = jax.random.key(0)
+
+
+def posterior_mean(noise):
+    """The toy's denoiser: E[x_0 | x_t] = m + g (x_t - alpha m)."""
+
+    def denoise(x_t, t, x0_prev):
+        alpha, sigma = noise.alpha_sigma(t)
+        gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
+        gain, alpha = (schedule.on(a, x_t) for a in (gain, alpha))
+        return MEAN + gain * (x_t - alpha * MEAN)
+
+    return denoise
+
+
+def true_x_0(x_0):
+    return lambda x_t, t, x0_prev: jnp.broadcast_to(x_0, x_t.shape)
+
+
+def path(now):
+    """Times that end at a positive time: the grid's last lands on clean data."""
+    return Times(np.append(now[:1], now[:-2]), now[:-1], now[1:])
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# --- grids
+
+
+def test_grid():
+    """grid(200) is the published "ddim200" of T = 2000; clean data follows the last."""
+    times = samplers.grid(200)
+    kept = schedule.respace(2000, "ddim200")
+    np.testing.assert_allclose(times.now * 2000, kept[::-1], atol=1e-9)
+    np.testing.assert_array_equal(times.next[:-1], times.now[1:])
+    np.testing.assert_array_equal(times.prev[1:], times.now[:-1])
+    assert times.prev[0] == times.now[0]
+    assert times.next[-1] < 0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
+        samplers.grid_of(kept, 2000),
+        times,
+    )
+
+
+def test_part_of_a_grid():
+    times = samplers.grid(5, start=0.9, stop=0.1)
+    np.testing.assert_allclose(times.now, [0.9, 0.7, 0.5, 0.3, 0.1])
+
+
+# --- orders
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"), [(samplers.ddim, 1), (samplers.dpmpp_2m, 2)]
+)
+def test_order(solver, order):
+    """Halving the step halves DDIM's error and quarters 2M's.
+
+    On the probability-flow path (x_t - alpha m) / sqrt(alpha^2 s^2 + sigma^2) stands
+    still. From t = 0.9 to 0.1, the error is 2^-order a halving up to its next term,
+    a fifth of the first at 10 steps; at 80 steps float32 still leaves 1% of 2M's.
+    """
+    start, stop = 0.9, 0.1
+    (a_0, s_0), (a_1, s_1) = (CURVE.alpha_sigma(np.array(t)) for t in (start, stop))
+    shrink = np.sqrt((a_1**2 * SPREAD**2 + s_1**2) / (a_0**2 * SPREAD**2 + s_0**2))
+    x_T = normal(0, 4, 8, 8)
+    want = a_1 * MEAN + shrink * (x_T - a_0 * MEAN)
+    step = solver(posterior_mean(CURVE), CURVE)
+    errors = []
+    for n in (10, 20, 40, 80):
+        times = path(np.linspace(start, stop, n + 1))
+        state, _ = samplers.sample(KEY, step, x_T, times)
+        errors.append(np.sqrt(np.mean((state.x_t - want) ** 2)))
+    found = -np.diff(np.log2(errors))
+    np.testing.assert_allclose(found, order, atol=0.2)
+    np.testing.assert_allclose(found[-1], order, atol=0.1)
+
+
+# --- single steps
+
+
+@pytest.mark.parametrize("solver", [samplers.ddim, samplers.dpmpp_2m])
+@pytest.mark.parametrize("noise", [CURVE, T200], ids=["curve", "table"])
+def test_true_x_0_keeps_its_noise(solver, noise):
+    """With the true x_0, any number of steps lands on alpha_s x_0 + sigma_s eps."""
+    x_0, eps = normal(1, 2, 3, 4), normal(2, 2, 3, 4)
+    now = np.array([180, 120, 119, 20, 1]) / 200
+    x_T = schedule.add_noise(x_0, jnp.full(2, now[0]), eps, noise)
+    state, trace = samplers.sample(
+        KEY, solver(true_x_0(x_0), noise), x_T, path(now), trace=lambda s: s.x_t
+    )
+    alpha, sigma = (a[:, None, None, None] for a in noise.alpha_sigma(now[1:]))
+    np.testing.assert_allclose(trace, alpha * x_0 + sigma * eps, atol=1e-5)
+    np.testing.assert_array_equal(state.x_t, trace[-1])
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_last_step_is_the_estimate(solver):
+    """Landing on clean data adds no noise and keeps nothing of x_t."""
+    x_0 = normal(3, 2, 3, 4)
+    step = samplers.SOLVERS[solver](true_x_0(x_0), T200)
+    x_T = np.full((2, 3, 4), 9.0, np.float32)
+    state, _ = samplers.sample(KEY, step, x_T, samplers.grid(3))
+    np.testing.assert_allclose(state.x_t, x_0, atol=1e-6)
+    np.testing.assert_array_equal(state.x0_hat, x_0)
+
+
+def noise_of(keys, i, shape):
+    """What step i of a chain draws for each example."""
+    return samplers.noise(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), shape)
+
+
+def test_marginal_is_section_4_2():
+    """x_next = sqrt(abar) x0_hat + sqrt(1 - abar) eps, without a trace of x_t."""
+    x_0, keys = normal(4, 2, 3, 4), samplers.keys_of(KEY, 2)
+    step = samplers.marginal(true_x_0(x_0), T200)
+    x_T, times = np.full((2, 3, 4), 9.0, np.float32), path(np.array([0.9, 0.5, 0.3]))
+    state, _ = samplers.sample(KEY, step, x_T, times)
+    alpha, sigma = T200.alpha_sigma(np.array(0.3))
+    want = alpha * x_0 + sigma * noise_of(keys, 1, (3, 4))
+    np.testing.assert_allclose(state.x_t, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_its_equation_12(eta):
+    x_t, x_0, keys = normal(5, 2, 3, 4), normal(6, 2, 3, 4), samplers.keys_of(KEY, 2)
+    i = np.array([150, 140])
+    (a, a_next) = np.exp(T200.table[i])
+    times = Times(*(jnp.asarray(t) for t in (0.75, 0.75, 0.70)))
+    state = samplers.ddim(true_x_0(x_0), T200, eta=eta)(keys, State(x_t, x_0), times)
+    sigma = eta * np.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    eps_hat = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
+    want = np.sqrt(a_next) * x_0 + np.sqrt(1 - a_next - sigma**2) * eps_hat
+    want = want + sigma * np.asarray(samplers.noise(keys, (3, 4)))
+    np.testing.assert_allclose(state.x_t, want, atol=1e-5)
+
+
+def test_eta_one_is_ancestral():
+    """The same noise through DDIM with eta = 1 and DDPM with the small variance."""
+    x_T, denoise = normal(7, 3, 4, 2), posterior_mean(T200)
+    chains = [
+        samplers.sample(KEY, step, x_T, samplers.grid(200), trace=lambda s: s.x_t)[1]
+        for step in (
+            samplers.ddim(denoise, T200, eta=1.0),
+            samplers.ancestral(denoise, T200),
+        )
+    ]
+    # 200 float32 roundings of numbers up to 3
+    np.testing.assert_allclose(*chains, atol=5e-5)
+
+
+# --- laws
+
+
+def law_of_the_chain(sigma):
+    """Mean and variance of an ancestral chain on T200 from x_T of the true law."""
+    t = np.arange(200)[::-1] / 200
+    coef_0, coef_t, _ = schedule.posterior_coefficients(t, t - 1 / 200, T200)
+    fresh = schedule.VARIANCES[sigma](t, t - 1 / 200, T200)
+    alpha, std = T200.alpha_sigma(t)
+    gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + std**2)
+    mean, var = alpha[0] * MEAN, (alpha[0] * SPREAD) ** 2 + std[0] ** 2
+    for i in range(200):
+        mean = (
+            coef_0[i] * (MEAN + gain[i] * (mean - alpha[i] * MEAN)) + coef_t[i] * mean
+        )
+        var = (coef_0[i] * gain[i] + coef_t[i]) ** 2 * var + fresh[i]
+    return mean, var
+
+
+@pytest.mark.parametrize("sigma", schedule.VARIANCES)
+def test_ancestral_law(sigma):
+    """Moments of 20,000 samples, to five standard errors of the chain's exact law.
+
+    Its mean is the data's. Its variance is the data's up to the steps' size: both
+    published variances leave the doubt of x0_hat out or count it twice.
+    """
+    mean, var = law_of_the_chain(sigma)
+    np.testing.assert_allclose(mean, MEAN, rtol=1e-9)
+    assert abs(var / SPREAD**2 - 1) < 0.2
+    alpha, std = T200.alpha_sigma(np.array(199 / 200))
+    n = 20000
+    x_T = alpha * MEAN + np.hypot(alpha * SPREAD, std) * normal(8, 20, 100, 10)
+    step = samplers.ancestral(posterior_mean(T200), T200, sigma=sigma)
+    x = samplers.sample(KEY, step, x_T.astype("f"), samplers.grid(200))[0].x_t
+    assert abs(np.mean(x) - mean) < 5 * (var / n) ** 0.5
+    assert abs(np.var(x) - var) < 5 * var * (2 / n) ** 0.5
+
+
+def test_top_p_noise():
+    """Standard normal conditioned on |n| <= bound: never beyond it, and by KS."""
+    bound, shape = 0.7, (40, 25)
+    x_0, keys = np.zeros((20, *shape), np.float32), samplers.keys_of(KEY, 20)
+    step = samplers.ancestral(true_x_0(x_0), T200, top_p=bound)
+    now, after = (jnp.asarray(t) for t in (0.5, 0.495))
+    found = step(keys, State(x_0, x_0), Times(now, now, after)).x_t
+    _, std = samplers.posterior(x_0, x_0, now, T200, t_next=after)
+    n = np.asarray(found / std).ravel()
+    assert np.abs(n).max() <= bound * (1 + 1e-6)
+    # 6e-7 is the two-sided tail beyond five standard errors
+    assert stats.kstest(n, stats.truncnorm(-bound, bound).cdf).pvalue > 6e-7
+    assert len(np.unique(n)) > 0.99 * n.size
+    free = samplers.ancestral(true_x_0(x_0), T200)
+    n = np.asarray(free(keys, State(x_0, x_0), Times(now, now, after)).x_t / std)
+    assert stats.kstest(n.ravel(), stats.norm.cdf).pvalue > 6e-7
+
+
+# --- the scan
+
+
+def test_noise_is_the_examples_own():
+    """An example's key decides its noise, whoever shares the batch."""
+    x_T, keys = normal(9, 4, 3, 2), samplers.keys_of(KEY, 4)
+    step = samplers.ancestral(posterior_mean(T200), T200)
+    times = samplers.grid(20)
+    together, _ = samplers.sample(KEY, step, x_T, times)
+    by_key, _ = samplers.sample(keys, step, x_T, times)
+    np.testing.assert_array_equal(together.x_t, by_key.x_t)
+    alone, _ = samplers.sample(keys[2:3], step, x_T[2:3], times)
+    np.testing.assert_allclose(alone.x_t, together.x_t[2:3], atol=1e-6)
+    # no two examples, and no two steps, share their noise
+    first, second = (noise_of(keys, i, (3, 2)) for i in (0, 1))
+    assert len(np.unique([first, second])) == 2 * 4 * 3 * 2
+
+
+def test_trace_and_feedback():
+    """trace(state) of every step [n ...]; each estimate is fed to the next call."""
+
+    def count(x_t, t, x0_prev):
+        return x0_prev + 1
+
+    def see(state):
+        return {"x0": state.x0_hat, "norm": jnp.sum(state.x_t, (1, 2))}
+
+    x_T = np.zeros((2, 3, 4), np.float32)
+    step = samplers.ddim(count, T200)
+    state, trace = samplers.sample(KEY, step, x_T, samplers.grid(7), trace=see)
+    assert trace["x0"].shape == (7, 2, 3, 4)
+    assert trace["norm"].shape == (7, 2)
+    np.testing.assert_array_equal(trace["x0"][:, 0, 0, 0], np.arange(1, 8))
+    np.testing.assert_array_equal(state.x0_hat, 7)
+    assert samplers.sample(KEY, step, x_T, samplers.grid(2))[1] is None
+
+
+def equations(jaxpr):
+    inner = (i for e in jaxpr.eqns for i in jaxprs_in_params(e.params))
+    return len(jaxpr.eqns) + sum(map(equations, inner))
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_program_does_not_grow_with_the_steps(solver):
+    step = samplers.SOLVERS[solver](posterior_mean(T200), T200)
+
+    def size(n):
+        def run(key, x_T):
+            return samplers.sample(key, step, x_T, samplers.grid(n))
+
+        return equations(jax.make_jaxpr(run)(KEY, np.zeros((1, 2, 3), "f")).jaxpr)
+
+    assert size(20) == size(200)

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: the step is one function of the global batch, wherever its rows lie."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from dlm_jax import checkpoint, losses, metrics, train
+from dlm_jax.types import UserError
+
+ROOT = Path(__file__).parent.parent
+BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 4
+KEY = jax.random.key(5)
+SMALL = {
+    "data.length": LENGTH,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.ff": 16,
+    "model.dim": DIM,
+    "model.positions": LENGTH,
+    "train.batch": BATCH,
+    "optim.warmup": 0,
+    "optim.eps": 1e-3,  # else Adam turns rounding errors of tiny gradients into steps
+}
+TABLE = {"schedule.name": "sqrt", "schedule.steps": T, "schedule.scale": 0.0}
+X0 = {
+    **TABLE,
+    "model.trunk": "post_ln",
+    "model.predicts": "x0",
+    "embedding.normalize": False,
+    "loss.objective": "x0",
+    "loss.times": "antithetic",
+    "loss.mask_pad": True,
+}
+RECIPES = {
+    "ce": {"loss.self_cond": 1.0},
+    "x0": {**X0, "loss.self_cond": 1.0},
+    "importance": {**X0, "loss.times": "importance", "loss.self_cond": 0.0},
+}
+
+
+@functools.cache
+def _recipe(name, **changes):
+    config = smoke.get_config()
+    config.update_from_flattened_dict(SMALL | RECIPES[name])
+    return train.recipe_of(config)._replace(**changes)
+
+
+@functools.cache
+def _start(name):
+    recipe = _recipe(name)
+    return jax.jit(lambda key: train.init_state(key, recipe, VOCAB))(jax.random.key(0))
+
+
+@functools.cache
+def _ids():
+    return np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+
+
+@functools.cache
+def _step(recipe, devices=1):
+    """The step on the whole batch; on several devices by pmap's meaning, `vmap`."""
+    if devices == 1:
+        return jax.jit(functools.partial(train.train_step, recipe=recipe))
+    one = functools.partial(train.train_step, recipe=recipe, axis="data")
+    mapped = jax.jit(jax.vmap(one, in_axes=(None, None, 0), axis_name="data"))
+
+    def step(key, state, ids):
+        out = mapped(key, state, ids.reshape(devices, -1, ids.shape[-1]))
+        first = jax.tree.map(lambda x: x[0], out)
+        for x, whole in zip(*map(jax.tree.leaves, (first, out)), strict=True):
+            np.testing.assert_array_equal(whole, np.broadcast_to(x, whole.shape))
+        return first
+
+    return step
+
+
+def _assert_close(a, b, atol=2e-5):
+    paths = jax.tree_util.tree_leaves_with_path(a)
+    for (path, x), y in zip(paths, jax.tree.leaves(b), strict=True):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4, err_msg=where)
+
+
+# --- one function of the global batch
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "accumulate"),
+    [("ce", 8, 1), ("x0", 8, 1), ("importance", 8, 1), ("ce", 1, 4), ("x0", 2, 4)],
+)
+def test_rows_may_lie_on_devices_and_in_microbatches(name, devices, accumulate):
+    """Times, noise, self-conditioning and moments follow from the global row."""
+    start, recipe = _start(name), _recipe(name)
+    whole = _step(recipe)(KEY, start, _ids())
+    split = _step(recipe._replace(accumulate=accumulate), devices)(KEY, start, _ids())
+    _assert_close(whole, split)
+    moved = [
+        float(jnp.max(jnp.abs(a - b)))
+        for a, b in zip(*map(jax.tree.leaves, (start.params, whole[0].params)))
+    ]
+    assert max(moved) > 1e-3
+
+
+def test_a_step_has_its_own_draws():
+    """The key is folded with the step: the same state one step on differs."""
+    start, step = _start("x0"), _step(_recipe("x0"))
+    losses_ = [
+        float(step(KEY, start._replace(step=jnp.asarray(i)), _ids())[1]["loss"])
+        for i in (0, 0, 1)
+    ]
+    assert losses_[0] == losses_[1] != losses_[2]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_every_microbatch_has_its_own_dropout(dropout, monkeypatch):
+    """With equal rows and equal draws only the dropout can tell microbatches apart."""
+    recipe = _recipe("x0", accumulate=4, batch=4)
+    recipe = recipe._replace(cfg=_with(recipe.cfg, dropout=dropout))
+    same = train.make_draws(KEY, _ids()[:1], _recipe("x0", batch=1), 0, ())
+    monkeypatch.setattr(train, "make_draws", lambda *args: same)
+    ids = np.repeat(_ids()[:1], 4, 0)
+    _, (terms, *_) = train._gradients(KEY, _start("x0"), ids, recipe, 0)
+    different = len(np.unique(np.round(terms.total(), 5)))
+    assert different == (4 if dropout else 1)
+
+
+def _with(cfg, dropout):
+    import dataclasses
+
+    return dataclasses.replace(cfg, dropout=dropout, attention_dropout=dropout)
+
+
+# --- the table and the moments
+
+
+def test_frozen_table_stays():
+    start = _start("x0")
+    after, _ = _step(_recipe("x0", frozen=True))(KEY, start, _ids())
+    np.testing.assert_array_equal(after.params.table, start.params.table)
+    np.testing.assert_array_equal(after.ema.table, start.ema.table)
+    assert not np.array_equal(after.params.bias, start.params.bias)
+
+
+def test_normalised_table_stays_on_the_sphere():
+    after, _ = _step(_recipe("ce"))(KEY, _start("ce"), _ids())
+    assert not np.allclose(after.params.table, _start("ce").params.table, atol=1e-4)
+    for params in (after.params, after.ema):
+        norms = np.linalg.norm(params.table, axis=-1)
+        np.testing.assert_allclose(norms, DIM**0.5, rtol=1e-5)
+
+
+def test_importance_sampling_warms_up():
+    """Uniform until every index has ten losses, then by their size."""
+    state, step = _start("importance"), _step(_recipe("importance"))
+    uniform = losses.time_probabilities(state.moments)
+    np.testing.assert_allclose(uniform, 1 / T, rtol=1e-5)
+    seen = [0]
+    for _ in range(20):
+        state, _ = step(KEY, state, _ids())
+        seen.append(int(state.moments.count.sum()))
+    assert seen[1] == BATCH
+    assert seen[-1] == 10 * T
+    p = losses.time_probabilities(state.moments)
+    np.testing.assert_allclose(p.sum(), 1, rtol=1e-5)
+    assert float(jnp.max(jnp.abs(p - uniform))) > 0.01
+
+
+@pytest.mark.parametrize("objective", ["x0", "vlb"])
+def test_moments_hold_losses_without_their_weight(objective):
+    recipe = _recipe("x0", objective=objective, batch=4, self_cond=0.0)
+    params, ids = _start("x0").params, _ids()[:4]
+    draws = train.make_draws(KEY, ids, recipe, 0, ())
+    draws = draws._replace(t=jnp.arange(4) / T, weight=None)
+    weight = jnp.asarray([0.1, 2.0, 5.0, 0.7])
+    _, plain = train.loss_fn(params, ids, draws, recipe)
+    weighted = draws._replace(weight=weight)
+    _, terms = train.loss_fn(params, ids, weighted, recipe)
+    empty = losses.init_moments(T)
+    moments = train._remember(empty, terms, draws.t, weight, None)
+    np.testing.assert_allclose(moments.history[:, 0], plain.total(), rtol=1e-4)
+
+
+# --- validation and stopping
+
+
+def test_validation_is_deterministic_and_without_dropout():
+    recipe = _recipe("x0", batch=8)
+    dropped = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
+    params, ids = _start("x0").params, _ids()[:13]  # a batch and a part of one
+    calls = [train.Validation(ids, r, 2) for r in (recipe, dropped)]
+    found = [calls[0](params), calls[0](params), calls[1](params)]
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {"loss", "diffusion", "t0", "rounding", "prior"}
+
+
+def _run_config(folder, **changes):
+    path = folder / "texts.txt"
+    path.write_text("".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)))
+    config = smoke.get_config()
+    data = {"data.source": "text", "data.path": str(path)}
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(SMALL | data | dotted)
+    return config
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    table = np.ones((7 + 2, DIM), np.float32)
+    table[5] = np.nan
+    np.save(tmp_path / "table.npy", table)
+    path = str(tmp_path / "table.npy")
+    config = _run_config(tmp_path, embedding__path=path, train__ckpt_steps=1)
+    with pytest.raises(UserError, match="is nan at step 1: stopped") as caught:
+        train.run(config, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
+    run = train.Run(_run_config(tmp_path), str(tmp_path / "run"))
+    progress = metrics.Progress(tmp_path / "m.jsonl", total=9, start=0, main=False)
+    values = {"loss": 1.0, "grad_norm": 1.0}
+    train._report(run, progress, 3, values)
+    with pytest.raises(UserError, match=f"{name} is inf at step 3"):
+        train._report(run, progress, 3, values | {name: np.inf})
+    run.state = run.state._replace(ema=jax.tree.map(lambda x: x / 0, run.state.ema))
+    with pytest.raises(UserError, match="weights are not finite at step 0"):
+        run.save(None)
+
+
+# --- the loop on several devices and hosts
+
+STEPS = 6
+LAYOUTS = {"one": (1, 1), "eight": (1, 8), "hosts": (2, 2)}  # (processes, devices)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _train_by_command(config, workdir, processes, devices):
+    """Runs the command on every host, and waits for all."""
+    flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
+    flags = [f"--config.{name}={value}" for name, value in flat.items()]
+    command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
+    command += [*flags, "--workdir", str(workdir), "--processes", str(processes)]
+    command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    hosts = [
+        subprocess.Popen([*command, "--process_id", str(i)], cwd=ROOT, env=env, **kinds)
+        for i in range(processes)
+    ]
+    try:
+        ends = [host.communicate(timeout=240) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, (_, stderr) in zip(hosts, ends, strict=True):
+        assert host.returncode == 0, stderr
+    return [stdout for stdout, _ in ends]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """(config, {layout: workdir}, {layout: what each host printed})."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = _run_config(folder, train__total_steps=STEPS, train__ckpt_steps=3)
+    with ThreadPoolExecutor(2) as pool:
+        printed = {
+            name: pool.submit(_train_by_command, config, folder / name, *layout)
+            for name, layout in LAYOUTS.items()
+        }
+        printed = {name: job.result() for name, job in printed.items()}
+    return config, {name: folder / name for name in LAYOUTS}, printed
+
+
+@pytest.mark.parametrize("layout", ["eight", "hosts"])
+def test_devices_and_hosts_train_the_same_model(layout, layouts):
+    """Eight devices, or two hosts of two, end where one device ends."""
+    config, workdirs, _ = layouts
+    one, many = (train.Run(config, str(workdirs[n])).state for n in ("one", layout))
+    assert int(many.step) == STEPS
+    _assert_close(one, many, atol=1e-4)
+    rows = [
+        metrics.read(workdirs[n] / "metrics.jsonl", "train") for n in ("one", layout)
+    ]
+    assert [row["step"] for row in rows[1]] == [1, 5]
+    np.testing.assert_allclose(*([row["loss"] for row in r] for r in rows), rtol=1e-4)
+
+
+def test_only_the_first_host_speaks(layouts):
+    _, workdirs, printed = layouts
+    first, second = printed["hosts"]
+    assert "process 0 of 2, 2 local of 4 devices" in first
+    assert not second
+    lines = (workdirs["hosts"] / "metrics.jsonl").read_text().splitlines()
+    steps = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines]
+    assert len(steps) == len(set(steps))
+    assert (workdirs["hosts"] / "samples" / f"{STEPS}.txt").is_file()
