@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import generate, model, parallel, samplers, train
+from dlm_jax import model, parallel, samplers, train
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -113,7 +113,7 @@ def _sampling(ema, recipe, ids, repeats) -> dict[str, Any]:
         def run(params, keys, x_T):
             denoise = model.bind(params, recipe.cfg, schedule=recipe.schedule)
             step = samplers.ddim(denoise, recipe.schedule, eta=1.0)
-            times = generate.time_grid(recipe.schedule, steps)
+            times = samplers.time_grid(recipe.schedule, steps)
             return samplers.sample(keys, step, x_T, times)[0].x0_hat
 
         return partial(jax.jit(run), ema, keys, x_T)
@@ -132,7 +132,8 @@ def _sampling(ema, recipe, ids, repeats) -> dict[str, Any]:
 
 def _read(path: str) -> Any:
     spec = importlib.util.spec_from_file_location("config", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()

@@ -14,6 +14,7 @@ import numpy as np
 
 from dlm_jax import data, grammar, parallel
 from dlm_jax.generate import Bundle
+from dlm_jax.types import UserError
 
 SAMPLES = 256
 Row = tuple[str, float]
@@ -44,6 +45,8 @@ def language(texts: list[str]) -> Iterator[Row]:
 
 def run(bundle: Bundle, workdir: str) -> dict[str, float]:
     """Draws SAMPLES texts, prints the table and writes evaluation.json."""
+    if "source" not in bundle.config["data"]:
+        raise UserError(f"{workdir}: does not name its data; use --mode sample")
     config: Any = ml_collections.ConfigDict(bundle.config)
     train = data.load_texts(config.data, "train")
     texts = bundle.sample(SAMPLES)

@@ -113,16 +113,16 @@ class Bundle:
         seed: text i depends on (seed, i) alone, not on n or the batch. steps: denoiser
         calls. clamp: True, False or the time below which x0_hat is snapped to words.
         """
-        given = {
-            "steps": steps,
-            "solver": solver,
-            "eta": eta,
-            "sigma": sigma,
-            "top_p": top_p,
-            "clamp": clamp,
-        }
-        given |= {"rounding": rounding, "trace": trace}
-        settings = self._settings(given)
+        settings = self.settings(
+            trace=trace,
+            steps=steps,
+            solver=solver,
+            eta=eta,
+            sigma=sigma,
+            top_p=top_p,
+            clamp=clamp,
+            rounding=rounding,
+        )
         _positive("n", n)
         key = jax.random.key(self._default("seed", seed))
         size = min(_positive("batch", self._default("batch", batch)), _power(n))
@@ -140,8 +140,10 @@ class Bundle:
     def _default(self, name: str, value: Any) -> Any:
         return self.config["sample"][name] if value is None else value
 
-    def _settings(self, given: dict) -> Settings:
-        values = {name: self._default(name, v) for name, v in given.items()}
+    def settings(self, *, trace: bool = False, **given: Any) -> Settings:
+        """The run's settings, but those given; UserError for one that cannot be."""
+        names = [name for name in Settings._fields if name != "trace"]
+        values = {name: self._default(name, given.get(name)) for name in names}
         _known("solver", samplers.SOLVERS, values["solver"])
         _known("rounding", ROUNDINGS, values["rounding"])
         _known("sigma", schedule.VARIANCES, values["sigma"])
@@ -151,7 +153,7 @@ class Bundle:
             raise UserError(f"steps={values['steps']}: this model has {most} at most")
         if isinstance(values["clamp"], bool):
             values["clamp"] = 1.0 if values["clamp"] else -1.0
-        return Settings(**values)
+        return Settings(**values, trace=trace)
 
     def _run(self, settings: Settings, size: int) -> Callable:
         """The compiled chain of a batch size, made once."""
@@ -176,19 +178,12 @@ class Bundle:
 
             x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
-            times = time_grid(self.schedule, s.steps)
+            times = samplers.time_grid(self.schedule, s.steps)
             state, trace = samplers.sample(k_steps, step, x_T, times, trace=film)
             trace = None if trace is None else jnp.swapaxes(trace, 0, 1)
             return state.x0_hat, to_ids(state.x0_hat), trace
 
         return chain
-
-
-def time_grid(noise: Schedule, steps: int) -> samplers.Times:
-    """Indices of a table; on a curve, evenly from t = 1 to 1/steps, then clean."""
-    if noise.steps is not None:
-        return samplers.grid(steps)
-    return samplers.grid(steps, start=1.0, stop=1.0 / steps)
 
 
 def _positive(name: str, value: int) -> int:

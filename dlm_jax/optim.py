@@ -34,13 +34,15 @@ def _adamw(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _muon(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on the trunk's matrices, AdamW at the same rate on the rest.
+    """Muon on the trunk's matrices, AdamW (Nesterov's) at the same rate on the rest.
 
     consistent_rms 0.2 gives both the same size of update (arXiv:2502.16982).
     """
     return optax.contrib.muon(
         lr,
+        eps=cfg.eps,
         weight_decay=cfg.weight_decay,
+        adam_weight_decay=cfg.weight_decay,
         adam_b1=cfg.b1,
         adam_b2=cfg.b2,
         consistent_rms=0.2,

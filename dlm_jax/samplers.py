@@ -51,6 +51,13 @@ def grid_of(kept: list[int], steps: int) -> Times:
     return _times(np.asarray(kept[::-1]) / steps)
 
 
+def time_grid(schedule: Schedule, steps: int) -> Times:
+    """Indices of a table; on a curve, evenly from t = 1 to 1/steps, then clean."""
+    if schedule.steps is not None:
+        return grid(steps)
+    return grid(steps, start=1.0, stop=1.0 / steps)
+
+
 def _times(now: np.ndarray) -> Times:
     """Clean data follows the last time: any t < 0 stands for it."""
     return Times(np.append(now[:1], now[:-1]), now, np.append(now[1:], -1.0))

@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What a step needs besides arrays: static, hashable choices of the run."""
+    """What a step needs besides arrays: the static choices of the run."""
 
     cfg: DenoiserConfig
     schedule: Schedule
@@ -314,12 +314,12 @@ class Run:
             tokenizer = from_dict(saved)
         self.corpus = corpus_of(config, tokenizer)
         self.state = self._begin()
+        self.bundle = self._bundle()
         if self.host == 0:
             checkpoint.claim(workdir, self.record)
         self.valid = Validation(
             self.corpus.valid, self.recipe, config.train.valid_batches
         )
-        self.bundle = self._bundle()
 
     def _begin(self) -> TrainState:
         vocab, key = self.corpus.tokenizer.vocab_size, jax.random.key(self.config.seed)
@@ -338,7 +338,9 @@ class Run:
     def _bundle(self) -> generate.Bundle:
         p = self.state.ema
         tok, cfg = self.corpus.tokenizer, self.recipe.cfg
-        return generate.from_parts(cfg, p, tok, self.record)
+        bundle = generate.from_parts(cfg, p, tok, self.record)
+        bundle.settings()  # a mistake in config.sample shows before the training
+        return bundle
 
     def batch(self, step: int) -> np.ndarray:
         """This host's rows of a step, by device [devices b l]."""

@@ -223,9 +223,7 @@ def frames(bundle: Bundle, *, seed: int | None = None) -> list[Frame]:
     """FRAMES moments of one sample, from noise to text; the last is the text."""
     trace = np.asarray(bundle.draw(1, seed=seed, trace=True).trace)[0]
     steps = len(trace)
-    grid = samplers.grid(steps)
-    if bundle.schedule.steps is None:  # as generate.time_grid
-        grid = samplers.grid(steps, start=1.0, stop=1.0 / steps)
+    grid = samplers.time_grid(bundle.schedule, steps)
     picked = np.unique(np.round(np.linspace(0, steps - 1, FRAMES)).astype(int))
     return [_frame(bundle, grid.now[i], trace[i], trace[-1]) for i in picked]
 

@@ -21,6 +21,7 @@ from dlm_jax import checkpoint, train
 from dlm_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 STEPS = 300
 NEVER = 10 * STEPS
 TINY = {
@@ -31,8 +32,11 @@ TINY = {
     "model.width": 16,
     "model.ff": 32,
     "model.positions": 8,
+    "model.trunk": "post_ln",
+    "model.predicts": "x0",
     "model.self_cond": False,
     "model.dropout": 0.1,
+    "loss.objective": "x0",
     "loss.self_cond": 0.0,
     "train.batch": 8,
     "train.total_steps": STEPS,
@@ -42,6 +46,14 @@ TINY = {
     "train.sample_steps": NEVER,
     "sample.steps": 2,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    """Compiling takes longer than what is compiled; the commands are told alike."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +123,8 @@ def _command(texts, workdir, **changes):
 
 
 def _kill_after_first_checkpoint(command, workdir):
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    env, silent = os.environ | QUICKLY, subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=silent) as process:
         try:
             deadline = time.monotonic() + 120
             while not checkpoint.steps(workdir) and time.monotonic() < deadline:

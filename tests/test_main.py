@@ -129,6 +129,7 @@ MISTAKES = {
     "positions": (None, {"model__positions": 8}, "positions=8"),
     "importance": (None, {"loss__times": "importance"}, "schedule.steps > 0"),
     "feedback": (None, {"model__self_cond": False}, "self_cond"),
+    "solver": (None, {"sample__solver": "euler"}, "solver='euler': choose"),
     "batch": (None, {"train__batch": 0}, "train.batch=0"),
     "logging": (None, {"train__log_steps": 0}, "train.log_steps=0"),
     "keep": (None, {"train__keep": 0}, "train.keep=0"),

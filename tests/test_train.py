@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: the step is one function of the global batch, wherever its rows lie."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,7 +22,9 @@ from dlm_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
 BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 4
+STEPS = 6
 KEY = jax.random.key(5)
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 SMALL = {
     "data.length": LENGTH,
     "model.layers": 1,
@@ -30,6 +33,7 @@ SMALL = {
     "model.dim": DIM,
     "model.positions": LENGTH,
     "train.batch": BATCH,
+    "sample.steps": 2,
     "optim.warmup": 0,
     "optim.eps": 1e-3,  # else Adam turns rounding errors of tiny gradients into steps
 }
@@ -38,16 +42,31 @@ X0 = {
     **TABLE,
     "model.trunk": "post_ln",
     "model.predicts": "x0",
+    "model.self_cond": False,
     "embedding.normalize": False,
     "loss.objective": "x0",
     "loss.times": "antithetic",
+    "loss.self_cond": 0.0,
     "loss.mask_pad": True,
 }
 RECIPES = {
     "ce": {"loss.self_cond": 1.0},
-    "x0": {**X0, "loss.self_cond": 1.0},
-    "importance": {**X0, "loss.times": "importance", "loss.self_cond": 0.0},
+    "x0": {
+        **X0,
+        "model.self_cond": True,
+        "embedding.frozen": True,
+        "loss.times": "importance",
+        "loss.self_cond": 1.0,
+    },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    """Compiling takes longer than what is compiled; the commands are told alike."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -69,8 +88,9 @@ def _ids():
 
 
 @functools.cache
-def _step(recipe, devices=1):
+def _step(name, devices=1, **changes):
     """The step on the whole batch; on several devices by pmap's meaning, `vmap`."""
+    recipe = _recipe(name, **changes)
     if devices == 1:
         return jax.jit(functools.partial(train.train_step, recipe=recipe))
     one = functools.partial(train.train_step, recipe=recipe, axis="data")
@@ -98,24 +118,21 @@ def _assert_close(a, b, atol=2e-5):
 
 @pytest.mark.parametrize(
     ("name", "devices", "accumulate"),
-    [("ce", 8, 1), ("x0", 8, 1), ("importance", 8, 1), ("ce", 1, 4), ("x0", 2, 4)],
+    [("ce", 8, 1), ("ce", 1, 4), ("x0", 2, 4)],
 )
 def test_rows_may_lie_on_devices_and_in_microbatches(name, devices, accumulate):
     """Times, noise, self-conditioning and moments follow from the global row."""
-    start, recipe = _start(name), _recipe(name)
-    whole = _step(recipe)(KEY, start, _ids())
-    split = _step(recipe._replace(accumulate=accumulate), devices)(KEY, start, _ids())
+    start = _start(name)
+    whole = _step(name)(KEY, start, _ids())
+    split = _step(name, devices, accumulate=accumulate)(KEY, start, _ids())
     _assert_close(whole, split)
-    moved = [
-        float(jnp.max(jnp.abs(a - b)))
-        for a, b in zip(*map(jax.tree.leaves, (start.params, whole[0].params)))
-    ]
-    assert max(moved) > 1e-3
+    positions = [s.params.denoiser["trunk"] for s in (start, whole[0])]
+    assert not np.allclose(*(p["in"]["kernel"] for p in positions), atol=1e-3)
 
 
 def test_a_step_has_its_own_draws():
     """The key is folded with the step: the same state one step on differs."""
-    start, step = _start("x0"), _step(_recipe("x0"))
+    start, step = _start("x0"), _step("x0")
     losses_ = [
         float(step(KEY, start._replace(step=jnp.asarray(i)), _ids())[1]["loss"])
         for i in (0, 0, 1)
@@ -123,22 +140,19 @@ def test_a_step_has_its_own_draws():
     assert losses_[0] == losses_[1] != losses_[2]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_every_microbatch_has_its_own_dropout(dropout, monkeypatch):
+def test_every_microbatch_has_its_own_dropout(monkeypatch):
     """With equal rows and equal draws only the dropout can tell microbatches apart."""
-    recipe = _recipe("x0", accumulate=4, batch=4)
-    recipe = recipe._replace(cfg=_with(recipe.cfg, dropout=dropout))
-    same = train.make_draws(KEY, _ids()[:1], _recipe("x0", batch=1), 0, ())
+    recipe = _recipe("x0", accumulate=4, batch=4, times="uniform")
+    recipe = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
+    same = train.make_draws(KEY, _ids()[:1], recipe._replace(batch=1), 0, ())
     monkeypatch.setattr(train, "make_draws", lambda *args: same)
     ids = np.repeat(_ids()[:1], 4, 0)
-    _, (terms, *_) = train._gradients(KEY, _start("x0"), ids, recipe, 0)
-    different = len(np.unique(np.round(terms.total(), 5)))
-    assert different == (4 if dropout else 1)
+    gradients = jax.jit(lambda key: train._gradients(key, _start("x0"), ids, recipe, 0))
+    _, (terms, *_) = gradients(KEY)
+    assert len(np.unique(np.round(terms.total(), 5))) == 4
 
 
 def _with(cfg, dropout):
-    import dataclasses
-
     return dataclasses.replace(cfg, dropout=dropout, attention_dropout=dropout)
 
 
@@ -147,14 +161,14 @@ def _with(cfg, dropout):
 
 def test_frozen_table_stays():
     start = _start("x0")
-    after, _ = _step(_recipe("x0", frozen=True))(KEY, start, _ids())
+    after, _ = _step("x0")(KEY, start, _ids())
     np.testing.assert_array_equal(after.params.table, start.params.table)
     np.testing.assert_array_equal(after.ema.table, start.ema.table)
     assert not np.array_equal(after.params.bias, start.params.bias)
 
 
 def test_normalised_table_stays_on_the_sphere():
-    after, _ = _step(_recipe("ce"))(KEY, _start("ce"), _ids())
+    after, _ = _step("ce")(KEY, _start("ce"), _ids())
     assert not np.allclose(after.params.table, _start("ce").params.table, atol=1e-4)
     for params in (after.params, after.ema):
         norms = np.linalg.norm(params.table, axis=-1)
@@ -163,13 +177,13 @@ def test_normalised_table_stays_on_the_sphere():
 
 def test_importance_sampling_warms_up():
     """Uniform until every index has ten losses, then by their size."""
-    state, step = _start("importance"), _step(_recipe("importance"))
+    state, step = _start("x0"), _step("x0")
     uniform = losses.time_probabilities(state.moments)
     np.testing.assert_allclose(uniform, 1 / T, rtol=1e-5)
     seen = [0]
     for _ in range(20):
         state, _ = step(KEY, state, _ids())
-        seen.append(int(state.moments.count.sum()))
+        seen.append(int(state.moments.filled.sum()))
     assert seen[1] == BATCH
     assert seen[-1] == 10 * T
     p = losses.time_probabilities(state.moments)
@@ -179,24 +193,26 @@ def test_importance_sampling_warms_up():
 
 @pytest.mark.parametrize("objective", ["x0", "vlb"])
 def test_moments_hold_losses_without_their_weight(objective):
-    recipe = _recipe("x0", objective=objective, batch=4, self_cond=0.0)
+    recipe = _recipe("x0", objective=objective, batch=4, times="uniform")
     params, ids = _start("x0").params, _ids()[:4]
-    draws = train.make_draws(KEY, ids, recipe, 0, ())
-    draws = draws._replace(t=jnp.arange(4) / T, weight=None)
+    draws = train.make_draws(KEY, ids, recipe, 0, ())._replace(t=jnp.arange(4) / T)
+
+    @jax.jit
+    def terms_of(weight):
+        return train.loss_fn(params, ids, draws._replace(weight=weight), recipe)[1]
+
     weight = jnp.asarray([0.1, 2.0, 5.0, 0.7])
-    _, plain = train.loss_fn(params, ids, draws, recipe)
-    weighted = draws._replace(weight=weight)
-    _, terms = train.loss_fn(params, ids, weighted, recipe)
-    empty = losses.init_moments(T)
+    terms, empty = terms_of(weight), losses.init_moments(T)
     moments = train._remember(empty, terms, draws.t, weight, None)
-    np.testing.assert_allclose(moments.history[:, 0], plain.total(), rtol=1e-4)
+    unweighted = terms_of(jnp.ones(4)).total()
+    np.testing.assert_allclose(moments.history[:, 0], unweighted, rtol=1e-4)
 
 
 # --- validation and stopping
 
 
 def test_validation_is_deterministic_and_without_dropout():
-    recipe = _recipe("x0", batch=8)
+    recipe = _recipe("x0", batch=8, self_cond=0.5)
     dropped = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
     params, ids = _start("x0").params, _ids()[:13]  # a batch and a part of one
     calls = [train.Validation(ids, r, 2) for r in (recipe, dropped)]
@@ -210,17 +226,18 @@ def _run_config(folder, **changes):
     path.write_text("".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)))
     config = smoke.get_config()
     data = {"data.source": "text", "data.path": str(path)}
+    data |= {"train.total_steps": STEPS, "train.ckpt_steps": 3}
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    config.update_from_flattened_dict(SMALL | data | dotted)
+    config.update_from_flattened_dict(SMALL | X0 | data | dotted)
     return config
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    table = np.ones((7 + 2, DIM), np.float32)
+    table = np.ones((10, DIM), np.float32)  # five words, `and`, four specials
     table[5] = np.nan
     np.save(tmp_path / "table.npy", table)
     path = str(tmp_path / "table.npy")
-    config = _run_config(tmp_path, embedding__path=path, train__ckpt_steps=1)
+    config = _run_config(tmp_path, embedding__path=path)
     with pytest.raises(UserError, match="is nan at step 1: stopped") as caught:
         train.run(config, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
@@ -242,7 +259,6 @@ def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
 
 # --- the loop on several devices and hosts
 
-STEPS = 6
 LAYOUTS = {"one": (1, 1), "eight": (1, 8), "hosts": (2, 2)}  # (processes, devices)
 
 
@@ -259,7 +275,7 @@ def _train_by_command(config, workdir, processes, devices):
     command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
     command += [*flags, "--workdir", str(workdir), "--processes", str(processes)]
     command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    env = os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)}
     kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     hosts = [
         subprocess.Popen([*command, "--process_id", str(i)], cwd=ROOT, env=env, **kinds)
@@ -279,7 +295,7 @@ def _train_by_command(config, workdir, processes, devices):
 def layouts(tmp_path_factory):
     """(config, {layout: workdir}, {layout: what each host printed})."""
     folder = tmp_path_factory.mktemp("layouts")
-    config = _run_config(folder, train__total_steps=STEPS, train__ckpt_steps=3)
+    config = _run_config(folder)
     with ThreadPoolExecutor(2) as pool:
         printed = {
             name: pool.submit(_train_by_command, config, folder / name, *layout)
@@ -307,7 +323,8 @@ def test_only_the_first_host_speaks(layouts):
     _, workdirs, printed = layouts
     first, second = printed["hosts"]
     assert "process 0 of 2, 2 local of 4 devices" in first
-    assert not second
+    said = [line for line in second.splitlines() if "[Gloo]" not in line]
+    assert not said
     lines = (workdirs["hosts"] / "metrics.jsonl").read_text().splitlines()
     steps = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines]
     assert len(steps) == len(set(steps))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots: the files are there, and their numbers are what they say."""
 
+import dataclasses
 import json
 import struct
 
@@ -9,13 +10,20 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import data, generate, losses, model, tokenizer, viz
+from dlm_jax import data, embedding, generate, losses, model, samplers, tokenizer, viz
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.types import UserError
 
 
 def init(cfg, vocab):
-    return jax.jit(lambda: model.init(jax.random.key(0), cfg, vocab))()
+    """Small random weights and a table on the sphere, without a compilation."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), cfg, vocab))
+    params = jax.tree.map(
+        lambda s: 0.1 * rng.standard_normal(s.shape, np.float32), shapes
+    )
+    rows = rng.standard_normal((vocab, cfg.dim), np.float32)
+    return params._replace(table=np.asarray(embedding.unit_rows(rows)))
 
 
 def build(**change):
@@ -59,10 +67,15 @@ def test_all_plots_are_png_files_of_a_sane_size(bundle, tmp_path, capsys):
     assert "same part of speech" in capsys.readouterr().out
 
 
-def test_what_cannot_be_drawn_is_left_out_with_a_line(tmp_path, capsys):
+def with_data(bundle, **change):
+    """The same bundle, with its compiled chains, under other data."""
+    config = bundle.config | {"data": bundle.config["data"] | change}
+    return dataclasses.replace(bundle, config=config)
+
+
+def test_what_cannot_be_drawn_is_left_out_with_a_line(bundle, tmp_path, capsys):
     missing = str(tmp_path / "gone.txt")
-    bundle = build()
-    bundle.config["data"].update(source="text", path=missing)
+    bundle = with_data(bundle, source="text", path=missing)
     names = [path.name for path in viz.run(bundle, tmp_path)]
     assert names == ["embedding.png", "film.png"]
     assert f"no loss over t: {missing}" in capsys.readouterr().out
@@ -130,7 +143,7 @@ def test_the_last_line_of_the_film_is_the_text(bundle, steps):
     assert all(frames[-1].final)
     assert not all(frames[0].final)
     t = [frame.t for frame in frames]
-    times = generate.time_grid(bundle.schedule, 5)
+    times = samplers.time_grid(bundle.schedule, 5)
     np.testing.assert_array_equal(t, times.now)
 
 
@@ -143,13 +156,13 @@ def test_a_frame_ends_at_end_and_leaves_start_and_padding_out(bundle):
     assert viz._frame(bundle, 0.5, np.array([1, 4]), last[:2]).words == []
 
 
-def test_the_film_of_pieces_is_the_text_too():
-    bundle = build()
-    tok = tokenizer.train_sentencepiece(["the cat sat on the mat ."] * 9, vocab_size=16)
-    params = init(bundle.cfg, 16)
-    pieces = generate.from_parts(bundle.cfg, params, tok, bundle.config)
-    last = viz.frames(pieces, seed=1)[-1]
-    assert "".join(last.words).strip() == pieces.sample(1, seed=1)[0]
+def test_the_words_of_pieces_join_to_the_text(bundle):
+    texts = ["the cat sat on the mat ."] * 9
+    tok = tokenizer.train_sentencepiece(texts, vocab_size=16)
+    ids = np.array([0, *tok.encode(texts[0]), 1, 3, 3])
+    pieces = dataclasses.replace(bundle, tokenizer=tok)
+    frame = viz._frame(pieces, 0.5, ids, ids)
+    assert "".join(frame.words).strip() == tok.decode(ids) == texts[0]
 
 
 def test_wrap_fills_lines_and_no_more():
@@ -160,14 +173,12 @@ def test_wrap_fills_lines_and_no_more():
     assert at == sorted(at)
 
 
-def test_words_shown_are_the_grammar_s_or_the_frequent():
-    bundle = build()
+def test_words_shown_are_the_grammar_s_or_the_frequent(bundle):
     ids, tags = viz._chosen(bundle, None)
     assert tags is not None
     assert len(ids) == len(tags) > 20
-    bundle.config["data"]["source"] = "text"
     rows = np.array([[0, 9, 9, 9, 7, 7, 1, 3, 3, 3]])
-    ids, tags = viz._chosen(bundle, rows)
+    ids, tags = viz._chosen(with_data(bundle, source="text"), rows)
     assert tags is None
     assert ids[:2] == [9, 7]
     assert min(ids) == 4
