@@ -17,5 +17,5 @@ def get_config() -> Any:
         source="e2e", path="data/e2e", length=64, min_count=10, too_long="truncate"
     )
     cfg.model.positions = 64
-    cfg.train.update(total_steps=1500, batch=32)
+    cfg.train.update(total_steps=1600, batch=32)
     return cfg

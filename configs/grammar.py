@@ -31,14 +31,22 @@ def get_config() -> Any:
     cfg.embedding.normalize = True
     cfg.schedule.update(name="logistic", steps=0, mean=2.0, scale=1.2)
     cfg.loss.update(objective="ce", times="low_discrepancy", self_cond=0.5)
-    cfg.optim.update(lr=2e-3, decay="cosine", warmup=100, b2=0.98, clip=1.0, ema=0.99)
-    cfg.train.update(
-        total_steps=2500,
-        batch=64,
-        ckpt_steps=500,
-        log_steps=50,
-        valid_steps=500,
-        sample_steps=500,
+    cfg.optim.update(
+        name="muon",
+        lr=5e-3,
+        decay="cosine",
+        warmup=100,
+        b2=0.98,
+        clip=1.0,
+        ema=0.99,
     )
-    cfg.sample.update(n=16, batch=256, steps=64, clamp=-1.0, rounding="nearest", seed=0)
+    cfg.train.update(
+        total_steps=2400,
+        batch=64,
+        ckpt_steps=400,
+        log_steps=50,
+        valid_steps=400,
+        sample_steps=800,
+    )
+    cfg.sample.update(n=16, batch=256, steps=64, clamp=1.0, rounding="nearest", seed=0)
     return cfg

@@ -190,14 +190,17 @@ def check(workdir: str | Path, config: dict) -> None:
     the learning rate is constant.
     """
     path = Path(workdir) / "config.json"
-    if not path.exists():
-        if steps(workdir):
-            raise UserError(f"{path}: missing beside checkpoints; restore it")
-        return
+    if not steps(workdir):
+        return  # nothing is saved yet, so nothing can be lost
     try:
         there = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON; take a fresh --workdir") from error
+        if not isinstance(there, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: missing or damaged beside checkpoints ({error}); restore it, or "
+            "take a fresh --workdir"
+        ) from error
     differing = sorted(_differences(there, config))
     if differing:
         name, old, new = differing[0]

@@ -75,7 +75,9 @@ def product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array, "m n
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     axes = (((axis_a,), (axis_b,)), ((), ()))
-    out = jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    out = jax.lax.dot_general(
+        a, b, axes, precision="highest", preferred_element_type=jnp.float32
+    )
     return out.astype(a.dtype)
 
 

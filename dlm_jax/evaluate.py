@@ -38,9 +38,11 @@ def diversity(texts: list[str], train: list[str]) -> Iterator[Row]:
 
 def language(texts: list[str]) -> Iterator[Row]:
     """Share of texts that the grammar accepts, with its binomial standard error."""
-    share = float(np.mean([grammar.accepts(t) for t in texts]))
+    accepted = [t for t in texts if grammar.accepts(t)]
+    share = len(accepted) / len(texts)
     yield "accepted", share
     yield "accepted_standard_error", (share * (1 - share) / len(texts)) ** 0.5
+    yield "distinct_of_accepted", len(set(accepted)) / max(1, len(accepted))
 
 
 def run(bundle: Bundle, workdir: str) -> dict[str, float]:

@@ -63,11 +63,11 @@ ROUNDINGS: dict[str, Callable] = {
     ),
 }
 # the options each solver takes, out of the settings
-OPTIONS: dict[str, Callable[[Settings], dict]] = {
-    "ancestral": lambda s: {"sigma": s.sigma, "top_p": s.top_p or None},
-    "marginal": lambda s: {},
-    "ddim": lambda s: {"eta": s.eta},
-    "dpmpp_2m": lambda s: {},
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "ancestral": ("sigma", "top_p"),
+    "marginal": (),
+    "ddim": ("eta",),
+    "dpmpp_2m": (),
 }
 
 
@@ -137,6 +137,12 @@ class Bundle:
         texts = [self.tokenizer.decode(row) for row in ids]
         return Samples(texts, ids, latents, traces)
 
+    def film(self, n: int, **settings: Any) -> list[list[str]]:
+        """For each of n samples, the text that x0_hat rounds to after every step."""
+        trace = self.draw(n, **settings, trace=True).trace
+        assert trace is not None
+        return [[self.tokenizer.decode(row) for row in rows] for rows in trace]
+
     def _default(self, name: str, value: Any) -> Any:
         return self.config["sample"][name] if value is None else value
 
@@ -147,6 +153,13 @@ class Bundle:
         _known("solver", samplers.SOLVERS, values["solver"])
         _known("rounding", ROUNDINGS, values["rounding"])
         _known("sigma", schedule.VARIANCES, values["sigma"])
+        for name in ("eta", "sigma", "top_p"):
+            if name not in OPTIONS[values["solver"]] and (
+                given.get(name) is not None or (name == "top_p" and values[name])
+            ):
+                raise UserError(f"{name}: solver {values['solver']!r} does not take it")
+        if not 0 <= values["eta"] <= 1:
+            raise UserError(f"eta={values['eta']}: must be from 0 to 1")
         most = self.schedule.steps
         _positive("steps", values["steps"])
         if most is not None and values["steps"] > most:
@@ -169,9 +182,8 @@ class Bundle:
             denoise = model.bind(params, self.cfg, schedule=self.schedule)
             if s.clamp >= 0:
                 denoise = control.clamp(denoise, params.table, below=s.clamp)
-            step = samplers.SOLVERS[s.solver](
-                denoise, self.schedule, **OPTIONS[s.solver](s)
-            )
+            options = {name: getattr(s, name) for name in OPTIONS[s.solver]}
+            step = samplers.SOLVERS[s.solver](denoise, self.schedule, **options)
 
             def to_ids(x):
                 return ROUNDINGS[s.rounding](params, x)

@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
     except UserError as error:
         _fail(error)
+    except OSError as error:
+        _fail(f"--workdir {FLAGS.workdir}: {error}; choose one that can be written")
 
 
 def _fail(error: object) -> NoReturn:

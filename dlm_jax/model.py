@@ -71,7 +71,9 @@ def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logi
     of arXiv:2205.14217 appendix F.
     """
     alpha, sigma = schedule.alpha_sigma(t)
-    near = expand(alpha / sigma**2, x_t) * jnp.einsum("bld,vd->blv", x_t, table)
+    near = expand(alpha / sigma**2, x_t) * jnp.einsum(
+        "bld,vd->blv", x_t, table, precision="highest"
+    )
     return near - expand(0.5 * (alpha / sigma) ** 2, x_t) * jnp.sum(table**2, -1)
 
 
@@ -104,7 +106,9 @@ TO_X0: dict[str, Callable[..., Latent]] = {
 
 def average(table: Table, logits: Logits) -> Latent:
     """softmax(logits) @ table: the posterior mean embedding [b l d]."""
-    return jnp.einsum("blv,vd->bld", jax.nn.softmax(logits, -1), table)
+    return jnp.einsum(
+        "blv,vd->bld", jax.nn.softmax(logits, -1), table, precision="highest"
+    )
 
 
 def bind(

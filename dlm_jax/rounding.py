@@ -15,7 +15,7 @@ WHOLE = 2048  # up to this vocabulary the scores are made at once
 
 def logits(table: Table, bias: Bias, x: Latent) -> Logits:
     """x E^T + c: the tied head (the published `logits_mode` 1) [b l v]."""
-    return jnp.einsum("bld,vd->blv", x, table) + bias
+    return jnp.einsum("bld,vd->blv", x, table, precision="highest") + bias
 
 
 def distance_logits(table: Table, x: Latent) -> Logits:
@@ -23,7 +23,7 @@ def distance_logits(table: Table, x: Latent) -> Logits:
     square = (
         jnp.sum(table**2, -1)
         + jnp.sum(x**2, -1, keepdims=True)
-        - 2.0 * jnp.einsum("bld,vd->blv", x, table)
+        - 2.0 * jnp.einsum("bld,vd->blv", x, table, precision="highest")
     )
     positive = square > 0
     return -jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
@@ -42,7 +42,8 @@ def nearest(table: Table, x: Latent) -> Ids:
     """
     half = 0.5 * jnp.sum(jnp.asarray(table) ** 2, -1)
     if table.shape[0] <= WHOLE:
-        return jnp.argmax(jnp.einsum("bld,vd->blv", x, table) - half, -1)
+        scores = jnp.einsum("bld,vd->blv", x, table, precision="highest")
+        return jnp.argmax(scores - half, -1)
     return _nearest_chunked(jnp.asarray(table), half, jnp.asarray(x))
 
 
@@ -56,7 +57,9 @@ def _nearest_chunked(table: Table, half: Bias, x: Latent) -> Ids:
     def compare(carry, chunk):
         best, winner = carry
         index, rows, offset = chunk
-        score = jnp.max(jnp.einsum("bld,vd->blv", x, rows) - offset, -1)
+        score = jnp.max(
+            jnp.einsum("bld,vd->blv", x, rows, precision="highest") - offset, -1
+        )
         better = score > best
         return (jnp.where(better, score, best), jnp.where(better, index, winner)), None
 
@@ -68,7 +71,10 @@ def _nearest_chunked(table: Table, half: Bias, x: Latent) -> Ids:
 
     def inside(example):
         x_row, chunk = example
-        score = jnp.einsum("ld,lvd->lv", x_row, words[chunk]) - halves[chunk]
+        score = (
+            jnp.einsum("ld,lvd->lv", x_row, words[chunk], precision="highest")
+            - halves[chunk]
+        )
         return chunk * CHUNK + jnp.argmax(score, -1)
 
     return jax.lax.map(inside, (x, winner))

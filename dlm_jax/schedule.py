@@ -324,6 +324,10 @@ def named(
         raise UserError(
             f"config.schedule.name={name!r}: choose one of {', '.join(SCHEDULES)}"
         )
+    if steps < 0 or 0 < steps < 20:
+        raise UserError(
+            f"config.schedule.steps={steps}: take 20 or more, or 0 (a curve)"
+        )
     if scale and name not in QUANTILES:
         raise UserError(f"config.schedule.scale is for {QUANTILES}, not {name!r}")
     schedule = SCHEDULES[name](mean, scale) if scale else SCHEDULES[name]()

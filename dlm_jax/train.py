@@ -247,6 +247,11 @@ def network(config: Any) -> DenoiserConfig:
             f"config.data.length={config.data.length} exceeds "
             f"config.model.positions={cfg.positions}: raise the latter"
         )
+    for name in ("dim", "width", "layers", "heads", "ff", "positions", "time_dim"):
+        if config.model[name] < 1:
+            raise UserError(
+                f"config.model.{name}={config.model[name]}: must be 1 or more"
+            )
     if cfg.width % cfg.heads:
         raise UserError(
             f"config.model.heads={cfg.heads} does not divide width={cfg.width}"
@@ -360,7 +365,7 @@ class Run:
         if not all(np.isfinite(x).all() for x in jax.device_get(weights)):
             raise UserError(
                 f"weights are not finite at step {int(self.state.step)}: stopped, none "
-                "saved; lower config.optim.lr or set config.optim.clip"
+                "saved; take a fresh --workdir and a lower config.optim.lr"
             )
         tokenizer = self.corpus.tokenizer.to_dict()
         state = parallel.to_global(self.state)

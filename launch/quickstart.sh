@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the embedded default, evaluates it and prints samples: the whole of it in
 # about ten minutes on two cores. Arguments go to the training command, such as
-# --config configs/smoke.py or --config.train.total_steps=100; WORKDIR names the run.
+# --config.train.total_steps=100; the environment variable WORKDIR names the run.
 . "$(dirname "$0")/setup.sh"
 setup
 workdir=${WORKDIR:-runs/quickstart}
@@ -9,6 +9,6 @@ config=(--config configs/grammar.py)
 for argument in "$@"; do
   case $argument in --config | --config=*) config=() ;; esac
 done
-.venv/bin/python -m dlm_jax.main --workdir "$workdir" "${config[@]}" "$@"
+.venv/bin/python -m dlm_jax.main --workdir "$workdir" ${config[@]+"${config[@]}"} "$@"
 .venv/bin/python -m dlm_jax.main --workdir "$workdir" --mode evaluate
 .venv/bin/python -m dlm_jax.main --workdir "$workdir" --mode plot

@@ -26,6 +26,7 @@ setup() {
   python=$(find_python)
   if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv || {
+      rm -rf .venv
       echo "error: $python cannot make a virtual environment; on Debian: apt install python3-venv" >&2
       return 2
     }

@@ -257,7 +257,8 @@ def test_damaged_checkpoint_is_one_line(harm, texts, start, tmp_path):
         path = _read_by_restore(workdir)[number]
         harm(path)
         before = _digest(workdir)
-        for call in (dlm_jax.load, lambda w: train.run(_config(texts), str(w))):
+        calls = [lambda w: train.run(_config(texts), str(w)), dlm_jax.load]
+        for call in calls if number else calls[:1]:  # a load reads not all the data
             line = _fails("checkpoints/2: damaged", call, workdir)
             assert "the one before" in line
         assert _digest(workdir) == before, path

@@ -16,12 +16,15 @@ T200 = schedule.named("sqrt", 200)
 TINY = DenoiserConfig(
     dim=4, width=8, layers=1, heads=2, ff=8, positions=4, time_dim=4, predicts="logits"
 )
+KEY = jax.random.key(1, impl="unsafe_rbg")  # compiles in less than threefry's time
 IDS = np.array([[0, 5, 2], [3, 3, 1]])
 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), TINY, 6)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: model.init(key, TINY, 6), jax.random.key(0))
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), "f"), shapes)
 
 
 @pytest.fixture(scope="module", params=["b", "b l"])
@@ -106,17 +109,10 @@ def test_bind_is_apply_and_conversion(monkeypatch, params, noisy, predicts):
     assert network.call_args.kwargs["key"] is key
 
 
-def test_estimate_needs_self_cond(params, noisy):
-    """Without it the network does not read x0_prev."""
-    _, t, eps, x_t = noisy
-    one, other = (model.apply(params, TINY, x_t, t, prev) for prev in (eps, x_t))
-    np.testing.assert_array_equal(one, other)
-
-
-def test_start(params):
+def test_start():
     """Table N(0, 1), bias within 1/sqrt d of 0; on request rows on the sphere."""
     big = dataclasses.replace(TINY, dim=16)
-    first = jax.jit(lambda key: model.init(key, big, 500)[:2])(jax.random.key(1))
+    first = jax.jit(lambda key: model.init(key, big, 500)[:2])(KEY)
     table, bias = (np.asarray(a) for a in first)
     assert abs(table.std() - 1) < 5 / (2 * table.size) ** 0.5
     assert np.abs(bias).max() <= 0.25
@@ -124,7 +120,7 @@ def test_start(params):
     sigma = 0.25 / 3**0.5
     assert abs(bias.std() - sigma) < 2.5 * sigma * (0.8 / 500) ** 0.5
     unit = jax.jit(lambda key: model.init(key, TINY, 6, normalize=True).table)
-    norm = np.linalg.norm(unit(jax.random.key(0)), axis=-1)
+    norm = np.linalg.norm(unit(KEY), axis=-1)
     np.testing.assert_allclose(norm, 2, rtol=1e-6)
 
 

@@ -161,7 +161,7 @@ def test_bounds(golden, net, draws):
         np.testing.assert_allclose(
             terms.rounding / 2000, golden[want + "decoder_nll"], rtol=1e-4
         )
-        np.testing.assert_allclose(terms.prior / 2000, golden[want + "kl_T"], rtol=2e-3)
+        np.testing.assert_allclose(terms.prior / 2000, golden[want + "kl_T"], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,13 @@ def test_nearest_is_the_closest_word(vocab):
     np.testing.assert_array_equal(jax.jit(rounding.nearest)(table, x), want)
 
 
+def test_the_last_chunk_has_no_word_at_zero():
+    """Words far from zero and a query at zero, where a padded row would lie."""
+    table, x = whole_numbers(11, BIG, 3) + 9, np.zeros((1, 1, 3), np.float32)
+    want = (table.astype(float) ** 2).sum(-1).argmin()
+    assert jax.jit(rounding.nearest)(table, x).item() == want
+
+
 def test_ties_across_chunk_borders():
     """Copies of one row, the query on it: the first copy wins wherever it lies."""
     edge = rounding.CHUNK
@@ -106,10 +113,8 @@ def test_distance_logits_on_a_word():
     x = jnp.asarray(table[None, :2])
     scores = rounding.distance_logits(table, x)
     np.testing.assert_array_equal(np.diagonal(scores[0]), 0)
-    for argument in (0, 1):
-        grad = jax.grad(
-            lambda *a: rounding.distance_logits(*a).sum(), argnums=argument
-        )(jnp.asarray(table), x)
+    total = lambda *a: rounding.distance_logits(*a).sum()  # noqa: E731
+    for grad in jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(table), x):
         assert np.isfinite(grad).all()
 
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole pipeline: a model that saw eight sentences says these eight, nothing else."""
+
+import functools
+import json
+
+import jax
+import pytest
+
+from configs import smoke
+from dlm_jax import data, generate, grammar, tokenizer, train
+
+SENTENCES = [
+    "The Phoenix is a highly rated Italian coffee shop .",
+    "Aromi offers Chinese food and is not family friendly .",
+    "Giraffe is an Indian bistro in the old town .",
+    "The Rice Boat serves expensive dishes and welcomes families .",
+    "The Vaults is an English pub near Café Rouge .",
+    "Strada is a cheap Indian diner near Burger King .",
+    "Zizzi is a Japanese restaurant next to Café Brazil .",
+    "Giraffe offers French meals and welcomes children .",
+]
+LENGTH = 12
+# the quickstart's: cross-entropy, self-conditioning, the prior, a curve for a schedule
+CROSS_ENTROPY = {
+    "model.dim": 32,
+    "optim.name": "muon",
+    "optim.lr": 1e-2,
+    "sample.steps": 200,
+}
+# the published: mean squared error of x_0, the sqrt schedule, DDPM with the clamp
+PUBLISHED = {
+    "model.trunk": "post_ln",
+    "model.predicts": "x0",
+    "model.self_cond": False,
+    "embedding.normalize": False,
+    "schedule.name": "sqrt",
+    "schedule.steps": 2000,
+    "schedule.mean": 0.0,
+    "schedule.scale": 0.0,
+    "loss.objective": "x0",
+    "loss.times": "uniform",
+    "loss.self_cond": 0.0,
+    "optim.lr": 5e-3,
+    "sample.steps": 100,
+    "sample.clamp": 1.0,
+    "sample.rounding": "logits",
+}
+
+
+def _config(recipe, steps):
+    config = smoke.get_config()
+    config.data.length = LENGTH
+    config.model.update(width=64, ff=128, heads=4, dim=16, positions=LENGTH)
+    config.train.update(batch=32, total_steps=steps)
+    config.optim.update(warmup=20, ema=0.98)
+    config.sample.batch = 64
+    config.update_from_flattened_dict(recipe)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [(CROSS_ENTROPY, 700), (PUBLISHED, 900)],
+    ids=["cross-entropy", "published"],
+)
+def test_says_the_eight_sentences_and_no_other(recipe, steps):
+    assert all(map(grammar.accepts, SENTENCES))
+    config = _config(recipe, steps)
+    words = tokenizer.train_word(SENTENCES, min_count=0)
+    ids = data.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
+    recipe = train.recipe_of(config)
+
+    def init(key):
+        return train.init_state(key, recipe, words.vocab_size)
+
+    state, key = jax.jit(init)(jax.random.key(0)), jax.random.key(1)
+    step_fn = functools.partial(train.train_step, recipe=recipe)
+    step_fn = jax.jit(step_fn, donate_argnums=1)
+    for step in range(steps):
+        rows = data.batch_ids(ids, seed=0, step=step, batch=32)
+        state, _ = step_fn(key, state, rows)
+    record = json.loads(config.to_json_best_effort())
+    bundle = generate.from_parts(recipe.cfg, state.params, words, record, ema=state.ema)
+    found = bundle.sample(64, seed=0)
+    others = [text for text in found if text not in SENTENCES]
+    assert len(others) <= 2, others  # finitely many steps mix two sentences, rarely
+    assert set(found) >= set(SENTENCES)
