@@ -41,12 +41,14 @@ def get_config() -> Any:
         ema=0.99,
     )
     cfg.train.update(
-        total_steps=2400,
+        total_steps=2000,
         batch=64,
         ckpt_steps=400,
         log_steps=50,
         valid_steps=400,
         sample_steps=800,
     )
-    cfg.sample.update(n=16, batch=256, steps=64, clamp=1.0, rounding="nearest", seed=0)
+    cfg.sample.update(
+        n=16, batch=256, steps=64, solver="marginal", rounding="nearest", seed=0
+    )
     return cfg

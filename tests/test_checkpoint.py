@@ -308,5 +308,7 @@ def test_total_steps_grow_only_at_a_constant_rate(texts, tmp_path):
         return record
 
     checkpoint.claim(tmp_path, check(STEPS))
+    check(STEPS - 1)  # nothing is saved yet: any config may begin
+    (checkpoint.folder(tmp_path) / "1").mkdir(parents=True)
     check(STEPS + 1)
     _fails("total_steps", check, STEPS - 1)

@@ -119,6 +119,16 @@ def test_rounding_and_prior(network):
     np.testing.assert_allclose(terms.prior, want, rtol=1e-5)
 
 
+def test_prior_of_the_bounds(network):
+    """KL(q(x_T | x_0) || N(0, 1)): summed over d in nats, or T / ln 2 times its mean."""
+    network(lambda weights, x_t, t, x0_prev: X_0)
+    alpha, sigma = T20.alpha_sigma(np.array(19 / 20))
+    kl = 0.5 * (sigma**2 - 1 - np.log(sigma**2) + (alpha * X_0) ** 2).mean((1, 2))
+    np.testing.assert_allclose(run("vlb").prior, 4 * kl, rtol=1e-4)
+    found = run("vlb_legacy").prior
+    np.testing.assert_allclose(found, 20 / np.log(2) * kl, rtol=1e-4)
+
+
 def test_total_is_the_weighted_sum(network):
     network(lambda weights, x_t, t, x0_prev: 0 * x_t)
     weight = np.array([0.5, 1.0, 3.0], np.float32)

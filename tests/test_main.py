@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs import smoke
-from dlm_jax import parallel, train
+from dlm_jax import main, parallel, train
 from dlm_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +129,6 @@ MISTAKES = {
     "positions": (None, {"model__positions": 8}, "positions=8"),
     "importance": (None, {"loss__times": "importance"}, "schedule.steps > 0"),
     "feedback": (None, {"model__self_cond": False}, "self_cond"),
-    "solver": (None, {"sample__solver": "euler"}, "solver='euler': choose"),
     "batch": (None, {"train__batch": 0}, "train.batch=0"),
     "logging": (None, {"train__log_steps": 0}, "train.log_steps=0"),
     "keep": (None, {"train__keep": 0}, "train.keep=0"),
@@ -147,6 +146,15 @@ def test_a_wrong_setting_is_named(name, tmp_path):
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_notes_of_the_libraries_stay_silent():
+    """Warnings show; JAX's notes on absent accelerators only where asked for."""
+    for flags, verbosity in (([], -1), (["--verbosity=1"], 1)):
+        main.parse(["main", "--workdir=x", *flags])
+        assert main.FLAGS.verbosity == verbosity
+        main.FLAGS.unparse_flags()
+        main.FLAGS["verbosity"].using_default_value = True
 
 
 @pytest.mark.parametrize(

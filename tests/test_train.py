@@ -21,7 +21,7 @@ from dlm_jax import checkpoint, losses, metrics, train
 from dlm_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
-BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 4
+BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 20
 STEPS = 6
 KEY = jax.random.key(5)
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -181,14 +181,14 @@ def test_importance_sampling_warms_up():
     uniform = losses.time_probabilities(state.moments)
     np.testing.assert_allclose(uniform, 1 / T, rtol=1e-5)
     seen = [0]
-    for _ in range(20):
+    for _ in range(60):
         state, _ = step(KEY, state, _ids())
         seen.append(int(state.moments.filled.sum()))
     assert seen[1] == BATCH
     assert seen[-1] == 10 * T
     p = losses.time_probabilities(state.moments)
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-5)
-    assert float(jnp.max(jnp.abs(p - uniform))) > 0.01
+    assert float(jnp.max(jnp.abs(p / uniform - 1))) > 0.1
 
 
 @pytest.mark.parametrize("objective", ["x0", "vlb"])
@@ -205,7 +205,7 @@ def test_moments_hold_losses_without_their_weight(objective):
     terms, empty = terms_of(weight), losses.init_moments(T)
     moments = train._remember(empty, terms, draws.t, weight, None)
     unweighted = terms_of(jnp.ones(4)).total()
-    np.testing.assert_allclose(moments.history[:, 0], unweighted, rtol=1e-4)
+    np.testing.assert_allclose(moments.history[:4, 0], unweighted, rtol=1e-4)
 
 
 # --- validation and stopping
@@ -242,6 +242,13 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         train.run(config, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
     assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_a_mistake_in_sampling_shows_before_the_training(tmp_path):
+    config = _run_config(tmp_path, sample__solver="euler")
+    with pytest.raises(UserError, match="solver='euler': choose"):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
