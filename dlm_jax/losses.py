@@ -192,11 +192,7 @@ class _Pass(NamedTuple):
         """(diffusion, t0): the second replaces the first where t is index 0."""
         steps = self.schedule.steps
         zero = self.t < 0 if steps is None else self.t * steps < 0.5
-        if zero.ndim == 2:
-            zero = zero[..., None]
-        zero = jnp.broadcast_to(
-            zero.reshape(zero.shape + (1,) * (3 - zero.ndim)), (error.shape)
-        )
+        zero = expand(zero, error)
         return (
             self.mean(jnp.where(zero, 0.0, error)),
             self.mean(jnp.where(zero, at_zero, 0.0)),
