@@ -4,10 +4,10 @@
     python -m dlm_jax.main --config configs/e2e_small.py --workdir runs/e2e_small \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
-Two cores of an AMD EPYC, other work running on them (0.6 s a step; 0.3 s when alone).
-Held-out cross-entropy, nats per position: 0.961 at step 200, 0.898 at 400, 0.836 at 600,
-0.783 at 800 (545 s); the run was ended at step 950, after 686 s. A sample at step 800:
-"The Spice is a family restaurant that with a average customer rating ."
+Two cores of an AMD EPYC, nothing else running: 466 s. Held-out cross-entropy, nats per
+position of 64: 0.961 at step 200, 0.783 at 800, 0.730 at 1200, 0.716 at 1600. Of the
+last 16 samples: "Loch Fyne is a coffee that serving Indian food .", "The Vaults is a
+family - Italian restaurant with a low price range".
 """
 
 from typing import Any

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variational bound on -log p(w) in nats, of the very model that samples.
+
+Given the words, every latent is Gaussian around them: with x_0 = EMB(w) + sigma_0 n,
+x_t = alpha EMB(w) + noise of variance 1 - alpha^2 + alpha^2 sigma_0^2. Its
+signal-to-noise ratio SNR(t) decides the bound (arXiv:2107.00630, eqs. 11 to 15):
+
+    -log p(w) <= KL(q(x_1 | w) || N(0, 1))                                      prior
+               + 1/2 sum_t (SNR(t - 1) - SNR(t)) E|EMB(w) - e_hat(x_t)|^2   diffusion
+               + E[-log p(w | the least noisy latent)]                       rounding
+
+On a curve the sum is an integral over t. Nothing is left out at either end, so bounds
+of different schedules and parametrisations may be compared.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import model, rounding
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.embedding import embed
+from dlm_jax.model import Params
+from dlm_jax.schedule import Schedule, expand
+from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, PRNGKey, Table, Time
+
+
+class Bound(NamedTuple):
+    """The named terms of each example [b], nats."""
+
+    prior: PerExample
+    diffusion: PerExample
+    rounding: PerExample
+
+    def total(self) -> PerExample:
+        """The bound on -log p(w) of each example [b], nats."""
+        return self.prior + self.diffusion + self.rounding
+
+
+class Profile(NamedTuple):
+    """Where the diffusion term comes from: times and integrand, nats an example [k b]."""
+
+    t: Array
+    nats: Array
+
+
+class Predictor(NamedTuple):
+    """What the bound asks of a model.
+
+    estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w); decode(x [b l d])
+    -> logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0.
+    """
+
+    estimate: Callable[[Latent, Time], Latent]
+    decode: Callable[[Latent], Logits]
+    sigma_0: float
+
+
+def predictor(
+    params: Params, cfg: DenoiserConfig, schedule: Schedule, *, sigma_0: float
+) -> Predictor:
+    """The predictor of a trained network; sigma_0 as in training, 0 under "ce".
+
+    A self-conditioned network is asked twice at each x_t: a chain whose steps depend on
+    x_t alone, hence a bound (of the sampler that asks twice). A network trained on noisy
+    x_0 estimates x_0, whose share of known noise is taken out: both give the same mean
+    of the reverse step.
+    """
+    denoise = model.bind(params, cfg, schedule=schedule)
+
+    def feedback(x_t: Latent, t: Time) -> Latent:
+        zeros = jnp.zeros_like(x_t)
+        return denoise(x_t, t, zeros) if cfg.self_cond else zeros
+
+    def estimate(x_t: Latent, t: Time) -> Latent:
+        x0_hat = denoise(x_t, t, feedback(x_t, t))
+        if not sigma_0:
+            return x0_hat
+        alpha, sigma = schedule.alpha_sigma(t)
+        noisy = (alpha * sigma_0) ** 2
+        known = noisy / (noisy + sigma**2)
+        if schedule.steps is not None:  # at index 0 the losses compare with EMB(w)
+            known = jnp.where(t * schedule.steps < 0.5, 0.0, known)
+        x0_hat = x0_hat - expand(known / alpha, x_t) * x_t
+        return x0_hat / expand(1 - known, x_t)
+
+    def decode(x: Latent) -> Logits:
+        if sigma_0:
+            return rounding.logits(params.table, params.bias, x)
+        t = jnp.zeros(x.shape[0])
+        raw = model.apply(params, cfg, x, t, feedback(x, t), schedule=schedule)
+        if cfg.predicts == "logits":
+            return raw
+        x0_hat = model.TO_X0[cfg.predicts](raw, x, t, params.table, schedule)
+        return rounding.logits(params.table, params.bias, x0_hat)
+
+    return Predictor(estimate, decode, sigma_0)
+
+
+def snr(schedule: Schedule, t: Any, sigma_0: float) -> Any:
+    """SNR(t) of x_t given the words, of t's shape; t < 0 is x_0 itself.
+
+    Not by expm1(-log): XLA's CPU compiler takes it for -expm1(log), which stands in the
+    same kernel (jax 0.10).
+    """
+    xp = jnp if isinstance(t, jax.Array) else np
+    log = schedule.log_alpha_bar(t)
+    return xp.exp(log) / (xp.exp(log) * sigma_0**2 - xp.expm1(log))
+
+
+def _drop(schedule: Schedule, t: Time, sigma_0: float) -> Time:
+    """T (SNR(t - 1) - SNR(t)), or -dSNR/dt on a curve: the weight of a uniform t."""
+    steps = schedule.steps
+    if steps is None:
+        slope = jax.jvp(lambda t: snr(schedule, t, sigma_0), (t,), (jnp.ones_like(t),))
+        return -slope[1]
+    ratio = snr(schedule, np.arange(steps) / steps, sigma_0)
+    before = np.append(1 / sigma_0**2 if sigma_0 else ratio[0], ratio[:-1])
+    table = jnp.asarray(steps * (before - ratio), jnp.float32)
+    return table[jnp.round(t * steps).astype(int)]
+
+
+def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
+    """x_t given EMB(w) = x."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    std = jnp.sqrt(sigma**2 + (alpha * sigma_0) ** 2)
+    return expand(alpha, x) * x + expand(std, x) * eps
+
+
+def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> PerExample:
+    """KL(q(x_1 | w) || N(0, 1)), nats an example [b]."""
+    steps = schedule.steps
+    last = np.asarray(1.0 if steps is None else (steps - 1) / steps)
+    alpha, _ = schedule.alpha_sigma(last)
+    off = alpha**2 * (sigma_0**2 - 1)  # the variance less 1
+    return 0.5 * jnp.sum(alpha**2 * x**2 + (off - np.log1p(off)), (-2, -1))
+
+
+def bound(
+    key: PRNGKey,
+    ids: Ids,
+    table: Table,
+    predict: Predictor,
+    schedule: Schedule,
+    *,
+    draws: int = 8,
+) -> tuple[Bound, Profile]:
+    """An unbiased estimate of the bound of each example, from `draws` times an example.
+
+    The times of an example are low-discrepancy: (u + k / draws) mod 1.
+    """
+    x, sigma_0 = embed(table, ids), predict.sigma_0
+    k_time, k_noise, k_first, k_last = jax.random.split(key, 4)
+    u = jax.random.uniform(k_time, ids.shape[:1])
+
+    def error(key: PRNGKey, t: Time) -> PerExample:
+        eps = jax.random.normal(key, x.shape)
+        e_hat = predict.estimate(_noisy(x, t, eps, schedule, sigma_0), t)
+        return 0.5 * jnp.sum((x - e_hat) ** 2, (-2, -1))
+
+    def at(k: Array) -> tuple[Time, PerExample]:
+        t = (u + k / draws) % 1.0
+        if schedule.steps is not None:
+            t = jnp.floor(t * schedule.steps) / schedule.steps
+        weight = _drop(schedule, t, sigma_0)
+        return t, weight * error(jax.random.fold_in(k_noise, k), t)
+
+    profile = Profile(*jax.lax.map(at, jnp.arange(draws)))
+    diffusion = jnp.mean(profile.nats, 0)
+    zero = jnp.zeros(ids.shape[:1])
+    if sigma_0 and schedule.steps is None:  # from the curve's start to x_0
+        gap = 1 / sigma_0**2 - snr(schedule, np.zeros(()), sigma_0)
+        diffusion += gap * error(k_first, zero)
+    eps = jax.random.normal(k_last, x.shape)
+    last = _noisy(x, zero - 1.0 if sigma_0 else zero, eps, schedule, sigma_0)
+    word = jnp.sum(rounding.nll(predict.decode(last), ids), -1)
+    return Bound(_prior(x, schedule, sigma_0), diffusion, word), profile
+
+
+class Summary(NamedTuple):
+    """A mean and its standard error over examples, in the unit its name says."""
+
+    mean: float
+    standard_error: float
+
+
+def per(nats: np.ndarray, count: np.ndarray) -> Summary:
+    """sum(nats) / sum(count) over the examples [n], with the error of that ratio."""
+    nats, count = (np.asarray(x, np.float64) for x in (nats, count))
+    ratio = nats.sum() / count.sum()
+    spread = np.std(nats - ratio * count, ddof=1) / np.sqrt(len(nats))
+    return Summary(float(ratio), float(spread / count.mean()))
