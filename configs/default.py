@@ -27,7 +27,8 @@ def get_config() -> Any:
             "trunk": "post_ln",  # post_ln | adaln
             "predicts": "x0",  # x0 | eps | mu | logits
             "self_cond": False,  # the network takes its last estimate as input
-            "output_prior": False,  # each position's own posterior: an input, and the logits' start
+            "output_prior": False,  # its own posterior: an input, and the logits' start
+            "causal": False,  # a position sees none after it: the teacher
             "dropout": 0.1,
             "attention_dropout": 0.1,
             "dtype": "float32",  # of the trunk's products: float32 | bfloat16
@@ -50,7 +51,7 @@ def get_config() -> Any:
     )
     cfg.loss = ConfigDict(
         {
-            "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | ce
+            "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | ce | ar (the teacher)
             "times": "uniform",  # uniform | antithetic | low_discrepancy | importance
             "mask_pad": False,
             "self_cond": 0.0,  # the share of batches that feed their estimate back
@@ -81,6 +82,17 @@ def get_config() -> Any:
             "clamp": 1.0,  # nearest-embedding projection at t <= clamp; -1: off
             "rounding": "logits",  # logits (as published) | nearest
             "seed": 101,
+        }
+    )
+    cfg.evaluate = ConfigDict(
+        {
+            "n": 256,  # samples a seed
+            "seeds": 3,
+            "texts": "",  # a file of texts to measure instead of samples
+            "teacher": "",  # the workdir of a run of objective "ar"
+            "nll_texts": 512,  # held-out texts for the bound
+            "draws": 16,  # times a text for the bound
+            "calls": (8, 16, 32, 64),  # denoiser calls of the frontier
         }
     )
     return cfg.lock()

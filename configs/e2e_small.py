@@ -15,9 +15,9 @@ from typing import Any
 from configs import grammar
 
 
-def get_config() -> Any:
-    """The quickstart's network on texts of up to 64 tokens."""
-    cfg = grammar.get_config()
+def get_config(variant: str = "modern") -> Any:
+    """The grammar's networks (modern | faithful | teacher) on up to 64 tokens."""
+    cfg = grammar.get_config(variant)
     cfg.data.update(
         source="e2e", path="data/e2e", length=64, min_count=10, too_long="truncate"
     )

@@ -24,4 +24,5 @@ def get_config() -> Any:
         sample_steps=10,
     )
     cfg.sample.update(n=4, batch=16, steps=8)
+    cfg.evaluate.update(n=8, seeds=2, nll_texts=16, draws=2, calls=(2, 4))
     return cfg

@@ -33,7 +33,7 @@ FREE = {
         "valid_batches",
         "sample_steps",
     )
-}
+} | {"sample", "evaluate"}
 
 
 def folder(workdir: str | Path) -> Path:
@@ -232,7 +232,8 @@ def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
     a, b = flatten(old), flatten(new)
     found = []
     for name in a.keys() | b.keys():
-        if a.get(name) == b.get(name) or name in FREE or name.startswith("sample."):
+        section = name.partition(".")[0]
+        if a.get(name) == b.get(name) or name in FREE or section in FREE:
             continue
         grows = name == "train.total_steps" and b.get("optim.decay") == "constant"
         if grows and b[name] >= a[name]:

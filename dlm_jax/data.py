@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from dlm_jax import grammar
-from dlm_jax.tokenizer import END, PAD, START, TRAINERS, Tokenizer
-from dlm_jax.types import UserError
+from dlm_jax.tokenizer import TRAINERS, Tokenizer
+from dlm_jax.types import END, PAD, START, UserError
 
 VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
 CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network

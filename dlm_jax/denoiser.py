@@ -25,8 +25,9 @@ class DenoiserConfig:
 
     predicts: what the output means: "x0", "eps", "mu" (the mean of x_{t-1}), or
     "logits" over the vocabulary, whose softmax averages the embeddings. self_cond: the
-    last estimate is an input. output_prior: each position's own posterior is an input too, and
-    the logits start from it (`model.prior_logits`).
+    last estimate is an input. output_prior: each position's own posterior is an input
+    too, and the logits start from it (`model.prior_logits`). causal: a position sees
+    none after it (`teacher`).
     """
 
     dim: int = 16
@@ -40,6 +41,7 @@ class DenoiserConfig:
     predicts: str = "x0"
     self_cond: bool = False
     output_prior: bool = False
+    causal: bool = False
     dropout: float = 0.1
     attention_dropout: float = 0.1
     dtype: str = "float32"
@@ -111,7 +113,7 @@ def _dense(features: int, fan_in: int, name: str, dtype: Any, zero: bool = False
 
 
 class Attention(nn.Module):
-    """Full self-attention, no mask: PADs attend and are attended, as published.
+    """Self-attention over all positions: PADs attend and are attended, as published.
 
     rotary: queries and keys turn with their position (RoPE, arXiv:2104.09864).
     """
@@ -128,7 +130,10 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = rotate(q), rotate(k)
         scores = jnp.einsum("bqnk,bsnk->bnqs", q, k) / math.sqrt(h // cfg.heads)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(q.dtype)
+        scores = scores.astype(jnp.float32)
+        if cfg.causal:
+            scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, -1).astype(q.dtype)
         weights = nn.Dropout(cfg.attention_dropout)(weights, deterministic)
         mixed = jnp.einsum("bnqs,bsnk->bqnk", weights, v).reshape(b, l, h)
         return _dense(h, h, "out", cfg.dtype)(mixed)
@@ -225,7 +230,8 @@ def _positions(post: bool) -> Callable:
 class Denoiser(nn.Module):
     """(x_t, t, x0_prev) -> raw output [b l out], float32 outside the trunk.
 
-    alone: the estimate of x_0 from each position alone, where cfg.output_prior asks for it.
+    alone: the estimate of x_0 from each position alone, where cfg.output_prior asks for
+    it. Without the head, the trunk's output [b l h].
     """
 
     cfg: DenoiserConfig
@@ -239,6 +245,7 @@ class Denoiser(nn.Module):
         x0_prev: Latent,
         alone: Latent | None = None,
         deterministic: bool = True,
+        head: bool = True,
     ) -> Array:
         cfg, h = self.cfg, self.cfg.width
         features = time_features(t, cfg.time_dim)
@@ -249,8 +256,8 @@ class Denoiser(nn.Module):
             time = jax.nn.silu(time)
         x = jnp.concatenate([x_t, x0_prev], -1) if cfg.self_cond else x_t
         x = x if alone is None else jnp.concatenate([x, alone], -1)
-        y = Trunk(cfg, name="trunk")(x, time, deterministic)
-        return _dense(self.out, h, "head", "float32")(y.astype(jnp.float32))
+        y = Trunk(cfg, name="trunk")(x, time, deterministic).astype(jnp.float32)
+        return _dense(self.out, h, "head", "float32")(y) if head else y
 
 
 def output_width(cfg: DenoiserConfig, vocab: int) -> int:
@@ -276,9 +283,10 @@ def apply(
     *,
     alone: Latent | None = None,
     key: PRNGKey | None = None,
+    head: bool = True,
 ) -> Float[Array, "b l out"]:
-    """The raw output; a key turns dropout on."""
+    """The raw output, or the trunk's without the head; a key turns dropout on."""
     module = Denoiser(cfg, output_width(cfg, vocab))
     rngs = None if key is None else {"dropout": key}
-    args = (x_t, t, x0_prev, alone, key is None)
+    args = (x_t, t, x0_prev, alone, key is None, head)
     return jnp.asarray(module.apply({"params": params}, *args, rngs=rngs))

@@ -1,67 +1,309 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: evaluators yield (name, value); one table on screen, one JSON file."""
+"""Evaluation: every measure beside that of held-out text; one table, one JSON file.
 
-import itertools
+A measure is flagged where it is worse than held-out text's by more than its margin and
+five standard errors: junk that wins one measure is flagged by another.
+"""
+
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from math import log
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 
-from dlm_jax import data, grammar, parallel
+from dlm_jax import data, generate, grammar, likelihood, measures, parallel, viz
 from dlm_jax.generate import Bundle
-from dlm_jax.types import UserError
+from dlm_jax.likelihood import Summary
+from dlm_jax.types import PAD, START, UserError
 
-SAMPLES = 256
-Row = tuple[str, float]
-
-
-def unigram_entropy(texts: Iterable[str]) -> float:
-    """Entropy of the words' frequencies, nats: low where texts repeat themselves."""
-    counts = Counter(itertools.chain.from_iterable(t.split() for t in texts))
-    total = sum(counts.values())
-    return -sum(n / total * log(n / total) for n in counts.values())
+UNKNOWN = 0.1  # share of unknown words above which a teacher is of other text
 
 
-def diversity(texts: list[str], train: list[str]) -> Iterator[Row]:
-    """Shares of texts that are distinct and that stand in the training data; entropy."""
-    seen = set(train)
-    yield "distinct", len(set(texts)) / len(texts)
-    yield "verbatim_in_train", float(np.mean([t in seen for t in texts]))
-    yield "unigram_entropy", unigram_entropy(texts)
-    yield "unigram_entropy_of_train", unigram_entropy(train)
+class Reference(NamedTuple):
+    """What samples are measured against. held_out: texts for the measures alone."""
+
+    train: frozenset[str]
+    train_grams: frozenset[tuple[str, ...]]
+    held_out: list[str]
+    teacher: Bundle | None
+    grammatical: bool
 
 
-def language(texts: list[str]) -> Iterator[Row]:
-    """Share of texts that the grammar accepts, with its binomial standard error."""
-    accepted = [t for t in texts if grammar.accepts(t)]
-    share = len(accepted) / len(texts)
-    yield "accepted", share
-    yield "accepted_standard_error", (share * (1 - share) / len(texts)) ** 0.5
-    yield "distinct_of_accepted", len(set(accepted)) / max(1, len(accepted))
+class Row(NamedTuple):
+    """A measure of the samples and of held-out text, over seeds; or why there is none."""
+
+    samples: Summary
+    held_out: Summary
+    flag: bool
+    note: str = ""
 
 
-def run(bundle: Bundle, workdir: str) -> dict[str, float]:
-    """Draws SAMPLES texts, prints the table and writes evaluation.json."""
-    if "source" not in bundle.config["data"]:
+# --- measures: (texts, reference) -> a number
+
+
+def _teacher(reference: Reference) -> Bundle:
+    if reference.teacher is None:
+        raise UserError("needs config.evaluate.teacher, a run of objective 'ar'")
+    return reference.teacher
+
+
+def _teacher_nll(texts: list[str], reference: Reference) -> float:
+    teacher = _teacher(reference)
+    ids = teacher.encode(texts)
+    return float(teacher.nll(ids).total().sum() / tokens(ids).sum())
+
+
+def _energy(texts: list[str], reference: Reference) -> float:
+    teacher = _teacher(reference)
+    mine, real = (
+        teacher.features(teacher.encode(t)) for t in (texts, reference.held_out)
+    )
+    return measures.energy_distance(mine, real)
+
+
+def _accepted(texts: list[str], reference: Reference) -> float:
+    if not reference.grammatical:
+        raise UserError("needs the grammar")
+    return float(np.mean([grammar.accepts(text) for text in texts]))
+
+
+def _exact_nll(texts: list[str], reference: Reference) -> float:
+    """Of the accepted texts: the others have none."""
+    if not reference.grammatical:
+        raise UserError("needs the grammar")
+    good = [text for text in texts if grammar.accepts(text)]
+    if not good:
+        raise UserError("needs a text that the grammar accepts")
+    count = sum(measures.lengths(good)) + len(good)
+    return -sum(map(grammar.log_prob, good)) / count
+
+
+class Measure(NamedTuple):
+    """worse: +1 where more is worse, -1 where less is; margin: how much is too much."""
+
+    value: Callable[[list[str], Reference], float]
+    worse: int
+    margin: float
+
+
+MEASURES: dict[str, Measure] = {
+    "accepted by the grammar": Measure(_accepted, -1, 0.5),
+    "exact nats/token, accepted": Measure(_exact_nll, +1, 0.5),
+    "teacher nats/token": Measure(_teacher_nll, +1, 0.5),
+    "energy distance": Measure(_energy, +1, 0.1),
+    "unigram entropy, nats": Measure(
+        lambda t, r: measures.unigram_entropy(t), -1, 0.25
+    ),
+    "distinct texts": Measure(lambda t, r: len(set(t)) / len(t), -1, 0.1),
+    "distinct-1": Measure(lambda t, r: measures.distinct(t, 1), -1, 0.05),
+    "distinct-4": Measure(lambda t, r: measures.distinct(t, 4), -1, 0.25),
+    "repetition within a text": Measure(
+        lambda t, r: measures.repetition(t), +1, 0.1
+    ),
+    "length distance, words": Measure(
+        lambda t, r: measures.length_distance(t, r.held_out), +1, 3.0
+    ),
+    "texts copied from train": Measure(
+        lambda t, r: measures.copied(t, set(r.train)), +1, 0.25
+    ),
+    "4-grams of train": Measure(
+        lambda t, r: measures.copied_grams(t, set(r.train_grams)), -1, 0.5
+    ),
+}  # fmt: skip
+
+
+def tokens(ids: np.ndarray) -> np.ndarray:
+    """Real tokens of each row [n]: words and END, neither START nor PAD."""
+    return np.sum((ids != PAD) & (ids != START), -1)
+
+
+def over_seeds(values: list[float]) -> Summary:
+    """Mean and standard error; the error of one seed is nan."""
+    many = len(values) > 1
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if many else math.nan
+    return Summary(float(np.mean(values)), float(error))
+
+
+def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
+    measure, none = MEASURES[name], Summary(math.nan, math.nan)
+    try:
+        mine, real = (
+            over_seeds([measure.value(texts, reference) for texts in part])
+            for part in (samples, held_out)
+        )
+    except UserError as error:
+        return Row(none, none, False, str(error))
+    if math.isnan(mine.mean) or math.isnan(real.mean):
+        return Row(mine, real, False, "needs longer texts")
+    worse = measure.worse * (mine.mean - real.mean)
+    errors = (mine.standard_error, real.standard_error)
+    noise = math.hypot(*(0.0 if math.isnan(e) else e for e in errors))
+    return Row(mine, real, worse > max(measure.margin, 5 * noise))
+
+
+def suite(samples: list[list[str]], held_out: list[str], reference: Reference) -> dict:
+    """Every measure of the samples, a list of texts a seed, against held-out text.
+
+    held_out: as many other texts as all samples, taken in turn; sizes agree, since
+    entropy and distinct-n grow with the size. Raises UserError where a list is too short.
+    """
+    size = min(map(len, samples))
+    if size < 2 or len(held_out) < size * len(samples):
+        raise UserError(
+            f"config.evaluate: {len(samples)} x {size} samples and {len(held_out)} "
+            "held-out texts; give 2 or more a seed, and as many held-out texts"
+        )
+    real = [held_out[i * size : (i + 1) * size] for i in range(len(samples))]
+    samples = [texts[:size] for texts in samples]
+    return {name: _row(name, samples, real, reference) for name in MEASURES}
+
+
+# --- likelihood
+
+
+def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
+    """The bound on held-out texts, per token and per position; exact for a teacher."""
+    ids = bundle.encode(texts)
+    terms, count = bundle.nll(ids, draws=draws), tokens(ids)
+    total = terms.total()
+    rows = {"nats/token": likelihood.per(total, count)}
+    rows["bits/token"] = Summary(*(x / math.log(2) for x in rows["nats/token"]))
+    rows["nats/position"] = likelihood.per(total, np.full(len(ids), ids.shape[1]))
+    if not bundle.cfg.causal:
+        for name, term in terms._asdict().items():
+            rows[f"{name}, nats/token"] = likelihood.per(term, count)
+    if bundle.config["data"]["source"] == "grammar":
+        exact = -np.array([grammar.log_prob(text) for text in texts])
+        rows["above the language, nats/token"] = likelihood.per(total - exact, count)
+    return rows
+
+
+# --- the command
+
+
+def references(config: Any) -> tuple[Reference, list[str]]:
+    """What the run's data give, and the held-out texts that stand beside the samples."""
+    train = data.load_texts(config.data, "train")
+    held_out = data.load_texts(config.data, "valid")
+    half = len(held_out) // 2
+    seen = frozenset(measures.all_grams(train))
+    teacher = _load_teacher(config.evaluate.teacher, held_out)
+    grammatical = config.data.source == "grammar"
+    reference = Reference(frozenset(train), seen, held_out[half:], teacher, grammatical)
+    return reference, held_out[:half]
+
+
+def _load_teacher(workdir: str, held_out: list[str]) -> Bundle | None:
+    if not workdir:
+        return None
+    teacher = generate.load(workdir)
+    if not teacher.cfg.causal:
+        raise UserError(f"config.evaluate.teacher={workdir}: not of objective 'ar'")
+    ids = teacher.encode(held_out)
+    unknown = float(np.mean(ids[ids != PAD] == 2))
+    if unknown > UNKNOWN:
+        raise UserError(
+            f"config.evaluate.teacher={workdir}: {unknown:.0%} of the held-out words are "
+            "unknown to it; it was trained on other text, train one on this"
+        )
+    return teacher
+
+
+def _samples(bundle: Bundle, options: Any) -> list[list[str]]:
+    """A list of texts for each seed: drawn, or out of a file."""
+    if not options.texts:
+        return [bundle.sample(options.n, seed=seed) for seed in range(options.seeds)]
+    path = Path(options.texts)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config.evaluate.texts={path}: {error}") from error
+    size = len(lines) // options.seeds
+    if size < 2:
+        raise UserError(
+            f"config.evaluate.texts={path} holds {len(lines)} texts: give at least "
+            f"{2 * options.seeds}, or lower config.evaluate.seeds"
+        )
+    return [lines[i * size : (i + 1) * size] for i in range(options.seeds)]
+
+
+def frontier(bundle: Bundle, reference: Reference, options: Any) -> list[dict]:
+    """Quality and entropy by denoiser calls; none without a measure of quality."""
+    quality = (
+        "accepted by the grammar" if reference.grammatical else "teacher nats/token"
+    )
+    if bundle.cfg.causal or options.texts:
+        return []
+    if not reference.grammatical and reference.teacher is None:
+        return []
+    points = []
+    for calls in options.calls:
+        texts = bundle.sample(options.n, seed=0, steps=calls)
+        points.append(
+            {
+                "calls": calls,
+                "quality": MEASURES[quality].value(texts, reference),
+                "entropy": measures.unigram_entropy(texts),
+                "measure": quality,
+            }
+        )
+    return points
+
+
+def run(bundle: Bundle, workdir: str) -> dict[str, Any]:
+    """Measures samples and likelihood; prints the table, writes evaluation.json."""
+    if "source" not in bundle.config["data"] or "evaluate" not in bundle.config:
         raise UserError(f"{workdir}: does not name its data; use --mode sample")
     config: Any = ml_collections.ConfigDict(bundle.config)
-    train = data.load_texts(config.data, "train")
-    texts = bundle.sample(SAMPLES)
-    rows = dict(diversity(texts, train))
-    if config.data.source == "grammar":
-        rows |= dict(language(texts))
-    for name, value in rows.items():
-        print(f"{name:28s} {value:.4f}")
-    print("\n".join(f"  | {text}" for text in texts[:8]))
+    options = config.evaluate
+    reference, held_out = references(config)
+    samples = _samples(bundle, options)
+    size = min(len(samples[0]), len(held_out) // len(samples))
+    rows = suite([texts[:size] for texts in samples], held_out, reference)
+    bounds = scores(bundle, held_out[: options.nll_texts], options.draws)
+    if reference.teacher is not None:
+        theirs = scores(reference.teacher, held_out[: options.nll_texts], 1)
+        bounds["teacher, nats/token"] = theirs["nats/token"]
+    points = frontier(bundle, reference, options)
+    _show(rows, bounds, points, samples[0][:8])
+    record = {
+        "step": bundle.step,
+        "samples": f"{len(samples)} x {size}",
+        "measures": {name: row._asdict() for name, row in rows.items()},
+        "likelihood": {name: value._asdict() for name, value in bounds.items()},
+        "frontier": points,
+        "sample": bundle.config["sample"],
+        "evaluate": bundle.config["evaluate"],
+        "texts": samples[0],
+    }
     if parallel.hosts()[0] == 0:
-        record = {"step": bundle.step, "samples": SAMPLES, **rows}
-        record |= {"sample": bundle.config["sample"], "texts": texts}
-        path = Path(workdir) / "evaluation.json"
-        path.write_text(json.dumps(record, indent=1, ensure_ascii=False))
-        print(path)
-    return rows
+        _write(record, Path(workdir), rows["unigram entropy, nats"].held_out.mean)
+    return record
+
+
+def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
+    print(f"{'':32s}{'samples':>18s}{'held-out text':>18s}")
+    for name, row in rows.items():
+        values = "".join(f"{m:10.3f} ±{e:6.3f}" for m, e in (row.samples, row.held_out))
+        tail = "  worse than text" if row.flag else ""
+        print(f"{name:32s}" + (f"  {row.note}" if row.note else values + tail))
+    for name, value in bounds.items():
+        print(f"{name:32s}{value.mean:10.3f} ±{value.standard_error:6.3f}")
+    for point in points:
+        print(
+            f"{point['calls']:5d} calls: {point['measure']} {point['quality']:.3f}, "
+            f"unigram entropy {point['entropy']:.3f}"
+        )
+    print("\n".join(f"  | {text}" for text in texts))
+
+
+def _write(record: dict, workdir: Path, entropy: float) -> None:
+    path = workdir / "evaluation.json"
+    nan_free = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    path.write_text(json.dumps(nan_free, indent=1, ensure_ascii=False))
+    print(path)
+    if record["frontier"]:
+        print(viz.save_frontier(record["frontier"], entropy, workdir))

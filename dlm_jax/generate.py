@@ -17,18 +17,23 @@ import numpy as np
 from dlm_jax import (
     checkpoint,
     control,
+    data,
     interop,
+    likelihood,
+    losses,
     model,
     parallel,
     rounding,
     samplers,
     schedule,
+    teacher,
     tokenizer,
 )
 from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.embedding import embed
 from dlm_jax.model import Params
 from dlm_jax.schedule import Schedule
-from dlm_jax.types import PyTree, UserError
+from dlm_jax.types import Ids, PyTree, UserError
 
 
 class Samples(NamedTuple):
@@ -137,6 +142,54 @@ class Bundle:
         texts = [self.tokenizer.decode(row) for row in ids]
         return Samples(texts, ids, latents, traces)
 
+    def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
+        """The bound on -log p of each row of ids [n l], nats, in three named terms [n].
+
+        draws: times an example. Exact for a teacher, as its `rounding` term.
+        """
+        key, size = jax.random.key(seed), min(len(ids), 256)
+        if ("nll", draws) not in self.compiled:
+            self.compiled["nll", draws] = jax.jit(self._nll(draws))
+        run, parts = self.compiled["nll", draws], []
+        for i, (rows, mask) in enumerate(data.batches(np.asarray(ids), size)):
+            terms = run(jax.random.fold_in(key, i), self.ema, rows)
+            parts.append(
+                jax.tree.map(lambda x, m=mask: x[m > 0], jax.device_get(terms))
+            )
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def _nll(self, draws: int) -> Callable:
+        def score(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
+            if self.cfg.causal:
+                exact = jnp.sum(teacher.nll(params, self.cfg, ids), -1)
+                return likelihood.Bound(0.0 * exact, 0.0 * exact, exact)
+            noise = losses.sigma_0(self.config["loss"]["objective"], self.schedule)
+            predict = likelihood.predictor(
+                params, self.cfg, self.schedule, sigma_0=noise
+            )
+            return likelihood.bound(
+                key, ids, params.table, predict, self.schedule, draws=draws
+            )[0]
+
+        return score
+
+    def features(self, ids: Ids) -> np.ndarray:
+        """A teacher's features of each row [n h]: where texts are near or far."""
+        if "features" not in self.compiled:
+            self.compiled["features"] = jax.jit(
+                lambda params, rows: teacher.features(params, self.cfg, rows)
+            )
+        parts, run = [], self.compiled["features"]
+        for rows, mask in data.batches(np.asarray(ids), min(len(ids), 256)):
+            parts.append(np.asarray(run(self.ema, rows))[mask > 0])
+        return np.concatenate(parts)
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Ids [n l] of texts, START and END added, as in the run's training."""
+        return data.encode(
+            texts, self.tokenizer, length=self.length, mode="pad", too_long="truncate"
+        )
+
     def film(self, n: int, **settings: Any) -> list[list[str]]:
         """For each of n samples, the text that x0_hat rounds to after every step."""
         trace = self.draw(n, **settings, trace=True).trace
@@ -176,6 +229,9 @@ class Bundle:
         return self.compiled[name]
 
     def _chain(self, s: Settings) -> Callable:
+        if self.cfg.causal:
+            return self._teacher(s)
+
         def chain(key: jax.Array, params: Params, index: jax.Array) -> tuple:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -194,6 +250,18 @@ class Bundle:
             state, trace = samplers.sample(k_steps, step, x_T, times, trace=film)
             trace = None if trace is None else jnp.swapaxes(trace, 0, 1)
             return state.x0_hat, to_ids(state.x0_hat), trace
+
+        return chain
+
+    def _teacher(self, s: Settings) -> Callable:
+        """One token after the other: a teacher knows no steps, solver or trace."""
+        if s.trace:
+            raise UserError("trace: a teacher has none, as it does not denoise")
+
+        def chain(key: jax.Array, params: Params, index: jax.Array) -> tuple:
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+            ids = teacher.sample(keys, params, self.cfg, self.length)
+            return embed(params.table, ids), ids, None
 
         return chain
 

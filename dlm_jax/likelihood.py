@@ -187,9 +187,9 @@ class Summary(NamedTuple):
     standard_error: float
 
 
-def per(nats: np.ndarray, count: np.ndarray) -> Summary:
+def per(nats: Array, count: Array) -> Summary:
     """sum(nats) / sum(count) over the examples [n], with the error of that ratio."""
-    nats, count = (np.asarray(x, np.float64) for x in (nats, count))
-    ratio = nats.sum() / count.sum()
-    spread = np.std(nats - ratio * count, ddof=1) / np.sqrt(len(nats))
-    return Summary(float(ratio), float(spread / count.mean()))
+    a, b = (np.asarray(x, np.float64) for x in (nats, count))
+    ratio = a.sum() / b.sum()
+    spread = np.std(a - ratio * b, ddof=1) / np.sqrt(len(a))
+    return Summary(float(ratio), float(spread / b.mean()))

@@ -25,9 +25,7 @@ from dlm_jax.schedule import (
     need_steps,
     posterior,
 )
-from dlm_jax.types import Array, Ids, Latent, PerExample, PRNGKey, Time, UserError
-
-PAD = 3
+from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time, UserError
 
 
 class Draws(NamedTuple):
@@ -292,6 +290,14 @@ def _ce(p: _Pass) -> Terms:
     return p.terms(error, zero, zero, zero)
 
 
+def _ar(p: _Pass) -> Terms:
+    """Cross-entropy of the next token, nats per position; the first one is given."""
+    next_token = rounding.nll(p.raw[:, :-1], jnp.asarray(p.ids)[:, 1:])
+    error = p.mean(jnp.pad(next_token, ((0, 0), (1, 0))))
+    zero = jnp.zeros_like(error)
+    return p.terms(error, zero, zero, zero)
+
+
 OBJECTIVES: dict[str, Callable[..., Terms]] = {
     "x0": _x0,
     "eps": _eps,
@@ -299,6 +305,7 @@ OBJECTIVES: dict[str, Callable[..., Terms]] = {
     "vlb": _vlb,
     "vlb_legacy": _vlb_legacy,
     "ce": _ce,
+    "ar": _ar,
 }
 DISCRETE = ("mu", "vlb", "vlb_legacy")
 
@@ -320,18 +327,19 @@ def end_to_end(
 
     objective: "x0", "eps", "mu": mean squared errors by coordinate plus nats per
     position, as published; "vlb": nats per position; "vlb_legacy": bits per dimension,
-    times T; "ce": nats per position. mask_pad: PADs do not count (Q7). normalize: the
-    table's rows are put on the sphere first. options: sigma ("small", "large") of the
-    two bounds. Raises UserError where objective, network and schedule do not fit.
+    times T; "ce": nats per position; "ar": the teacher's, nats per position, no noise.
+    mask_pad: PADs do not count (Q7). normalize: the table's rows are put on the sphere
+    first. options: sigma ("small", "large") of the two bounds. Raises UserError where objective, network and schedule do not fit.
     """
     check(objective, cfg, schedule)
     if normalize:
         params = params._replace(table=unit_rows(params.table))
     clean = embed(params.table, ids)
-    spread = 0.0 if objective == "ce" else schedule.sigma_0
-    x_0 = clean + spread * draws.eps_0
+    x_0 = clean + sigma_0(objective, schedule) * draws.eps_0
     t = jnp.asarray(draws.t)
     x_t = add_noise(x_0, t, jnp.asarray(draws.eps_t), schedule)
+    if objective == "ar":
+        t, x_t = jnp.zeros_like(t), clean
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t, draws)
     raw = model.apply(params, cfg, x_t, t, x0_prev, schedule=schedule, key=key)
     x0_hat = model.TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
@@ -346,12 +354,26 @@ def end_to_end(
     return OBJECTIVES[objective](done, **options)
 
 
+def sigma_0(objective: str, schedule: Schedule) -> float:
+    """Standard deviation of x_0 around EMB(w) in training: 0 where words are scored."""
+    return 0.0 if objective in ("ce", "ar") else schedule.sigma_0
+
+
 def check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
     """UserError where objective, network and schedule do not fit together."""
     if objective not in OBJECTIVES:
         raise UserError(f"objective {objective!r}: choose one of {list(OBJECTIVES)}")
-    if objective == "ce" and cfg.predicts != "logits":
-        raise UserError(f"objective 'ce' needs predicts 'logits', not {cfg.predicts!r}")
+    if objective in ("ce", "ar") and cfg.predicts != "logits":
+        raise UserError(
+            f"objective {objective!r} needs predicts 'logits', not {cfg.predicts!r}"
+        )
+    if cfg.causal != (objective == "ar"):
+        raise UserError(
+            f"objective {objective!r} and causal={cfg.causal}: 'ar' is for causal=True, "
+            "and no other is"
+        )
+    if cfg.causal and (cfg.self_cond or cfg.output_prior):
+        raise UserError("objective 'ar' takes neither self_cond nor output_prior")
     if objective in DISCRETE and schedule.steps is None:
         raise UserError(f"objective {objective!r} needs schedule.discretize(., steps)")
 

@@ -31,14 +31,15 @@ def _train(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
-    """The bundle, with the sampling settings of --config where one is given."""
+    """The bundle, with config.sample and config.evaluate of --config if it is given."""
     import json
 
     from dlm_jax import generate
 
     bundle = generate.load(workdir, step)
     if config is not None:
-        bundle.config["sample"] = json.loads(config.sample.to_json_best_effort())
+        for name in ("sample", "evaluate"):
+            bundle.config[name] = json.loads(config[name].to_json_best_effort())
     return bundle
 
 

@@ -19,9 +19,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int
 
-from dlm_jax.types import Array, UserError
+from dlm_jax.types import END, PAD, START, UNK, Array, UserError
 
-START, END, UNK, PAD = 0, 1, 2, 3
 SPECIALS = ("START", "END", "UNK", "PAD")
 
 

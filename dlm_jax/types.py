@@ -25,6 +25,8 @@ PRNGKey: TypeAlias = Key[jax.Array, ""]
 PRNGKeys: TypeAlias = Key[jax.Array, " b"]
 AnyArray: TypeAlias = Shaped[Array, "..."]
 
+START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabulary
+
 
 class UserError(ValueError):
     """A mistake of the user: one line with the file or flag, value and remedy."""

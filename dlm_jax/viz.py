@@ -14,8 +14,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from dlm_jax import data, grammar, losses, metrics, samplers
-from dlm_jax.tokenizer import END, PAD, SPECIALS, START, WordTokenizer
-from dlm_jax.types import Array, Ids, Table, UserError
+from dlm_jax.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.types import END, PAD, START, Array, Ids, Table, UserError
 
 Bundle: TypeAlias = Any  # generate.Bundle, which is of this layer
 Points: TypeAlias = Float[np.ndarray, "n 2"]
@@ -94,6 +94,28 @@ def _axes(figure: Figure, xlabel: str, ylabel: str) -> Any:
 
 def _printable(word: str) -> str:
     return word.replace("\n", "\u21b5").replace("\t", "\u21e5")
+
+
+def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path:
+    """Quality against denoiser calls and against entropy, as plots/frontier.png.
+
+    points: calls, quality, entropy and measure of each; entropy: of held-out text.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    calls, by_entropy = figure.subplots(1, 2, sharey=True)
+    quality = [p["quality"] for p in points]
+    calls.semilogx([p["calls"] for p in points], quality, "o-", color=BLUE, base=2)
+    calls.set(xlabel="denoiser calls", ylabel=points[0]["measure"])
+    by_entropy.plot([p["entropy"] for p in points], quality, "o", color=BLUE)
+    for p in points:
+        by_entropy.annotate(f" {p['calls']}", (p["entropy"], p["quality"]))
+    by_entropy.axvline(entropy, color=PALE, label="held-out text")
+    by_entropy.set(xlabel="unigram entropy, nats")
+    by_entropy.legend(frameon=False)
+    path = workdir / "plots" / "frontier.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=130, facecolor="white")
+    return path
 
 
 # --- the embedding table

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlm_jax"
 LAYERS = (  # from the bottom; an import points to a lower row
     "types",
-    "schedule embedding tokenizer metrics grammar",
+    "schedule embedding tokenizer metrics measures grammar",
     "rounding denoiser data",
     "model",
     "losses samplers",

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autoregressive teacher: causal, exact, and a sampler of what it scores."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlm_jax import losses, model, schedule, teacher
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.types import END, PAD, START, UserError
+
+CFG = DenoiserConfig(
+    dim=8, width=16, layers=2, heads=2, ff=32, positions=6, time_dim=8,
+    trunk="adaln", predicts="logits", causal=True, dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+VOCAB = 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights, away from AdaLN-Zero's start, where nothing depends on anything."""
+    init = jax.jit(lambda key: model.init(key, CFG, VOCAB))
+    params = init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        x + 0.3 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def test_sees_nothing_after_a_position(params):
+    ids = jnp.array([[0, 4, 5, 4, 1, 3]])
+    before = teacher.hidden(params, CFG, ids, head=True)
+    for i in range(1, 6):
+        changed = teacher.hidden(params, CFG, ids.at[0, i].set(2), head=True)
+        same = np.abs(changed - before).max(-1)[0] < 1e-6
+        assert same.tolist() == [True] * i + [False] * (6 - i)
+
+
+@pytest.mark.parametrize("trunk", ["adaln", "post_ln"])
+def test_probabilities_sum_to_one(params, trunk):
+    """Over all rows of three tokens after START."""
+    cfg = CFG.__class__(**{**CFG.__dict__, "trunk": trunk})
+    if trunk == "post_ln":
+        params = jax.jit(lambda key: model.init(key, cfg, VOCAB))(jax.random.key(0))
+    rows = [[START, *rest] for rest in itertools.product(range(VOCAB), repeat=3)]
+    nll = teacher.nll(params, cfg, np.array(rows))
+    assert (nll[:, 0] == 0).all()
+    assert float(jnp.exp(-nll.sum(-1)).sum()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_loss_is_its_nats_per_position(params):
+    ids = np.array([[0, 4, 5, 4, 1, 3], [0, 5, 1, 3, 3, 3]])
+    noise = schedule.named("logistic")
+    options = {"cfg": CFG, "schedule": noise, "objective": "ar"}
+    for seed in (0, 1):  # whatever is drawn
+        draws = losses.draw(jax.random.key(seed), (2, 6, CFG.dim))
+        terms = losses.end_to_end(params, ids, draws, **options)
+        wanted = teacher.nll(params, CFG, ids).mean(-1)
+        assert np.allclose(terms.total(), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "change"),
+    [("ce", {}), ("ar", {"causal": False}), ("ar", {"self_cond": True})],
+)
+def test_objective_and_network_must_fit(objective, change):
+    cfg = CFG.__class__(**{**CFG.__dict__, **change})
+    with pytest.raises(UserError, match="'ar'"):
+        losses.check(objective, cfg, schedule.named("logistic"))
+
+
+def test_samples_have_the_probabilities_it_scores(params):
+    """Every row of two free tokens, counted over many samples."""
+    n = 20_000
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(n))
+    draw = jax.jit(lambda keys: teacher.sample(keys, params, CFG, 3))
+    ids = np.asarray(draw(keys))
+    assert (ids[:, 0] == START).all()
+    over = (ids[:, 1] == END) | (ids[:, 1] == PAD)
+    assert over.any()
+    assert (ids[over, 2] == PAD).all()
+    rows = np.array([[START, a, b] for a in range(VOCAB) for b in range(VOCAB)])
+    rows = rows[(rows[:, 1] != END) & (rows[:, 1] != PAD)]
+    p = np.exp(-np.asarray(teacher.nll(params, CFG, rows)).sum(-1))
+    found = np.array([(ids == row).all(-1).sum() for row in rows])
+    error = np.sqrt(n * p * (1 - p))
+    assert (np.abs(found - n * p) < 5 * error + 1).all()
+    assert np.array_equal(draw(keys[:4]), ids[:4])
+
+
+def test_features_ignore_padding(params):
+    ids = np.array([[0, 4, 1, 3, 3, 3]])
+    states = np.asarray(teacher.hidden(params, CFG, ids))
+    assert np.allclose(
+        teacher.features(params, CFG, ids), states[:, :3].mean(1), atol=1e-6
+    )
