@@ -28,6 +28,7 @@ def get_config() -> Any:
             "predicts": "x0",  # x0 | eps | mu | logits
             "self_cond": False,  # the network takes its last estimate as input
             "output_prior": False,  # its own posterior: an input, and the logits' start
+            "noise_time": False,  # the network is told log-SNR, not t
             "causal": False,  # a position sees none after it: the teacher
             "dropout": 0.1,
             "attention_dropout": 0.1,
@@ -47,13 +48,16 @@ def get_config() -> Any:
             "steps": 2000,  # T; 0 keeps the continuous curve
             "mean": 0.0,  # logistic, gumbel: of log(1/SNR) in nats; scale 0: their own
             "scale": 0.0,
+            "noise_factor": 1.0,  # F: as if the noise had F times its size
+            "adaptive": "",  # warp | gumbel: follows the loss, from logistic or gumbel
         }
     )
     cfg.loss = ConfigDict(
         {
-            "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | ce | ar (the teacher)
+            "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | nelbo | ce | ar
             "times": "uniform",  # uniform | antithetic | low_discrepancy | importance
             "mask_pad": False,
+            "truncate": 0.0,  # the share of texts cut at a random length, then PAD
             "self_cond": 0.0,  # the share of batches that feed their estimate back
         }
     )
@@ -79,6 +83,9 @@ def get_config() -> Any:
             "eta": 1.0,  # of ddim
             "sigma": "small",  # of ancestral
             "top_p": 0.0,  # of ancestral: noise stays below it; 0: off
+            "churn": 0.0,  # noise put back before a step, in its lengths
+            "temperature": 1.0,  # of the score; lower is likelier and less diverse
+            "asymmetry": 0.0,  # how far a step moves beyond its end, in its lengths
             "clamp": 1.0,  # nearest-embedding projection at t <= clamp; -1: off
             "rounding": "logits",  # logits (as published) | nearest
             "seed": 101,

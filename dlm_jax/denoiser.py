@@ -27,7 +27,8 @@ class DenoiserConfig:
     "logits" over the vocabulary, whose softmax averages the embeddings. self_cond: the
     last estimate is an input. output_prior: each position's own posterior is an input
     too, and the logits start from it (`model.prior_logits`). causal: a position sees
-    none after it (`teacher`).
+    none after it (`teacher`). noise_time: the time input is log-SNR, so that it keeps its
+    meaning while the schedule adapts.
     """
 
     dim: int = 16
@@ -42,6 +43,7 @@ class DenoiserConfig:
     self_cond: bool = False
     output_prior: bool = False
     causal: bool = False
+    noise_time: bool = False
     dropout: float = 0.1
     attention_dropout: float = 0.1
     dtype: str = "float32"

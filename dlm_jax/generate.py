@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import (
+    adaptive,
     checkpoint,
     control,
     data,
@@ -56,6 +57,9 @@ class Settings(NamedTuple):
     eta: float
     sigma: str
     top_p: float
+    churn: float
+    temperature: float
+    asymmetry: float
     clamp: float
     rounding: str
     trace: bool = False
@@ -108,6 +112,9 @@ class Bundle:
         eta: float | None = None,
         sigma: str | None = None,
         top_p: float | None = None,
+        churn: float | None = None,
+        temperature: float | None = None,
+        asymmetry: float | None = None,
         clamp: float | bool | None = None,
         rounding: str | None = None,
         trace: bool = False,
@@ -116,7 +123,7 @@ class Bundle:
         """n samples as texts, ids and latents; None means the run's config.
 
         seed: text i depends on (seed, i) alone, not on n or the batch. steps: denoiser
-        calls. clamp: True, False or the time below which x0_hat is snapped to words.
+        calls. churn, temperature, asymmetry: see `samplers`. clamp: True, False or the time below which x0_hat is snapped to words.
         """
         settings = self.settings(
             trace=trace,
@@ -125,6 +132,9 @@ class Bundle:
             eta=eta,
             sigma=sigma,
             top_p=top_p,
+            churn=churn,
+            temperature=temperature,
+            asymmetry=asymmetry,
             clamp=clamp,
             rounding=rounding,
         )
@@ -213,6 +223,11 @@ class Bundle:
                 raise UserError(f"{name}: solver {values['solver']!r} does not take it")
         if not 0 <= values["eta"] <= 1:
             raise UserError(f"eta={values['eta']}: must be from 0 to 1")
+        for name in ("churn", "asymmetry"):
+            if values[name] < 0:
+                raise UserError(f"{name}={values[name]}: must be 0 or more")
+        if values["temperature"] <= 0:
+            raise UserError(f"temperature={values['temperature']}: must be over 0")
         most = self.schedule.steps
         _positive("steps", values["steps"])
         if most is not None and values["steps"] > most:
@@ -236,10 +251,16 @@ class Bundle:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
             denoise = model.bind(params, self.cfg, schedule=self.schedule)
+            if s.temperature != 1:
+                denoise = samplers.temperature(
+                    denoise, self.schedule, tau=s.temperature
+                )
             if s.clamp >= 0:
                 denoise = control.clamp(denoise, params.table, below=s.clamp)
             options = {name: getattr(s, name) for name in OPTIONS[s.solver]}
             step = samplers.SOLVERS[s.solver](denoise, self.schedule, **options)
+            if s.churn:
+                step = samplers.churn(step, self.schedule, rate=s.churn)
 
             def to_ids(x):
                 return ROUNDINGS[s.rounding](params, x)
@@ -247,6 +268,7 @@ class Bundle:
             x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
             times = samplers.time_grid(self.schedule, s.steps)
+            times = samplers.asymmetric(times, s.asymmetry)
             state, trace = samplers.sample(k_steps, step, x_T, times, trace=film)
             trace = None if trace is None else jnp.swapaxes(trace, 0, 1)
             return state.x0_hat, to_ids(state.x0_hat), trace
@@ -292,10 +314,13 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     step = checkpoint.latest(workdir, step)
     config, words = checkpoint.read_json(workdir, step)
     tok = tokenizer.from_dict(words)
-    cfg, _, like = blueprint(config, tok.vocab_size)
-    like = parallel.global_like({"params": like, "ema": like})
-    found = parallel.to_local(checkpoint.restore_part(workdir, step, like))
-    return from_parts(cfg, found["params"], tok, config, ema=found["ema"], step=step)
+    cfg, noise, like = blueprint(config, tok.vocab_size)
+    parts = {"params": like, "ema": like}
+    if config["schedule"]["adaptive"]:
+        parts["noise"] = jax.eval_shape(lambda: adaptive.init(noise))
+    parts = checkpoint.restore_part(workdir, step, parallel.global_like(parts))
+    found = parallel.to_local(parts)
+    return from_parts(cfg, found.pop("params"), tok, config, step=step, **found)
 
 
 def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
@@ -318,14 +343,19 @@ def from_parts(
     config: dict,
     *,
     ema: Params | None = None,
+    noise: Any = (),
     step: int = 0,
 ) -> Bundle:
-    """A bundle from its parts; ema defaults to params."""
+    """A bundle from its parts; ema defaults to params; noise: of an adaptive schedule."""
     if tok.vocab_size != params.table.shape[0]:
         raise UserError(
             f"the tokenizer has {tok.vocab_size} words and the embedding "
             f"{params.table.shape[0]}: they are not of one checkpoint"
         )
-    noise = schedule.named(**config["schedule"])
+    found = schedule.named(**config["schedule"])
+    if config["schedule"].get("adaptive"):
+        # on the host, so that a sampler's coefficients are ready before its scan
+        kind = adaptive.ADAPTIVE[config["schedule"]["adaptive"]]
+        found = jax.device_get(kind(noise))
     ema = params if ema is None else ema
-    return Bundle(params, ema, cfg, noise, tok, config, step)
+    return Bundle(params, ema, cfg, found, tok, config, step)

@@ -261,7 +261,9 @@ def _config(args: dict) -> dict:
         "schedule": {
             "name": args["noise_schedule"],
             "steps": args["diffusion_steps"],
+            "adaptive": "",
         },
+        "loss": {"objective": "x0"},  # all published objectives know one sigma_0
         "sample": {
             "n": 50,
             "batch": 50,
@@ -270,6 +272,9 @@ def _config(args: dict) -> dict:
             "eta": 1.0,
             "sigma": "small",
             "top_p": 0.0,
+            "churn": 0.0,
+            "temperature": 1.0,
+            "asymmetry": 0.0,
             "clamp": 1.0,
             "rounding": "nearest" if distance else "logits",
             "seed": 101,

@@ -162,6 +162,22 @@ def update_moments(moments: Moments, t: PerExample, loss: PerExample) -> Moments
     return jax.lax.scan(append, moments, (index, loss))[0]
 
 
+def truncate(key: PRNGKey, ids: Ids, share: float, *, first: int | Array = 0) -> Ids:
+    """A share of the rows cut at a random length, PAD after it (arXiv:2305.18619).
+
+    So a model also knows texts that end where training texts do not. Keyed like `draw`.
+    """
+    length = ids.shape[1]
+
+    def one(i: Array, row: Array) -> Array:
+        k_cut, k_size = jax.random.split(jax.random.fold_in(key, i))
+        size = jax.random.randint(k_size, (), 1, length + 1)
+        cut = jax.random.uniform(k_cut) < share
+        return jnp.where(cut & (jnp.arange(length) >= size), PAD, row)
+
+    return jax.vmap(one)(first + jnp.arange(ids.shape[0]), jnp.asarray(ids))
+
+
 # --- the terms
 
 
@@ -298,12 +314,34 @@ def _ar(p: _Pass) -> Terms:
     return p.terms(error, zero, zero, zero)
 
 
+def _nelbo(p: _Pass) -> Terms:
+    """The bound in continuous time, nats per position (arXiv:2107.00630, eq. 17).
+
+    It trains the embedding too (arXiv:2305.18619): x_0 = EMB(w), and the least noisy
+    latent is rounded by Bayes, position by position.
+    """
+    log, slope = jax.jvp(p.schedule.log_alpha_bar, (p.t,), (jnp.ones_like(p.t),))
+    drop = -slope * jnp.exp(log) / jnp.expm1(log) ** 2  # -dSNR/dt
+    error = jnp.sum((p.clean - p.x0_hat) ** 2, -1)
+    diffusion = 0.5 * drop * p.mean(error)
+    zero = jnp.zeros_like(p.t)
+    last = add_noise(p.clean, zero, jnp.asarray(p.draws.eps_0), p.schedule)
+    scores = model.prior_logits(p.params.table, last, zero, p.schedule)
+    rounded = p.mean(rounding.nll(scores, p.ids))
+    share = jnp.exp(p.schedule.log_alpha_bar(jnp.ones(())))  # alpha_bar at the end
+    square = jnp.sum(p.clean**2, -1)
+    constant = p.x_t.shape[-1] * (-share - jnp.log1p(-share))
+    prior = 0.5 * p.mean(share * square + constant)
+    return p.terms(diffusion, jnp.zeros_like(diffusion), rounded, prior)
+
+
 OBJECTIVES: dict[str, Callable[..., Terms]] = {
     "x0": _x0,
     "eps": _eps,
     "mu": _mu,
     "vlb": _vlb,
     "vlb_legacy": _vlb_legacy,
+    "nelbo": _nelbo,
     "ce": _ce,
     "ar": _ar,
 }
@@ -356,7 +394,7 @@ def end_to_end(
 
 def sigma_0(objective: str, schedule: Schedule) -> float:
     """Standard deviation of x_0 around EMB(w) in training: 0 where words are scored."""
-    return 0.0 if objective in ("ce", "ar") else schedule.sigma_0
+    return 0.0 if objective in ("nelbo", "ce", "ar") else schedule.sigma_0
 
 
 def check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
@@ -374,6 +412,8 @@ def check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
         )
     if cfg.causal and (cfg.self_cond or cfg.output_prior):
         raise UserError("objective 'ar' takes neither self_cond nor output_prior")
+    if objective == "nelbo" and schedule.steps is not None:
+        raise UserError("objective 'nelbo' needs a curve: config.schedule.steps=0")
     if objective in DISCRETE and schedule.steps is None:
         raise UserError(f"objective {objective!r} needs schedule.discretize(., steps)")
 

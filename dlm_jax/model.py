@@ -53,14 +53,21 @@ def apply(
     key: PRNGKey | None = None,
 ) -> Array:
     """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on."""
-    vocab, alone, start = params.table.shape[0], None, 0.0
+    vocab, alone, start, told = params.table.shape[0], None, 0.0, t
+    if cfg.noise_time:
+        told = noise_time(_need(schedule, cfg), t)
     if cfg.output_prior:
         start = prior_logits(params.table, x_t, t, _need(schedule, cfg))
         alone = average(params.table, start)
     raw = denoiser.apply(
-        params.denoiser, cfg, vocab, x_t, t, x0_prev, alone=alone, key=key
+        params.denoiser, cfg, vocab, x_t, told, x0_prev, alone=alone, key=key
     )
     return raw + start if cfg.predicts == "logits" else raw
+
+
+def noise_time(schedule: Schedule, t: Time) -> Time:
+    """log(1/SNR) from -10 to 14 as a time from 0 to 1."""
+    return jnp.clip((10.0 - schedule.log_snr(jnp.asarray(t))) / 24.0, 0.0, 1.0)
 
 
 def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logits:
@@ -79,7 +86,10 @@ def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logi
 
 def _need(schedule: Schedule | None, cfg: DenoiserConfig) -> Schedule:
     if schedule is None:
-        raise ValueError(f"a model that predicts {cfg.predicts!r} needs schedule=")
+        raise ValueError(
+            f"a model with predicts={cfg.predicts!r}, output_prior={cfg.output_prior}, "
+            f"noise_time={cfg.noise_time} needs schedule="
+        )
     return schedule
 
 
@@ -122,7 +132,7 @@ def bind(
 
     t = index / steps in [0, 1). The schedule is needed unless the network predicts x0.
     """
-    if cfg.predicts != "x0" or cfg.output_prior:
+    if cfg.predicts != "x0" or cfg.output_prior or cfg.noise_time:
         _need(schedule, cfg)
 
     def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:

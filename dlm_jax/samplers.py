@@ -166,6 +166,52 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
     return step
 
 
+# --- wrappers
+
+
+def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
+    """Puts noise back before each step: it starts `rate` step lengths earlier.
+
+    Errors of the last steps drown in it (arXiv:2206.00364, algorithm 2).
+    """
+
+    def churned(keys: PRNGKeys, state: State, times: Times) -> State:
+        after = jnp.maximum(times.next, 0.0)
+        latest = jnp.maximum(times.now, _last_time(schedule))
+        start = jnp.minimum(times.now + rate * (times.now - after), latest)
+        beta = on(schedule.beta(start, times.now), state.x_t)
+        fresh = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+        n = noise(fresh, state.x_t.shape[1:])
+        x_t = jnp.sqrt(1 - beta) * state.x_t + jnp.sqrt(beta) * n
+        return step(keys, state._replace(x_t=x_t), times._replace(now=start))
+
+    return churned
+
+
+def _last_time(schedule: Schedule) -> float:
+    return 1.0 if schedule.steps is None else (schedule.steps - 1) / schedule.steps
+
+
+def temperature(denoise: Denoise, schedule: Schedule, *, tau: float) -> Denoise:
+    """Divides the score by tau: x0_hat moves on, away from x_t (arXiv:2211.15089)."""
+
+    def sharpened(x_t: Latent, t: Any, x0_prev: Latent) -> Latent:
+        x0_hat = denoise(x_t, t, x0_prev)
+        alpha, _ = schedule.alpha_sigma(t)
+        return x0_hat + (1 / tau - 1) * (x0_hat - x_t / on(alpha, x_t))
+
+    return sharpened
+
+
+def asymmetric(times: Times, gap: float) -> Times:
+    """Each step moves on by `gap` lengths more than the network is told next.
+
+    Asymmetric time intervals, arXiv:2208.04202, for few steps; the last one is clean.
+    """
+    moved = times.next - gap * (times.now - times.next)
+    return times._replace(next=np.where(times.next < 0, -1.0, np.maximum(moved, 0.0)))
+
+
 SOLVERS: dict[str, Callable[..., Step]] = {
     "ancestral": ancestral,
     "marginal": marginal,

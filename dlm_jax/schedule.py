@@ -204,6 +204,16 @@ def _gumbel(t, mean, scale, cut):
     return _log_sigmoid(xp, -(mean - scale * xp.log(-xp.log(u))))
 
 
+def _linear_between(t, knots, noise):
+    xp = _numpy(t)
+    return _log_sigmoid(xp, -xp.interp(t, knots, noise))
+
+
+def _rescaled(t, curve, factor):
+    log, xp = curve(t), _numpy(t)
+    return log - xp.log1p((factor**2 - 1) * -xp.expm1(log))
+
+
 # --- discretisations: betas [T], float64
 
 
@@ -230,6 +240,12 @@ def _betas_piecewise(steps):
     return np.concatenate([head, np.linspace(low, high, steps - 10)])
 
 
+def _betas_rescaled(steps, betas, factor):
+    log = np.cumsum(np.log1p(-np.asarray(betas(steps), np.float64)))
+    log -= np.log1p((factor**2 - 1) * -np.expm1(log))
+    return np.minimum(-np.expm1(np.diff(log, prepend=0.0)), MAX_BETA)
+
+
 def _f_sqrt(s):
     return 1 - np.sqrt(s + 1e-4)
 
@@ -246,13 +262,35 @@ def _curve(curve: Callable, betas: Callable, f: Callable, **options: float) -> S
     return Schedule(Partial(curve, **options), Partial(betas, f=Partial(f, **options)))
 
 
-def quantile(curve: Callable, mean: float, scale: float, cut: float) -> Schedule:
-    """Uniform t gives log(1/SNR) the distribution whose quantile function is `curve`.
+def _of_curve(curve: Partial) -> Schedule:
+    return Schedule(curve, Partial(_betas_shifted, f=Partial(_f_curve, curve=curve)))
 
-    mean, scale: location and scale of log(1/SNR) in nats; cut: the tails left out.
+
+def logistic(mean: Any, scale: Any, cut: float = 1e-4) -> Schedule:
+    """Uniform t makes log(1/SNR) logistic (mean, scale in nats), its tails cut off."""
+    return _of_curve(Partial(_logistic, mean=mean, scale=scale, cut=cut))
+
+
+def gumbel(mean: Any, scale: Any, cut: float = 1e-5) -> Schedule:
+    """Uniform t makes log(1/SNR) Gumbel, as arXiv:2604.11748."""
+    return _of_curve(Partial(_gumbel, mean=mean, scale=scale, cut=cut))
+
+
+def from_quantiles(t: Array, noise: Array) -> Schedule:
+    """log(1/SNR) is `noise` (rising) at times `t` (from 0 to 1), linear between."""
+    return _of_curve(Partial(_linear_between, knots=t, noise=noise))
+
+
+def rescale(schedule: Schedule, factor: float) -> Schedule:
+    """The noise factor F of arXiv:2212.09412: as if the noise had F times its size.
+
+    alpha_bar' = alpha_bar / (F^2 - (F^2 - 1) alpha_bar).
     """
-    whole = Partial(curve, mean=mean, scale=scale, cut=cut)
-    return Schedule(whole, Partial(_betas_shifted, f=Partial(_f_curve, curve=whole)))
+    betas = Partial(_betas_rescaled, betas=schedule.betas, factor=factor)
+    curve = schedule.curve
+    if curve is not None:
+        curve = Partial(_rescaled, curve=curve, factor=factor)
+    return Schedule(curve, betas)
 
 
 # The published six (REFERENCE: improved-diffusion's `get_named_beta_schedule` and the
@@ -265,8 +303,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": lambda: Schedule(None, Partial(_betas_linear, shift=0.0)),
     "trunc_lin": lambda: Schedule(None, Partial(_betas_linear, shift=0.01)),
     "pw_lin": lambda: Schedule(None, Partial(_betas_piecewise)),
-    "logistic": lambda mean=2.0, scale=1.2: quantile(_logistic, mean, scale, 1e-4),
-    "gumbel": lambda mean=4.723, scale=0.852: quantile(_gumbel, mean, scale, 1e-5),
+    "logistic": lambda mean=2.0, scale=1.2: logistic(mean, scale),
+    "gumbel": lambda mean=4.723, scale=0.852: gumbel(mean, scale),
 }
 
 
@@ -317,9 +355,19 @@ def respaced_betas(schedule: Schedule, kept: list[int]) -> np.ndarray:
 
 
 def named(
-    name: str, steps: int = 0, *, mean: float = 0.0, scale: float = 0.0
+    name: str,
+    steps: int = 0,
+    *,
+    mean: float = 0.0,
+    scale: float = 0.0,
+    noise_factor: float = 1.0,
+    adaptive: str = "",
 ) -> Schedule:
-    """SCHEDULES[name], discretised if steps > 0; scale > 0 sets a quantile curve."""
+    """SCHEDULES[name], discretised if steps > 0; scale > 0 sets a quantile curve.
+
+    noise_factor: `rescale`. adaptive: the start of a schedule that training adapts, a
+    quantile curve (see `adaptive`).
+    """
     if name not in SCHEDULES:
         raise UserError(
             f"config.schedule.name={name!r}: choose one of {', '.join(SCHEDULES)}"
@@ -330,5 +378,13 @@ def named(
         )
     if scale and name not in QUANTILES:
         raise UserError(f"config.schedule.scale is for {QUANTILES}, not {name!r}")
+    if adaptive and (steps or name not in QUANTILES or noise_factor != 1):
+        raise UserError(
+            f"config.schedule.adaptive={adaptive!r} needs steps=0, noise_factor=1 and "
+            f"a name of {QUANTILES}"
+        )
+    if noise_factor <= 0:
+        raise UserError(f"config.schedule.noise_factor={noise_factor}: must be over 0")
     schedule = SCHEDULES[name](mean, scale) if scale else SCHEDULES[name]()
+    schedule = schedule if noise_factor == 1 else rescale(schedule, noise_factor)
     return discretize(schedule, steps) if steps else schedule

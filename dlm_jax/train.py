@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from dlm_jax import (
+    adaptive,
     checkpoint,
     data,
     denoiser,
@@ -37,7 +38,7 @@ class TrainState(NamedTuple):
     """Everything a resumed run needs; keys and data order follow from the step.
 
     step: updates done; ema: the average used for sampling; moments: () or the losses'
-    history for importance sampling of t.
+    history for importance sampling of t; noise: () or what the schedule adapts to.
     """
 
     step: Array
@@ -45,6 +46,7 @@ class TrainState(NamedTuple):
     ema: Params
     opt: PyTree
     moments: Any
+    noise: Any = ()
 
 
 class Recipe(NamedTuple):
@@ -58,10 +60,18 @@ class Recipe(NamedTuple):
     times: str = "uniform"
     mask_pad: bool = False
     self_cond: float = 0.0
+    truncate: float = 0.0
+    adaptive: str = ""
     normalize: bool = False
     frozen: bool = False
     ema: float = 0.9999
     accumulate: int = 1
+
+    def at(self, noise: Any) -> "Recipe":
+        """The recipe with the schedule that the state's `noise` gives."""
+        if not self.adaptive:
+            return self
+        return self._replace(schedule=adaptive.ADAPTIVE[self.adaptive](noise))
 
 
 def init_state(
@@ -78,8 +88,9 @@ def init_state(
     moments = ()
     if recipe.times == "importance":
         moments = losses.init_moments(recipe.schedule.steps or 0)
+    noise = adaptive.init(recipe.schedule) if recipe.adaptive else ()
     copy = jax.tree.map(jnp.copy, params)  # a donated buffer may not appear twice
-    return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments)
+    return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, noise)
 
 
 def make_draws(
@@ -125,12 +136,15 @@ def loss_fn(
 def _gradients(key, state, ids, recipe, first):
     """Mean gradient over the microbatches, each with a key of its own."""
     k_draw, k_drop = jax.random.split(key)
+    k_cut = jax.random.fold_in(k_draw, 1)
     micro = ids.reshape(recipe.accumulate, -1, ids.shape[-1])
     dropout = max(recipe.cfg.dropout, recipe.cfg.attention_dropout) > 0
 
     def one(carry, inputs):
         i, rows = inputs
         start = first + i * rows.shape[0]
+        if recipe.truncate:
+            rows = losses.truncate(k_cut, rows, recipe.truncate, first=start)
         draws = make_draws(k_draw, rows, recipe, start, state.moments)
         k = jax.random.fold_in(k_drop, start) if dropout else None
         value = jax.value_and_grad(loss_fn, has_aux=True)
@@ -159,7 +173,7 @@ def train_step(
 
     Metrics (means over the global batch): the loss, its named terms, the gradient norm.
     """
-    key = jax.random.fold_in(key, state.step)
+    key, recipe = jax.random.fold_in(key, state.step), recipe.at(state.noise)
     first = 0 if axis is None else jax.lax.axis_index(axis) * ids.shape[0]
     grads, (terms, t, weight) = _gradients(key, state, ids, recipe, first)
     metrics = {"loss": terms.total(), **terms._asdict()}
@@ -175,7 +189,8 @@ def train_step(
     params = _constrain(moved, state.params, recipe)
     ema = _constrain(optim.average(state.ema, params, recipe.ema), state.ema, recipe)
     moments = _remember(state.moments, terms, t, weight, axis)
-    return TrainState(state.step + 1, params, ema, opt, moments), metrics
+    noise = _adapt(state.noise, terms, t, recipe, axis)
+    return TrainState(state.step + 1, params, ema, opt, moments, noise), metrics
 
 
 def _constrain(params: Params, before: Params, recipe: Recipe) -> Params:
@@ -198,6 +213,16 @@ def _remember(moments, terms: losses.Terms, t, weight, axis):
     return losses.update_moments(moments, t, loss)
 
 
+def _adapt(noise, terms: losses.Terms, t, recipe: Recipe, axis):
+    """What the schedule knows of the loss, with that of this batch."""
+    if not recipe.adaptive:
+        return noise
+    u, loss = -recipe.schedule.log_snr(t), terms.diffusion + terms.t0
+    if axis is not None:
+        u, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (u, loss))
+    return adaptive.update(noise, u, loss)
+
+
 # --- the loop
 
 
@@ -211,6 +236,8 @@ def recipe_of(config: Any) -> Recipe:
     times = {**losses.TIMES, "importance": None}
     optim.choose("loss.times", times, config.loss.times)
     losses.check(config.loss.objective, cfg, noise)
+    if config.schedule.adaptive:
+        optim.choose("schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive)
     if config.loss.times == "importance" and noise.steps is None:
         raise UserError(
             "config.loss.times='importance' needs config.schedule.steps > 0"
@@ -226,6 +253,7 @@ def recipe_of(config: Any) -> Recipe:
         normalize=config.embedding.normalize,
         frozen=config.embedding.frozen,
         ema=config.optim.ema,
+        adaptive=config.schedule.adaptive,
         accumulate=config.optim.accumulate,
         **config.loss,
     )
@@ -287,17 +315,20 @@ class Validation:
         self.batches = list(rows)
         self.run = jax.jit(self._batch)
 
-    def _batch(self, params: Params, number: Array, ids: Ids, mask: Array) -> PyTree:
-        key = jax.random.fold_in(jax.random.key(0), number)
-        draws = make_draws(key, ids, self.recipe, 0, ())
-        _, terms = loss_fn(params, ids, draws, self.recipe)
+    def _batch(
+        self, params: Params, noise: Any, number: Array, ids: Ids, mask: Array
+    ) -> PyTree:
+        recipe, key = self.recipe.at(noise), jax.random.key(0)
+        draws = make_draws(jax.random.fold_in(key, number), ids, recipe, 0, ())
+        _, terms = loss_fn(params, ids, draws, recipe)
         named = {"loss": terms.total(), **terms._asdict()}
         del named["weight"]
         return {k: jnp.sum(v * mask) for k, v in named.items()} | {"n": jnp.sum(mask)}
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """The loss and its named terms, means over the sequences."""
-        sums = [self.run(params, i, *b) for i, b in enumerate(self.batches)]
+        ema, noise = state.ema, state.noise
+        sums = [self.run(ema, noise, i, *b) for i, b in enumerate(self.batches)]
         total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
         n = total.pop("n")
         return {name: value / n for name, value in total.items()}
@@ -341,9 +372,9 @@ class Run:
         return parallel.to_local(found)
 
     def _bundle(self) -> generate.Bundle:
-        p = self.state.ema
+        p, noise = self.state.ema, self.state.noise
         tok, cfg = self.corpus.tokenizer, self.recipe.cfg
-        bundle = generate.from_parts(cfg, p, tok, self.record)
+        bundle = generate.from_parts(cfg, p, tok, self.record, noise=noise)
         bundle.settings()  # a mistake in config.sample shows before the training
         return bundle
 
@@ -375,6 +406,8 @@ class Run:
         """Writes samples/<step>.txt and shows a few of them."""
         if self.host:
             return
+        if self.recipe.adaptive:  # the schedule is part of what is compiled
+            self.bundle = self._bundle()
         texts = dataclasses.replace(self.bundle, ema=self.state.ema).sample(16)
         path = self.workdir / "samples" / f"{step}.txt"
         path.parent.mkdir(exist_ok=True)
@@ -426,7 +459,7 @@ def _loop(task: Run, progress: Progress, writer: Any, start: int, total: int) ->
             before = None
             task.save(writer)
         if due["valid_steps"] or last:
-            progress.record(done, task.valid(task.state.ema), kind="valid")
+            progress.record(done, task.valid(task.state), kind="valid")
         if due["sample_steps"] or last:
             task.show(progress, done)
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dlm_jax"
 LAYERS = (  # from the bottom; an import points to a lower row
     "types",
     "schedule embedding tokenizer metrics measures grammar",
-    "rounding denoiser data",
+    "rounding denoiser data adaptive",
     "model",
     "losses samplers",
     "control likelihood classifier teacher parallel checkpoint optim mbr",
@@ -27,6 +27,7 @@ LAYER = {name: i for i, row in enumerate(LAYERS) for name in row.split()}
 MATHEMATICS = [
     "types",
     "schedule",
+    "adaptive",
     "embedding",
     "rounding",
     "denoiser",

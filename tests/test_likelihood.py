@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import likelihood, model, schedule
+from dlm_jax import likelihood, losses, model, schedule
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.likelihood import Predictor
 
@@ -279,3 +279,23 @@ def test_ratio_and_its_error():
     assert np.mean([s.standard_error for s in each]) == pytest.approx(
         means.std(), rel=0.15
     )
+
+
+def test_nelbo_is_the_bound_per_position():
+    """The objective's terms, in the mean; its rounding is by each position's posterior."""
+    noise = schedule.logistic(0.0, 1.2)
+    cfg = dataclasses.replace(TINY, predicts="logits", output_prior=True)
+    params = jax.jit(lambda key: model.init(key, cfg, VOCAB))(jax.random.key(5))
+    params = params._replace(table=jnp.asarray(TABLE))
+    many = jnp.asarray(np.tile(_texts(2), (20_000, 1)))
+    draws = losses.draw(jax.random.key(0), (*many.shape, 1), times="low_discrepancy")
+    options = {"cfg": cfg, "schedule": noise, "objective": "nelbo"}
+    loss = jax.jit(lambda ids: losses.end_to_end(params, ids, draws, **options))
+    terms = jax.device_get(loss(many))
+    predict = likelihood.predictor(params, cfg, noise, sigma_0=0.0)
+    wanted = _estimate(predict, noise, many, draws=2)
+    assert np.allclose(2 * terms.prior, wanted.prior, rtol=1e-4)
+    difference = 2 * terms.diffusion - wanted.diffusion
+    error = difference.std() / np.sqrt(len(difference))
+    assert abs(difference.mean()) < 5 * error < 0.1 * wanted.diffusion.mean()
+    assert 0 <= terms.rounding.max() < 1e-3

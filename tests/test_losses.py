@@ -455,3 +455,17 @@ def test_bound_is_the_sum_of_its_kls(network, sigma, importance):
     np.testing.assert_array_equal(terms.rounding, 0)
     total = np.asarray(terms.total(), float)
     assert abs(total.mean() - 2 * direct_bound(mean, sigma)) < 5 * total.std() / n**0.5
+
+
+def test_truncated_texts():
+    """A share of the rows ends early, each at its own length; the rest is PAD."""
+    ids = np.full((4000, 6), 5)
+    cut = np.asarray(losses.truncate(jax.random.key(0), ids, 0.3))
+    sizes = (cut == 5).sum(-1)
+    assert ((cut == 5) == (np.arange(6) < sizes[:, None])).all()
+    assert (cut[cut != 5] == PAD).all()
+    shorter = np.bincount(sizes, minlength=7)[1:6] / 4000  # 6 of 6 is not cut
+    assert np.abs(shorter - 0.3 / 6).max() < 0.02
+    later = losses.truncate(jax.random.key(0), ids[:10], 0.3, first=20)
+    np.testing.assert_array_equal(later, cut[20:30])
+    np.testing.assert_array_equal(losses.truncate(jax.random.key(0), ids, 0.0), ids)

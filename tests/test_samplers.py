@@ -278,3 +278,69 @@ def test_program_does_not_grow_with_the_steps(solver):
         return equations(jax.make_jaxpr(run)(KEY, np.zeros((1, 2, 3), "f")).jaxpr)
 
     assert size(20) == size(200)
+
+
+# --- wrappers
+
+
+def toy_chain(wrap, denoise, noise, steps=400, n=20_000):
+    """The end of a chain from N(0, 1), one coordinate an example."""
+    step = wrap(samplers.ddim(denoise, noise))
+    x_T = jnp.asarray(normal(1, n, 1, 1))
+    times = samplers.time_grid(noise, steps)
+    run = jax.jit(lambda key: samplers.sample(key, step, x_T, times)[0])
+    return np.asarray(run(KEY).x_t).ravel()
+
+
+@pytest.mark.parametrize("rate", [0.5, 3.0])
+@pytest.mark.parametrize(
+    "noise", [CURVE, schedule.named("cosine", 200)], ids=["curve", "table"]
+)
+def test_churn_keeps_the_law(rate, noise):
+    """Noise is put back and taken away again: the exact denoiser's data come out."""
+    steps = noise.steps or 400
+    wrap = lambda step: samplers.churn(step, noise, rate=rate)  # noqa: E731
+    x = toy_chain(wrap, posterior_mean(noise), noise, steps)
+    assert abs(x.mean() - MEAN) < 0.02
+    assert abs(x.std() - SPREAD) < 0.03
+    plain = toy_chain(lambda step: step, posterior_mean(noise), noise, steps)
+    assert np.corrcoef(x, plain)[0, 1] < 0.95  # but not the same ones
+
+
+def test_no_churn_is_the_step_itself():
+    denoise = posterior_mean(CURVE)
+    plain, churned = (
+        toy_chain(wrap, denoise, CURVE, 20, 50)
+        for wrap in (lambda s: s, lambda s: samplers.churn(s, CURVE, rate=0.0))
+    )
+    np.testing.assert_allclose(churned, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_temperature_divides_the_score():
+    """(alpha x0_hat - x_t) / sigma^2 is the score."""
+    denoise, x_t, t = posterior_mean(CURVE), normal(2, 3, 4, 1), np.full(3, 0.6)
+    alpha, sigma = (float(a) for a in CURVE.alpha_sigma(np.asarray(0.6)))
+
+    def score(denoise):
+        return (alpha * denoise(x_t, t, x_t) - x_t) / sigma**2
+
+    sharper = samplers.temperature(denoise, CURVE, tau=0.8)
+    np.testing.assert_allclose(score(sharper), score(denoise) / 0.8, rtol=1e-4)
+    same = samplers.temperature(denoise, CURVE, tau=1.0)
+    np.testing.assert_allclose(score(same), score(denoise), rtol=1e-5)
+
+
+def test_low_temperature_narrows_the_data():
+    spreads = []
+    for tau in (1.0, 0.8):
+        denoise = samplers.temperature(posterior_mean(CURVE), CURVE, tau=tau)
+        spreads.append(toy_chain(lambda s: s, denoise, CURVE).std())
+    assert spreads[1] < 0.95 * spreads[0]
+
+
+def test_asymmetric_times():
+    times = samplers.grid(4)
+    moved = samplers.asymmetric(times, 0.5)
+    np.testing.assert_array_equal(moved.now, times.now)
+    np.testing.assert_allclose(moved.next, [0.375, 0.125, 0.0, -1.0])
+    np.testing.assert_array_equal(samplers.asymmetric(times, 0.0).next, times.next)

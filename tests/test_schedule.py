@@ -282,3 +282,35 @@ def test_posterior_of_the_last_step():
         )
         np.testing.assert_array_equal(mean, x_0)
         np.testing.assert_array_equal(std, 0)
+
+
+@pytest.mark.parametrize("name", ["sqrt", "cosine", "linear"])
+def test_noise_factor_divides_the_signal(name):
+    """SNR' = SNR / F^2, on the curve and on the table (arXiv:2212.09412)."""
+    plain, scaled = (schedule.named(name, 1000, noise_factor=f) for f in (1.0, 3.0))
+    t = np.arange(0, 990, 30) / 1000  # the last betas are clipped
+    expected = plain.log_snr(t) - 2 * np.log(3.0)
+    np.testing.assert_allclose(scaled.log_snr(t), expected, atol=1e-9)
+    if plain.curve is not None:
+        curve, scaled = (schedule.named(name, noise_factor=f) for f in (1.0, 3.0))
+        expected = curve.log_snr(t) - 2 * np.log(3.0)
+        np.testing.assert_allclose(scaled.log_snr(t), expected, atol=1e-9)
+
+
+def test_quantiles_between_knots():
+    noise = schedule.from_quantiles(
+        np.array([0.0, 0.5, 1.0]), np.array([-4.0, 0.0, 2.0])
+    )
+    t = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_allclose(noise.log_snr(t), [4.0, 2.0, 0.0, -1.0, -2.0])
+    np.testing.assert_allclose(
+        noise.log_snr(jnp.asarray(t)), noise.log_snr(t), atol=1e-5
+    )
+    table = schedule.discretize(noise, 40)
+    np.testing.assert_allclose(table.log_snr(t[:-1]), noise.log_snr(t[:-1]), atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"noise_factor": 0.0}, {"adaptive": "warp"}])
+def test_bad_options(options):
+    with pytest.raises(UserError):
+        schedule.named("sqrt", **options)

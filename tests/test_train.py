@@ -214,9 +214,10 @@ def test_moments_hold_losses_without_their_weight(objective):
 def test_validation_is_deterministic_and_without_dropout():
     recipe = _recipe("x0", batch=8, self_cond=0.5)
     dropped = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
-    params, ids = _start("x0").params, _ids()[:13]  # a batch and a part of one
+    ids = _ids()[:13]  # a batch and a part of one
     calls = [train.Validation(ids, r, 2) for r in (recipe, dropped)]
-    found = [calls[0](params), calls[0](params), calls[1](params)]
+    state = _start("x0")
+    found = [calls[0](state), calls[0](state), calls[1](state)]
     assert found[0] == found[1] == found[2]
     assert set(found[0]) == {"loss", "diffusion", "t0", "rounding", "prior"}
 

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptive schedules: every unit of t takes the same share of the information away.
+
+While a model trains, its loss is tracked over the noise u = log(1 / SNR), in nats. Where
+it rises fast with u, words are being decided: times belong there, in training and in
+the sampler's grid alike. Sources: time warping of CDCD, arXiv:2211.15089 section 3.4;
+the Gumbel form of LangFlow, arXiv:2604.11748.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from dlm_jax.schedule import Schedule, from_quantiles, gumbel
+from dlm_jax.types import Array, PerExample
+
+BINS, LOW, HIGH = 64, -9.0, 13.0  # of u
+START = 8.0  # examples a bin that the start's curve is worth
+FLOOR = 0.1  # share of times that stay with the start's curve
+
+
+class Adaptive(NamedTuple):
+    """Sums of losses and of examples by bin of u, old ones fading; the start's law.
+
+    start: the probability that the start's schedule gives each bin.
+    """
+
+    loss: Float[Array, " bins"]
+    seen: Float[Array, " bins"]
+    start: Float[Array, " bins"]
+
+
+def edges() -> Float[Array, " edges"]:
+    """The borders of the bins."""
+    return jnp.linspace(LOW, HIGH, BINS + 1)
+
+
+def init(schedule: Schedule) -> Adaptive:
+    """The start: a curve whose times are taken to be information-uniform already."""
+    t = (jnp.arange(4096) + 0.5) / 4096
+    start = _count(-schedule.log_snr(t), jnp.ones_like(t)) / 4096
+    middle = jnp.cumsum(start) - 0.5 * start
+    return Adaptive(START * middle, jnp.full(BINS, START), start)
+
+
+def _count(u: PerExample, value: PerExample) -> Float[Array, " bins"]:
+    width = (HIGH - LOW) / BINS
+    index = jnp.clip(jnp.floor((u - LOW) / width), 0, BINS - 1).astype(int)
+    return jnp.zeros(BINS).at[index].add(value)
+
+
+def update(
+    state: Adaptive, u: PerExample, loss: PerExample, *, rate: float = 0.995
+) -> Adaptive:
+    """The state with the losses [b] of examples at noise u [b]; rate: what is kept."""
+    return state._replace(
+        loss=rate * state.loss + _count(u, loss),
+        seen=rate * state.seen + _count(u, jnp.ones_like(u)),
+    )
+
+
+def curve(state: Adaptive) -> Float[Array, " bins"]:
+    """The mean loss by bin, made monotone from both sides."""
+    mean = jnp.asarray(state.loss / state.seen)
+    up = jax.lax.cummax(mean)
+    down = jax.lax.cummin(mean, reverse=True)
+    return 0.5 * (up + down)
+
+
+def warp(state: Adaptive) -> Schedule:
+    """Times in proportion to the rise of the loss, and FLOOR by the start's law."""
+    loss = curve(state)
+    border = jnp.concatenate([loss[:1], 0.5 * (loss[1:] + loss[:-1]), loss[-1:]])
+    rise = jnp.diff(border)
+    p = (1 - FLOOR) * rise / jnp.maximum(jnp.sum(rise), 1e-9) + FLOOR * state.start
+    p = p + 1e-6
+    cdf = jnp.concatenate([jnp.zeros(1), jnp.cumsum(p)])
+    return from_quantiles(cdf / cdf[-1], edges())
+
+
+def fit_gumbel(state: Adaptive) -> Schedule:
+    """The Gumbel law whose distribution function is nearest the loss over its largest.
+
+    loss = H exp(-exp(-(u - mean) / scale)) is a line: u = mean - scale log(-log(loss/H)).
+    """
+    loss = curve(state)
+    share = jnp.clip(loss / jnp.maximum(loss[-1], 1e-9), 1e-4, 1 - 1e-4)
+    y = -jnp.log(-jnp.log(share))
+    u = 0.5 * (edges()[1:] + edges()[:-1])
+    weight = share * (1 - share)
+    weight = weight / jnp.sum(weight)
+    mean_y, mean_u = jnp.sum(weight * y), jnp.sum(weight * u)
+    spread = jnp.sum(weight * (y - mean_y) ** 2)
+    scale = jnp.sum(weight * (y - mean_y) * (u - mean_u)) / jnp.maximum(spread, 1e-6)
+    scale = jnp.clip(scale, 0.1, 5.0)
+    return gumbel(mean_u - scale * mean_y, scale)
+
+
+ADAPTIVE: dict[str, Callable[[Adaptive], Schedule]] = {
+    "warp": warp,
+    "gumbel": fit_gumbel,
+}

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules that follow the loss: they find a known law and stay valid ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from dlm_jax import adaptive, checkpoint, generate, schedule, train
+from dlm_jax.types import UserError
+
+START = schedule.logistic(2.0, 2.0)
+
+
+def _seen(curve, rounds=300):
+    """The state after losses that follow `curve`, at times of its own schedule."""
+    state = adaptive.init(START)
+
+    @jax.jit
+    def one(state, key):
+        noise = adaptive.warp(state)
+        u = -noise.log_snr(jax.random.uniform(key, (256,)))
+        return adaptive.update(state, u, curve(u), rate=0.95)
+
+    for key in jax.random.split(jax.random.key(0), rounds):
+        state = one(state, key)
+    return state
+
+
+def _gumbel_curve(mean, scale):
+    return lambda u: 3.0 * jnp.exp(-jnp.exp(-(u - mean) / scale))
+
+
+@pytest.mark.parametrize("name", adaptive.ADAPTIVE)
+def test_is_a_schedule(name):
+    """alpha_bar falls from nearly 1 to nearly 0, whatever was seen."""
+    for state in (adaptive.init(START), _seen(_gumbel_curve(1.0, 0.5), 30)):
+        noise = adaptive.ADAPTIVE[name](state)
+        t = jnp.linspace(0, 1, 200)
+        alpha = noise.alpha_bar(t)
+        assert (jnp.diff(alpha) <= 1e-6).all()
+        assert alpha[0] > 0.9
+        assert alpha[-1] < 0.1
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(1.0, 0.5), (4.0, 1.0)])
+def test_gumbel_is_found(mean, scale):
+    found = adaptive.fit_gumbel(_seen(_gumbel_curve(mean, scale)))
+    t = jnp.linspace(0.05, 0.95, 19)
+    wanted = schedule.gumbel(mean, scale)
+    assert np.allclose(found.log_snr(t), wanted.log_snr(t), atol=0.4)
+
+
+def test_warp_makes_the_loss_linear_in_time():
+    """But for the share that stays with the start's law."""
+    curve = _gumbel_curve(1.0, 0.6)
+    noise = adaptive.warp(_seen(curve))
+    t = jnp.linspace(0.0, 1.0, 21)
+    loss = curve(-noise.log_snr(t)) / 3.0
+    assert np.abs(loss - t).max() < adaptive.FLOOR + 0.03
+    before = curve(-START.log_snr(t)) / 3.0
+    assert np.abs(before - t).max() > 0.25
+
+
+def test_start_is_kept_where_nothing_was_seen():
+    noise = adaptive.warp(adaptive.init(START))
+    t = jnp.linspace(0.05, 0.95, 19)
+    assert np.allclose(noise.log_snr(t), START.log_snr(t), atol=0.4)
+
+
+def _config(name, **model):
+    config = smoke.get_config()
+    config.schedule.adaptive = name
+    config.model.update(noise_time=True, **model)
+    config.train.update(total_steps=12, ckpt_steps=6, sample_steps=6)
+    return config
+
+
+@pytest.mark.parametrize("name", adaptive.ADAPTIVE)
+def test_trains_resumes_and_samples_with_it(name, tmp_path):
+    """What it knows is part of the state: halves are the same as the whole."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.run(_config(name), str(whole))
+    train.run(_config(name), str(halves))
+    newest = checkpoint.folder(halves) / "12"
+    newest.rename(tmp_path / "moved")
+    train.run(_config(name), str(halves))
+    states = [train.Run(_config(name), str(w)).state for w in (whole, halves)]
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        assert np.array_equal(a, b)
+    seen = states[0].noise
+    start = adaptive.init(schedule.logistic(2.0, 1.2))
+    assert not np.allclose(seen.loss, start.loss)
+    bundle = generate.load(whole)
+    t = np.linspace(0.1, 0.9, 9)
+    wanted = adaptive.ADAPTIVE[name](seen).log_snr(jnp.asarray(t))
+    assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
+    assert len(bundle.sample(2, steps=4)) == 2
+    assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
+
+
+def test_needs_a_curve():
+    with pytest.raises(UserError, match="adaptive='warp' needs steps=0"):
+        schedule.named("sqrt", 100, adaptive="warp")
+    config = smoke.get_config()
+    config.schedule.adaptive = "wrap"
+    with pytest.raises(UserError, match="choose one of warp, gumbel"):
+        train.recipe_of(config)
