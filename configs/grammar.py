@@ -14,18 +14,19 @@ from configs import default
 
 
 def _modern(cfg: Any) -> None:
-    """Cross-entropy on a normalised table, self-conditioning, output prior, Muon."""
+    """Cross-entropy, normalised table, self-conditioning, output prior, warp, Muon."""
     cfg.model.update(
         dim=32,
         trunk="adaln",
         predicts="logits",
         self_cond=True,
         output_prior=True,
+        noise_time=True,
         dropout=0.0,
         attention_dropout=0.0,
     )
     cfg.embedding.normalize = True
-    cfg.schedule.update(name="logistic", steps=0, mean=2.0, scale=1.2)
+    cfg.schedule.update(name="logistic", steps=0, mean=2.0, scale=1.2, adaptive="warp")
     cfg.loss.update(objective="ce", times="low_discrepancy", self_cond=0.5)
     cfg.optim.update(
         name="muon",
@@ -41,14 +42,16 @@ def _modern(cfg: Any) -> None:
 
 def _faithful(cfg: Any) -> None:
     """Diffusion-LM's own recipe on the same trunk; lr, EMA and d fitted to the size."""
-    cfg.optim.update(lr=2e-3, warmup=100, ema=0.99)
+    cfg.optim.update(lr=4e-3, warmup=100, ema=0.99)
 
 
 def _teacher(cfg: Any) -> None:
     """The same blocks, causal: the baseline of every likelihood."""
     _modern(cfg)
     cfg.model.update(dim=128, self_cond=False, output_prior=False, causal=True)
+    cfg.model.noise_time = False
     cfg.embedding.normalize = False
+    cfg.schedule.adaptive = ""
     cfg.loss.update(objective="ar", self_cond=0.0)
 
 

@@ -207,6 +207,8 @@ class Bundle:
         return [[self.tokenizer.decode(row) for row in rows] for rows in trace]
 
     def _default(self, name: str, value: Any) -> Any:
+        if value is None and name not in self.config["sample"]:
+            raise UserError(f"{name}: the saved config does not set it; pass it")
         return self.config["sample"][name] if value is None else value
 
     def settings(self, *, trace: bool = False, **given: Any) -> Settings:
@@ -316,7 +318,7 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     tok = tokenizer.from_dict(words)
     cfg, noise, like = blueprint(config, tok.vocab_size)
     parts = {"params": like, "ema": like}
-    if config["schedule"]["adaptive"]:
+    if config["schedule"].get("adaptive"):
         parts["noise"] = jax.eval_shape(lambda: adaptive.init(noise))
     parts = checkpoint.restore_part(workdir, step, parallel.global_like(parts))
     found = parallel.to_local(parts)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faithful against modern, and one ablation a piece, at equal floating-point operations.
+
+    python benchmarks/study.py --steps 1000 --seeds 3 --out docs/study.json
+    python benchmarks/study.py --plot docs/study.json
+
+Each run trains by the command into runs/study, then a row of figures is added to the
+JSON; rows that are there are skipped, and a killed run resumes. Equal operations: every
+run gets as many steps as the modern preset's --steps cost.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+import dlm_jax
+from dlm_jax import denoiser, evaluate, grammar, measures
+from dlm_jax.denoiser import DenoiserConfig
+
+CALLS = (8, 16, 32, 64, 200)
+VOCAB = {"grammar": 151, "e2e": 821}
+TEXTS = 256
+# name -> (variant, what is changed in it); the seeds of the first two are several
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "modern": ("modern", {}),
+    "faithful": ("faithful", {}),
+    "teacher": ("teacher", {}),
+    "no self-conditioning": (
+        "modern",
+        {"model.self_cond": False, "loss.self_cond": 0.0},
+    ),
+    "no output prior": ("modern", {"model.output_prior": False}),
+    "AdamW": ("modern", {"optim.name": "adamw", "optim.lr": 2e-3}),
+    "fixed logistic schedule": (
+        "modern",
+        {"schedule.adaptive": "", "model.noise_time": False},
+    ),
+    "adaptive Gumbel schedule": ("modern", {"schedule.adaptive": "gumbel"}),
+    "post-LN trunk": ("modern", {"model.trunk": "post_ln"}),
+    "truncation": ("modern", {"loss.truncate": 0.03}),
+}
+
+
+def config_of(path: str, variant: str, changes: dict[str, Any]) -> Any:
+    """The resolved config of a run."""
+    spec = importlib.util.spec_from_file_location("config", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def step_flops(config: Any) -> float:
+    """Operations of a training step: two a multiply-add, backward twice forward.
+
+    The matrices a token meets, attention, and products with the table; the first
+    estimate of self-conditioning is one more forward pass, in its share of steps.
+    """
+    cfg, vocab = DenoiserConfig(**config.model), VOCAB[config.data.source]
+    shapes = jax.eval_shape(lambda: denoiser.init(jax.random.key(0), cfg, vocab))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    names = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    a_token = sum(
+        leaf.size
+        for name, leaf in names
+        if "kernel" in name and "time" not in name and "modulation" not in name
+    )
+    a_token += 2 * cfg.layers * config.data.length * cfg.width
+    tables = 1 + 2 * cfg.output_prior  # the estimate or the rounding; the prior's two
+    a_token += tables * vocab * cfg.dim
+    passes = 3 + config.loss.self_cond
+    return 2.0 * passes * a_token * config.train.batch * config.data.length
+
+
+def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
+    """Trains by the command, resuming what is there; seconds of training."""
+    command = [sys.executable, "-m", "dlm_jax.main", "--config", f"{path}:{variant}"]
+    command += [f"--config.{name}={value}" for name, value in changes.items()]
+    subprocess.run([*command, "--workdir", str(workdir)], check=True)
+    log = (workdir / "metrics.jsonl").read_text().splitlines()
+    return json.loads(log[-1])["seconds"]
+
+
+def figures(workdir: Path) -> dict[str, Any]:
+    """The bound on held-out texts, and samples by denoiser calls."""
+    bundle = dlm_jax.load(workdir)
+    config = bundle.config
+    held_out = _held_out(config)
+    row: dict[str, Any] = {"bound": evaluate.scores(bundle, held_out, 16), "calls": {}}
+    for calls in (1,) if bundle.cfg.causal else CALLS:
+        began = time.monotonic()
+        texts = bundle.sample(TEXTS, seed=0, steps=calls)
+        sample = {"seconds": time.monotonic() - began}
+        if config["data"]["source"] == "grammar":
+            sample["accepted"] = float(np.mean([grammar.accepts(t) for t in texts]))
+        sample["entropy"] = measures.unigram_entropy(texts)
+        sample["words"] = float(np.mean(measures.lengths(texts)))
+        sample["texts"] = texts[:4]
+        row["calls"][str(calls)] = sample
+    real = held_out[:TEXTS]
+    row["real"] = {
+        "entropy": measures.unigram_entropy(real),
+        "words": float(np.mean(measures.lengths(real))),
+    }
+    return row
+
+
+def _held_out(config: dict) -> list[str]:
+    import ml_collections
+
+    from dlm_jax import data
+
+    return data.load_texts(ml_collections.ConfigDict(config["data"]), "valid")[:768]
+
+
+def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, dict, int]]:
+    """(name, variant, changes, seed) of every run."""
+    for name, (variant, changes) in RUNS.items():
+        if args.only and name not in args.only:
+            continue
+        seeds = args.seeds if name in ("modern", "faithful") else args.ablation_seeds
+        for seed in range(1, seeds + 1):
+            yield name, variant, changes, seed
+
+
+def study(args: argparse.Namespace) -> None:
+    """Trains and measures whatever has no row yet."""
+    out = Path(args.out)
+    rows = json.loads(out.read_text()) if out.exists() else []
+    done = {(r["config"], r["name"], r["seed"], r["budget_steps"]) for r in rows}
+    budget = args.steps * step_flops(config_of(args.config, "modern", {}))
+    for name, variant, changes, seed in wanted(args):
+        if (args.config, name, seed, args.steps) in done:
+            continue
+        flops = step_flops(config_of(args.config, variant, changes))
+        steps = round(budget / flops)
+        silent = {"valid_steps": 0, "sample_steps": 0, "log_steps": 100}
+        given = changes | {f"train.{k}": v for k, v in silent.items()}
+        given |= {"train.total_steps": steps, "seed": seed}
+        if args.data:
+            given["data.path"] = args.data
+        stem = f"{Path(args.config).stem}_{name}_{seed}_{args.steps}".replace(" ", "_")
+        workdir = Path("runs/study") / stem
+        row = {"config": args.config, "name": name, "variant": variant, "seed": seed}
+        row |= {"changes": changes, "budget_steps": args.steps, "steps": steps}
+        row["flops"] = flops * steps
+        row["train_s"] = train(args.config, variant, given, workdir)
+        row |= figures(workdir)
+        rows.append(row)
+        out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(f"study: {name}, seed {seed}: {row['bound']}", flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line a run, means and standard errors over seeds."""
+    key = "above the language, nats/token"
+    calls = [str(c) for c in CALLS]
+    lines = ["| run | seeds | steps | nats/token above | " + " | ".join(calls) + " |"]
+    lines += ["|---" * (4 + len(calls)) + "|"]
+    for name in dict.fromkeys(r["name"] for r in rows):
+        mine = [r for r in rows if r["name"] == name]
+        cells = [name, str(len(mine)), str(mine[0]["steps"])]
+        metric = key if key in mine[0]["bound"] else "nats/token"
+        cells.append(_mean([r["bound"][metric][0] for r in mine]))
+        for c in calls:
+            found = [r["calls"].get(c, {}).get("accepted") for r in mine]
+            cells.append("" if None in found else _mean(found))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: list) -> str:
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0
+    return f"{np.mean(values):.3f}" + (f" ± {error:.3f}" if error else "")
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Accepted samples by denoiser calls, and against entropy, faithful and modern."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_calls, by_entropy = figure.subplots(1, 2, sharey=True)
+    for name, colour in (("faithful", "#c0392b"), ("modern", "#1f5fa8")):
+        for row in (r for r in rows if r["name"] == name):
+            points = [row["calls"][str(c)] for c in CALLS]
+            share = [p["accepted"] for p in points]
+            by_calls.semilogx(CALLS, share, "o-", base=2, color=colour, alpha=0.6)
+            entropy = [p["entropy"] for p in points]
+            by_entropy.plot(entropy, share, "o", color=colour, alpha=0.6)
+        by_calls.plot([], [], "o-", color=colour, label=name)
+    by_entropy.axvline(rows[0]["real"]["entropy"], color="#a8a8a8", label="real text")
+    by_calls.set(xlabel="denoiser calls", ylabel="accepted by the grammar")
+    by_entropy.set(xlabel="unigram entropy, nats")
+    for axes in (by_calls, by_entropy):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Runs the study, or prints its table and draws its plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/grammar.py")
+    parser.add_argument("--data", default="", help="config.data.path")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ablation-seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--out", default="docs/study.json")
+    parser.add_argument("--plot", default="")
+    args = parser.parse_args()
+    if not args.plot:
+        return study(args)
+    rows = json.loads(Path(args.plot).read_text())
+    print(table(rows))
+    if any("accepted" in c for r in rows for c in r["calls"].values()):
+        plot(rows, Path(args.plot).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
