@@ -348,14 +348,14 @@ def from_parts(
     noise: Any = (),
     step: int = 0,
 ) -> Bundle:
-    """A bundle from its parts; ema defaults to params; noise: of an adaptive schedule."""
+    """A bundle from its parts; ema defaults to params; noise: what the schedule knows."""
     if tok.vocab_size != params.table.shape[0]:
         raise UserError(
             f"the tokenizer has {tok.vocab_size} words and the embedding "
             f"{params.table.shape[0]}: they are not of one checkpoint"
         )
     found = schedule.named(**config["schedule"])
-    if config["schedule"].get("adaptive"):
+    if noise:
         # on the host, so that a sampler's coefficients are ready before its scan
         kind = adaptive.ADAPTIVE[config["schedule"]["adaptive"]]
         found = jax.device_get(kind(noise))

@@ -40,6 +40,7 @@ UNITS: dict[str, str] = {
     "eps": "squared error of the noise per coordinate",
     "vlb": "T x KL, nats per position",
     "vlb_legacy": "T x KL, bits per dimension",
+    "nelbo": "-dSNR/dt x squared error / 2, nats per position",
     "ce": "cross-entropy, nats per position",
 }
 
@@ -57,7 +58,7 @@ def run(bundle: Bundle, workdir: str | Path) -> list[Path]:
     held_out = _held_out(bundle)
     drawn = {
         "embedding.png": embedding_map(bundle, held_out),
-        "film.png": film(bundle),
+        "film.png": None if bundle.cfg.causal else film(bundle),
         "loss_over_t.png": loss_plot(bundle, held_out),
         "training.png": training(Path(workdir) / "metrics.jsonl"),
     }
@@ -360,8 +361,8 @@ def loss_curve(bundle: Bundle, ids: Ids, *, feed: bool = False) -> Curve:
 
 
 def loss_plot(bundle: Bundle, held_out: Ids | None) -> Figure | None:
-    """The loss over t with a band of one standard error; None without the data."""
-    if held_out is None or len(held_out) < 2:
+    """The loss over t with a band of one standard error; None without data or times."""
+    if bundle.cfg.causal or held_out is None or len(held_out) < 2:
         return None
     ids, objective = held_out[:ROWS], bundle.config["loss"]["objective"]
     kinds = {"": False}

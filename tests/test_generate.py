@@ -32,7 +32,8 @@ def _config(folder):
     config = smoke.get_config()
     config.data.update(source="text", path=str(path), length=LENGTH)
     config.model.update(layers=1, width=16, ff=16, dim=DIM, positions=LENGTH)
-    config.schedule.update(name="sqrt", steps=T, mean=0.0, scale=0.0)
+    config.schedule.update(name="sqrt", steps=T, mean=0.0, scale=0.0, adaptive="")
+    config.model.noise_time = False
     config.sample.update(n=3, batch=4, steps=4)
     return config
 

@@ -38,6 +38,8 @@ PUBLISHED = {
     "schedule.steps": 2000,
     "schedule.mean": 0.0,
     "schedule.scale": 0.0,
+    "schedule.adaptive": "",
+    "model.noise_time": False,
     "loss.objective": "x0",
     "loss.times": "uniform",
     "loss.self_cond": 0.0,
@@ -81,7 +83,9 @@ def test_says_the_eight_sentences_and_no_other(recipe, steps):
         rows = data.batch_ids(ids, seed=0, step=step, batch=32)
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
-    bundle = generate.from_parts(recipe.cfg, state.params, words, record, ema=state.ema)
+    bundle = generate.from_parts(
+        recipe.cfg, state.params, words, record, ema=state.ema, noise=state.noise
+    )
     found = bundle.sample(64, seed=0)
     others = [text for text in found if text not in SENTENCES]
     assert len(others) <= 2, others  # finitely many steps mix two sentences, rarely

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a preset trains until its samples are grammatical.
+
+    python benchmarks/time_to_language.py --variant modern --out docs/time_modern.json
+
+Trains configs/grammar.py by the command with a checkpoint every --every steps, all kept,
+then draws 256 samples from each; prints the seconds of training and the operations at
+which 50%, 80% and 95% were first accepted. A killed run resumes; what is measured stays.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from study import config_of, step_flops
+
+import dlm_jax
+from dlm_jax import checkpoint, grammar, measures, metrics
+
+SHARES, TEXTS = (0.5, 0.8, 0.95), 256
+
+
+def train(args: argparse.Namespace, workdir: Path) -> None:
+    """The run, by the command."""
+    command = [sys.executable, "-m", "dlm_jax.main", "--workdir", str(workdir)]
+    command += ["--config", f"configs/grammar.py:{args.variant}"]
+    settings = {"total_steps": args.steps, "ckpt_steps": args.every, "keep": 10_000}
+    settings |= {"log_steps": 10, "valid_steps": 0, "sample_steps": 0}
+    command += [f"--config.train.{name}={value}" for name, value in settings.items()]
+    subprocess.run(command, check=True)
+
+
+def measure(workdir: Path, step: int) -> dict[str, Any]:
+    """Accepted share, entropy and length of the samples at a checkpoint."""
+    texts = dlm_jax.load(workdir, step).sample(TEXTS)
+    return {
+        "step": step,
+        "accepted": float(np.mean([grammar.accepts(text) for text in texts])),
+        "entropy": measures.unigram_entropy(texts),
+        "words": float(np.mean(measures.lengths(texts))),
+    }
+
+
+def main() -> None:
+    """Trains, measures every checkpoint, prints and writes the times."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", default="modern")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=200)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    workdir = Path("runs") / f"time_{args.variant}_{args.steps}"
+    train(args, workdir)
+    seconds = {
+        r["step"]: r["seconds"]
+        for r in metrics.read(workdir / "metrics.jsonl", "train")
+    }
+    flops = step_flops(config_of("configs/grammar.py", args.variant, {}))
+    rows = []
+    for step in checkpoint.steps(workdir):
+        row = measure(workdir, step)
+        rows.append(row | {"seconds": seconds[step], "flops": flops * step})
+        print(rows[-1], flush=True)
+    times = {}
+    for share in SHARES:
+        found = [r for r in rows if r["accepted"] >= share]
+        times[str(share)] = found[0] if found else None
+        print(f"{share:.0%}: " + (str(found[0]) if found else "not reached"))
+    record = {
+        "variant": args.variant,
+        "steps": args.steps,
+        "times": times,
+        "rows": rows,
+    }
+    Path(args.out).write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
