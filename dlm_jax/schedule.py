@@ -327,7 +327,11 @@ def respace(steps: int, spec: str) -> list[int]:
     Within a section the stride is fractional and rounds half to even; "ddimN" takes the
     first integer stride with N indices. Source: the published `space_timesteps`.
     """
-    if spec.startswith("ddim"):
+    whole = spec.startswith("ddim")
+    parts = [spec[4:]] if whole else spec.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"respacing {spec!r}: give counts as '10,15,20', or 'ddim200'")
+    if whole:
         count = int(spec[4:])
         for stride in range(1, steps):
             kept = range(0, steps, stride)
@@ -336,7 +340,7 @@ def respace(steps: int, spec: str) -> list[int]:
         raise UserError(
             f"respacing {spec!r}: no integer stride gives {count} of {steps}"
         )
-    counts = [int(part) for part in spec.split(",")]
+    counts = [int(part) for part in parts]
     kept, start = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (1 if i < steps % len(counts) else 0)

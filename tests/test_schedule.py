@@ -167,11 +167,13 @@ def test_respacing():
         ("ddim1500", "no integer stride gives 1500 of 2000"),
         ("2001", "a section of 2000 has not 2001"),
         ("10,1001", "a section of 1000 has not 1001"),
-        ("many", "many"),
+        ("many", "'many': give counts"),
+        ("ddim2,3", "give counts"),
+        ("10,,3", "give counts"),
     ],
 )
 def test_impossible_respacing(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         schedule.respace(2000, spec)
 
 
