@@ -68,7 +68,8 @@ def step_flops(config: Any) -> float:
     """Operations of a training step: two a multiply-add, backward twice forward.
 
     The matrices a token meets, attention, and products with the table; the first
-    estimate of self-conditioning is one more forward pass, in its share of steps.
+    estimate of self-conditioning is one more forward pass, in its share of steps; Muon's
+    orthogonalisation once a step.
     """
     cfg, vocab = DenoiserConfig(**config.model), VOCAB[config.data.source]
     shapes = jax.eval_shape(lambda: denoiser.init(jax.random.key(0), cfg, vocab))
@@ -83,7 +84,14 @@ def step_flops(config: Any) -> float:
     tables = 1 + 2 * cfg.output_prior  # the estimate or the rounding; the prior's two
     a_token += tables * vocab * cfg.dim
     passes = 3 + config.loss.self_cond
-    return 2.0 * passes * a_token * config.train.batch * config.data.length
+    flops = 2.0 * passes * a_token * config.train.batch * config.data.length
+    if (
+        config.optim.name == "muon"
+    ):  # Newton-Schulz: five rounds of x x^T, its square, x
+        layers = [(n, s) for n, s in names if "layer_" in n and "kernel" in n]
+        shapes = [sorted(s.shape) for n, s in layers if "modulation" not in n]
+        flops += sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+    return flops
 
 
 def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
@@ -166,7 +174,7 @@ def study(args: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line a run, means and standard errors over seeds."""
+    """Markdown: a line a run of one config and budget, means and errors over seeds."""
     key = "above the language, nats/token"
     calls = [str(c) for c in CALLS]
     lines = ["| run | seeds | steps | nats/token above | " + " | ".join(calls) + " |"]
@@ -223,6 +231,8 @@ def main() -> None:
     if not args.plot:
         return study(args)
     rows = json.loads(Path(args.plot).read_text())
+    kind = (args.config, args.steps)
+    rows = [r for r in rows if (r["config"], r["budget_steps"]) == kind]
     print(table(rows))
     if any("accepted" in c for r in rows for c in r["calls"].values()):
         plot(rows, Path(args.plot).with_suffix(".png"))

@@ -18,8 +18,9 @@ from dlm_jax.schedule import Schedule, from_quantiles, gumbel
 from dlm_jax.types import Array, PerExample
 
 BINS, LOW, HIGH = 64, -9.0, 13.0  # of u
-START = 8.0  # examples a bin that the start's curve is worth
-FLOOR = 0.1  # share of times that stay with the start's curve
+ENOUGH = 8.0  # examples that make a bin's mean count for the level of the loss
+FLOOR = 0.1  # share of times that stay with the start's law
+EVEN = 3e-4  # and of each bin, so that the bound is never blind to one
 
 
 class Adaptive(NamedTuple):
@@ -42,8 +43,7 @@ def init(schedule: Schedule) -> Adaptive:
     """The start: a curve whose times are taken to be information-uniform already."""
     t = (jnp.arange(4096) + 0.5) / 4096
     start = _count(-schedule.log_snr(t), jnp.ones_like(t)) / 4096
-    middle = jnp.cumsum(start) - 0.5 * start
-    return Adaptive(START * middle, jnp.full(BINS, START), start)
+    return Adaptive(jnp.zeros(BINS), jnp.zeros(BINS), start)
 
 
 def _count(u: PerExample, value: PerExample) -> Float[Array, " bins"]:
@@ -63,8 +63,17 @@ def update(
 
 
 def curve(state: Adaptive) -> Float[Array, " bins"]:
-    """The mean loss by bin, made monotone from both sides."""
-    mean = jnp.asarray(state.loss / state.seen)
+    """The mean loss by bin, made monotone from both sides.
+
+    A bin that was not seen, or too long ago, follows the start's law, up to the level
+    of the loss at its highest.
+    """
+    seen, start = jnp.asarray(state.seen), jnp.asarray(state.start)
+    found = state.loss / jnp.maximum(seen, 1e-6)
+    level = jnp.max(jnp.where(seen > ENOUGH, found, 0.0))
+    level = jnp.where(level > 0, level, 1.0)
+    trust = seen / (seen + 1.0)
+    mean = trust * found + (1 - trust) * level * (jnp.cumsum(start) - 0.5 * start)
     up = jax.lax.cummax(mean)
     down = jax.lax.cummin(mean, reverse=True)
     return 0.5 * (up + down)
@@ -76,7 +85,7 @@ def warp(state: Adaptive) -> Schedule:
     border = jnp.concatenate([loss[:1], 0.5 * (loss[1:] + loss[:-1]), loss[-1:]])
     rise = jnp.diff(border)
     p = (1 - FLOOR) * rise / jnp.maximum(jnp.sum(rise), 1e-9) + FLOOR * state.start
-    p = p + 1e-6
+    p = p + EVEN
     cdf = jnp.concatenate([jnp.zeros(1), jnp.cumsum(p)])
     return from_quantiles(cdf / cdf[-1], edges())
 

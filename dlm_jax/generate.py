@@ -73,9 +73,9 @@ ROUNDINGS: dict[str, Callable] = {
 }
 # the options each solver takes, out of the settings
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "ancestral": ("sigma", "top_p"),
+    "ancestral": ("sigma", "top_p", "churn", "temperature"),
     "marginal": (),
-    "ddim": ("eta",),
+    "ddim": ("eta", "churn", "temperature"),
     "dpmpp_2m": (),
 }
 
@@ -195,10 +195,12 @@ class Bundle:
         return np.concatenate(parts)
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Ids [n l] of texts, START and END added, as in the run's training."""
-        return data.encode(
-            texts, self.tokenizer, length=self.length, mode="pad", too_long="truncate"
-        )
+        """Ids [n l] of texts, START and END added, padded or in blocks as in training.
+
+        A text that is too long loses its end.
+        """
+        layout = {"length": self.length, "mode": self.config["data"].get("mode", "pad")}
+        return data.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
     def film(self, n: int, **settings: Any) -> list[list[str]]:
         """For each of n samples, the text that x0_hat rounds to after every step."""
@@ -218,10 +220,11 @@ class Bundle:
         _known("solver", samplers.SOLVERS, values["solver"])
         _known("rounding", ROUNDINGS, values["rounding"])
         _known("sigma", schedule.VARIANCES, values["sigma"])
-        for name in ("eta", "sigma", "top_p"):
-            if name not in OPTIONS[values["solver"]] and (
-                given.get(name) is not None or (name == "top_p" and values[name])
-            ):
+        off = {"eta": None, "sigma": None, "top_p": 0, "churn": 0, "temperature": 1}
+        for name, default in off.items():
+            set_here = given.get(name) is not None
+            wanted = default is not None and values[name] != default
+            if name not in OPTIONS[values["solver"]] and (set_here or wanted):
                 raise UserError(f"{name}: solver {values['solver']!r} does not take it")
         if not 0 <= values["eta"] <= 1:
             raise UserError(f"eta={values['eta']}: must be from 0 to 1")
@@ -253,14 +256,9 @@ class Bundle:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
             denoise = model.bind(params, self.cfg, schedule=self.schedule)
-            if s.temperature != 1:
-                denoise = samplers.temperature(
-                    denoise, self.schedule, tau=s.temperature
-                )
             if s.clamp >= 0:
                 denoise = control.clamp(denoise, params.table, below=s.clamp)
-            options = {name: getattr(s, name) for name in OPTIONS[s.solver]}
-            step = samplers.SOLVERS[s.solver](denoise, self.schedule, **options)
+            step = self._step(s, denoise)
             if s.churn:
                 step = samplers.churn(step, self.schedule, rate=s.churn)
 
@@ -276,6 +274,17 @@ class Bundle:
             return state.x0_hat, to_ids(state.x0_hat), trace
 
         return chain
+
+    def _step(self, s: Settings, denoise: model.Denoise) -> samplers.Step:
+        options = {n: getattr(s, n) for n in ("eta", "sigma", "top_p")}
+        options = {n: v for n, v in options.items() if n in OPTIONS[s.solver]}
+
+        def solver(denoise: model.Denoise) -> samplers.Step:
+            return samplers.SOLVERS[s.solver](denoise, self.schedule, **options)
+
+        if s.temperature == 1:
+            return solver(denoise)
+        return samplers.temperature(solver, denoise, self.schedule, tau=s.temperature)
 
     def _teacher(self, s: Settings) -> Callable:
         """One token after the other: a teacher knows no steps, solver or trace."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variational bound on -log p(w) in nats, of the very model that samples.
+"""The variational bound on -log p(w) in nats, of the weights that sample.
+
+The chain it bounds is ancestral, small steps, without clamp, and a self-conditioned
+network is asked twice at each; other samplers of the same weights have other laws.
 
 Given the words, every latent is Gaussian around them: with x_0 = EMB(w) + sigma_0 n,
 x_t = alpha EMB(w) + noise of variance 1 - alpha^2 + alpha^2 sigma_0^2. Its
@@ -91,11 +94,9 @@ def predictor(
         if sigma_0:
             return rounding.logits(params.table, params.bias, x)
         t = jnp.zeros(x.shape[0])
-        raw = model.apply(params, cfg, x, t, feedback(x, t), schedule=schedule)
-        if cfg.predicts == "logits":
-            return raw
-        x0_hat = model.TO_X0[cfg.predicts](raw, x, t, params.table, schedule)
-        return rounding.logits(params.table, params.bias, x0_hat)
+        if cfg.predicts != "logits":  # each position's own posterior
+            return model.prior_logits(params.table, x, t, schedule)
+        return model.apply(params, cfg, x, t, feedback(x, t), schedule=schedule)
 
     return Predictor(estimate, decode, sigma_0)
 

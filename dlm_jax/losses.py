@@ -410,8 +410,10 @@ def check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
             f"objective {objective!r} and causal={cfg.causal}: 'ar' is for causal=True, "
             "and no other is"
         )
-    if cfg.causal and (cfg.self_cond or cfg.output_prior):
-        raise UserError("objective 'ar' takes neither self_cond nor output_prior")
+    if cfg.causal and (cfg.self_cond or cfg.output_prior or cfg.noise_time):
+        raise UserError(
+            "objective 'ar' takes neither self_cond nor output_prior nor noise_time"
+        )
     if objective == "nelbo" and schedule.steps is not None:
         raise UserError("objective 'nelbo' needs a curve: config.schedule.steps=0")
     if objective in DISCRETE and schedule.steps is None:

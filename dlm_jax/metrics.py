@@ -20,7 +20,8 @@ class Progress:
         self.bar = tqdm(
             total=total, initial=start, unit="step", disable=not self.terminal
         )
-        self.began, self.first = time.monotonic(), start
+        self.first, self.before = start, _last_seconds(path) if start else 0.0
+        self.began = time.monotonic()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""
@@ -31,7 +32,8 @@ class Progress:
         if not self.main:
             return
         passed = time.monotonic() - self.began
-        row = {"step": step, "kind": kind, "seconds": round(passed, 3), **values}
+        seconds = round(self.before + passed, 3)  # of the runs before this one too
+        row = {"step": step, "kind": kind, "seconds": seconds, **values}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -53,6 +55,11 @@ class Progress:
     def close(self) -> None:
         """Ends the bar."""
         self.bar.close()
+
+
+def _last_seconds(path: Path) -> float:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["seconds"] if lines else 0.0
 
 
 def read(path: Path, kind: str) -> list[dict]:

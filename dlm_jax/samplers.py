@@ -192,15 +192,31 @@ def _last_time(schedule: Schedule) -> float:
     return 1.0 if schedule.steps is None else (schedule.steps - 1) / schedule.steps
 
 
-def temperature(denoise: Denoise, schedule: Schedule, *, tau: float) -> Denoise:
-    """Divides the score by tau: x0_hat moves on, away from x_t (arXiv:2211.15089)."""
+def temperature(
+    solver: Callable[[Denoise], Step],
+    denoise: Denoise,
+    schedule: Schedule,
+    *,
+    tau: float,
+) -> Step:
+    """`solver(denoise)` with the score divided by tau (arXiv:2211.15089).
 
-    def sharpened(x_t: Latent, t: Any, x0_prev: Latent) -> Latent:
-        x0_hat = denoise(x_t, t, x0_prev)
-        alpha, _ = schedule.alpha_sigma(t)
-        return x0_hat + (1 / tau - 1) * (x0_hat - x_t / on(alpha, x_t))
+    The step uses x0_hat moved on, away from x_t; the state keeps x0_hat itself, for
+    feedback. For one-step solvers that read x_t: ancestral, ddim.
+    """
 
-    return sharpened
+    def step(keys: PRNGKeys, state: State, times: Times) -> State:
+        kept = []
+
+        def sharpened(x_t: Latent, t: Any, x0_prev: Latent) -> Latent:
+            kept.append(denoise(x_t, t, x0_prev))
+            alpha, _ = schedule.alpha_sigma(t)
+            return kept[0] + (1 / tau - 1) * (kept[0] - x_t / on(alpha, x_t))
+
+        moved = solver(sharpened)(keys, state, times)
+        return moved._replace(x0_hat=kept[0])
+
+    return step
 
 
 def asymmetric(times: Times, gap: float) -> Times:

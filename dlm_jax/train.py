@@ -136,7 +136,7 @@ def loss_fn(
 def _gradients(key, state, ids, recipe, first):
     """Mean gradient over the microbatches, each with a key of its own."""
     k_draw, k_drop = jax.random.split(key)
-    k_cut = jax.random.fold_in(k_draw, 1)
+    k_cut = jax.random.fold_in(key, 2)
     micro = ids.reshape(recipe.accumulate, -1, ids.shape[-1])
     dropout = max(recipe.cfg.dropout, recipe.cfg.attention_dropout) > 0
 
@@ -238,6 +238,11 @@ def recipe_of(config: Any) -> Recipe:
     losses.check(config.loss.objective, cfg, noise)
     if config.schedule.adaptive:
         optim.choose("schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive)
+        if config.loss.objective in ("nelbo", "ar"):
+            raise UserError(
+                f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
+                f"{config.loss.objective!r} is no function of the noise alone; set ''"
+            )
     if config.loss.times == "importance" and noise.steps is None:
         raise UserError(
             "config.loss.times='importance' needs config.schedule.steps > 0"
@@ -306,7 +311,11 @@ def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
 
 
 class Validation:
-    """The loss on held-out sequences: fixed draws, no dropout, the averaged weights."""
+    """The loss on held-out sequences: fixed draws, no dropout, the averaged weights.
+
+    An adaptive run is judged under the schedule that it began with, so that its losses
+    can be compared.
+    """
 
     def __init__(self, ids: np.ndarray, recipe: Recipe, batches: int):
         self.size = min(recipe.batch, len(ids))
@@ -315,20 +324,17 @@ class Validation:
         self.batches = list(rows)
         self.run = jax.jit(self._batch)
 
-    def _batch(
-        self, params: Params, noise: Any, number: Array, ids: Ids, mask: Array
-    ) -> PyTree:
-        recipe, key = self.recipe.at(noise), jax.random.key(0)
-        draws = make_draws(jax.random.fold_in(key, number), ids, recipe, 0, ())
-        _, terms = loss_fn(params, ids, draws, recipe)
+    def _batch(self, params: Params, number: Array, ids: Ids, mask: Array) -> PyTree:
+        key = jax.random.fold_in(jax.random.key(0), number)
+        draws = make_draws(key, ids, self.recipe, 0, ())
+        _, terms = loss_fn(params, ids, draws, self.recipe)
         named = {"loss": terms.total(), **terms._asdict()}
         del named["weight"]
         return {k: jnp.sum(v * mask) for k, v in named.items()} | {"n": jnp.sum(mask)}
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
+    def __call__(self, params: Params) -> dict[str, float]:
         """The loss and its named terms, means over the sequences."""
-        ema, noise = state.ema, state.noise
-        sums = [self.run(ema, noise, i, *b) for i, b in enumerate(self.batches)]
+        sums = [self.run(params, i, *b) for i, b in enumerate(self.batches)]
         total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
         n = total.pop("n")
         return {name: value / n for name, value in total.items()}
@@ -459,7 +465,7 @@ def _loop(task: Run, progress: Progress, writer: Any, start: int, total: int) ->
             before = None
             task.save(writer)
         if due["valid_steps"] or last:
-            progress.record(done, task.valid(task.state), kind="valid")
+            progress.record(done, task.valid(task.state.ema), kind="valid")
         if due["sample_steps"] or last:
             task.show(progress, done)
 

@@ -317,24 +317,35 @@ def test_no_churn_is_the_step_itself():
 
 
 def test_temperature_divides_the_score():
-    """(alpha x0_hat - x_t) / sigma^2 is the score."""
-    denoise, x_t, t = posterior_mean(CURVE), normal(2, 3, 4, 1), np.full(3, 0.6)
+    """(alpha x0_hat - x_t) / sigma^2 is the score; the state keeps x0_hat itself."""
+    denoise, x_t = posterior_mean(CURVE), jnp.asarray(normal(2, 3, 4, 1))
     alpha, sigma = (float(a) for a in CURVE.alpha_sigma(np.asarray(0.6)))
+    used = []
 
-    def score(denoise):
-        return (alpha * denoise(x_t, t, x_t) - x_t) / sigma**2
+    def solver(denoise):
+        def step(keys, state, times):
+            x0_hat = denoise(state.x_t, jnp.full(3, times.now), state.x0_hat)
+            used.append((alpha * x0_hat - state.x_t) / sigma**2)
+            return State(state.x_t, x0_hat)
 
-    sharper = samplers.temperature(denoise, CURVE, tau=0.8)
-    np.testing.assert_allclose(score(sharper), score(denoise) / 0.8, rtol=1e-4)
-    same = samplers.temperature(denoise, CURVE, tau=1.0)
-    np.testing.assert_allclose(score(same), score(denoise), rtol=1e-5)
+        return step
+
+    state, times = State(x_t, x_t), Times(0.7, 0.6, 0.5)
+    plain = solver(denoise)(KEY, state, times)
+    for tau in (0.8, 1.0):
+        after = samplers.temperature(solver, denoise, CURVE, tau=tau)(KEY, state, times)
+        np.testing.assert_allclose(used[-1], used[0] / tau, rtol=1e-4)
+        np.testing.assert_allclose(after.x0_hat, plain.x0_hat, rtol=1e-6)
 
 
 def test_low_temperature_narrows_the_data():
     spreads = []
     for tau in (1.0, 0.8):
-        denoise = samplers.temperature(posterior_mean(CURVE), CURVE, tau=tau)
-        spreads.append(toy_chain(lambda s: s, denoise, CURVE).std())
+        step = samplers.temperature(
+            lambda d: samplers.ddim(d, CURVE), posterior_mean(CURVE), CURVE, tau=tau
+        )
+        x = toy_chain(lambda s, step=step: step, posterior_mean(CURVE), CURVE)
+        spreads.append(x.std())
     assert spreads[1] < 0.95 * spreads[0]
 
 

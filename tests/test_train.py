@@ -216,8 +216,8 @@ def test_validation_is_deterministic_and_without_dropout():
     dropped = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
     ids = _ids()[:13]  # a batch and a part of one
     calls = [train.Validation(ids, r, 2) for r in (recipe, dropped)]
-    state = _start("x0")
-    found = [calls[0](state), calls[0](state), calls[1](state)]
+    params = _start("x0").params
+    found = [calls[0](params), calls[0](params), calls[1](params)]
     assert found[0] == found[1] == found[2]
     assert set(found[0]) == {"loss", "diffusion", "t0", "rounding", "prior"}
 
