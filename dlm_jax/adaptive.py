@@ -18,7 +18,7 @@ from dlm_jax.schedule import Schedule, from_quantiles, gumbel
 from dlm_jax.types import Array, PerExample
 
 BINS, LOW, HIGH = 64, -9.0, 13.0  # of u
-ENOUGH = 8.0  # examples that make a bin's mean count for the level of the loss
+ENOUGH = 0.5  # examples, as they fade, that a bin needs to be believed
 FLOOR = 0.1  # share of times that stay with the start's law
 EVEN = 3e-4  # and of each bin, so that the bound is never blind to one
 
@@ -65,18 +65,15 @@ def update(
 def curve(state: Adaptive) -> Float[Array, " bins"]:
     """The mean loss by bin, made monotone from both sides.
 
-    A bin that was not seen, or too long ago, follows the start's law, up to the level
-    of the loss at its highest.
+    A bin that was not seen, or too long ago, lies between its neighbours that were; if
+    none was, the loss follows the start's law.
     """
     seen, start = jnp.asarray(state.seen), jnp.asarray(state.start)
-    found = state.loss / jnp.maximum(seen, 1e-6)
-    level = jnp.max(jnp.where(seen > ENOUGH, found, 0.0))
-    level = jnp.where(level > 0, level, 1.0)
-    trust = seen / (seen + 1.0)
-    mean = trust * found + (1 - trust) * level * (jnp.cumsum(start) - 0.5 * start)
-    up = jax.lax.cummax(mean)
-    down = jax.lax.cummin(mean, reverse=True)
-    return 0.5 * (up + down)
+    mean = state.loss / jnp.maximum(seen, 1e-6)
+    level = jnp.max(jnp.where(seen > ENOUGH, mean, 0.0))
+    up = jax.lax.cummax(jnp.where(seen > ENOUGH, mean, 0.0))
+    down = jax.lax.cummin(jnp.where(seen > ENOUGH, mean, level), reverse=True)
+    return jnp.where(level > 0, 0.5 * (up + down), jnp.cumsum(start) - 0.5 * start)
 
 
 def warp(state: Adaptive) -> Schedule:
@@ -105,7 +102,7 @@ def fit_gumbel(state: Adaptive) -> Schedule:
     spread = jnp.sum(weight * (y - mean_y) ** 2)
     scale = jnp.sum(weight * (y - mean_y) * (u - mean_u)) / jnp.maximum(spread, 1e-6)
     scale = jnp.clip(scale, 0.1, 5.0)
-    return gumbel(mean_u - scale * mean_y, scale)
+    return gumbel(jnp.clip(mean_u - scale * mean_y, LOW, HIGH), scale)
 
 
 ADAPTIVE: dict[str, Callable[[Adaptive], Schedule]] = {

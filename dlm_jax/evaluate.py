@@ -19,7 +19,7 @@ from dlm_jax.generate import Bundle
 from dlm_jax.likelihood import Summary
 from dlm_jax.types import PAD, START, UserError
 
-UNKNOWN = 0.1  # share of unknown words above which a teacher is of other text
+SHARED = 0.9  # share of the words that a teacher and a run have in common
 
 
 class Reference(NamedTuple):
@@ -175,7 +175,7 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
     if not bundle.cfg.causal:
         for name, term in terms._asdict().items():
             rows[f"{name}, nats/token"] = likelihood.per(term, count)
-    if bundle.config["data"]["source"] == "grammar":
+    if bundle.config["data"]["source"] == "grammar" and len(ids) == len(texts):
         exact = -np.array([grammar.log_prob(text) for text in texts])
         rows["above the language, nats/token"] = likelihood.per(total - exact, count)
     return rows
@@ -184,32 +184,45 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
 # --- the command
 
 
-def references(config: Any) -> tuple[Reference, list[str]]:
+def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
+    teacher = _load_teacher(config.evaluate.teacher, bundle)
     train = data.load_texts(config.data, "train")
     held_out = data.load_texts(config.data, "valid")
     half = len(held_out) // 2
     seen = frozenset(measures.all_grams(train))
-    teacher = _load_teacher(config.evaluate.teacher, held_out)
     grammatical = config.data.source == "grammar"
     reference = Reference(frozenset(train), seen, held_out[half:], teacher, grammatical)
     return reference, held_out[:half]
 
 
-def _load_teacher(workdir: str, held_out: list[str]) -> Bundle | None:
+def _load_teacher(workdir: str, bundle: Bundle) -> Bundle | None:
+    """The teacher, if it knows the very words and lengths of the run."""
     if not workdir:
         return None
-    teacher = generate.load(workdir)
+    teacher, flag = generate.load(workdir), f"config.evaluate.teacher={workdir}"
     if not teacher.cfg.causal:
-        raise UserError(f"config.evaluate.teacher={workdir}: not of objective 'ar'")
-    ids = teacher.encode(held_out)
-    unknown = float(np.mean(ids[ids != PAD] == 2))
-    if unknown > UNKNOWN:
+        raise UserError(f"{flag}: not of objective 'ar'")
+    mine, its = (set(b.tokenizer.tokens()) for b in (bundle, teacher))
+    if len(mine & its) < SHARED * len(mine | its) or teacher.length < bundle.length:
         raise UserError(
-            f"config.evaluate.teacher={workdir}: {unknown:.0%} of the held-out words are "
-            "unknown to it; it was trained on other text, train one on this"
+            f"{flag}: trained on other text, or shorter ({len(mine & its)} of "
+            f"{len(mine | its)} words shared, length {teacher.length} for "
+            f"{bundle.length}); train one on this run's data"
         )
     return teacher
+
+
+def _check(options: Any, bundle: Bundle) -> None:
+    """What would fail only after the samples are drawn."""
+    for name, least in (("seeds", 1), ("n", 2), ("draws", 1), ("nll_texts", 2)):
+        if options[name] < least:
+            raise UserError(
+                f"config.evaluate.{name}={options[name]}: must be {least} or more"
+            )
+    if not bundle.cfg.causal:
+        for calls in options.calls:
+            bundle.settings(steps=calls)
 
 
 def _samples(bundle: Bundle, options: Any) -> list[list[str]]:
@@ -219,6 +232,7 @@ def _samples(bundle: Bundle, options: Any) -> list[list[str]]:
     path = Path(options.texts)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config.evaluate.texts={path}: {error}") from error
     size = len(lines) // options.seeds
@@ -259,7 +273,13 @@ def run(bundle: Bundle, workdir: str) -> dict[str, Any]:
         raise UserError(f"{workdir}: does not name its data; use --mode sample")
     config: Any = ml_collections.ConfigDict(bundle.config)
     options = config.evaluate
-    reference, held_out = references(config)
+    _check(options, bundle)
+    reference, held_out = references(bundle, config)
+    if len(held_out) < 2 * options.seeds:
+        raise UserError(
+            f"config.data: {2 * len(held_out)} held-out texts are too few for "
+            f"config.evaluate.seeds={options.seeds}; give {4 * options.seeds} or more"
+        )
     samples = _samples(bundle, options)
     size = min(len(samples[0]), len(held_out) // len(samples))
     rows = suite([texts[:size] for texts in samples], held_out, reference)
@@ -301,7 +321,8 @@ def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
 
 
 def _write(record: dict, workdir: Path, entropy: float) -> None:
-    path = workdir / "evaluation.json"
+    of_file = record["evaluate"]["texts"]
+    path = workdir / ("evaluation_of_file.json" if of_file else "evaluation.json")
     nan_free = json.loads(json.dumps(record), parse_constant=lambda _: None)
     path.write_text(json.dumps(nan_free, indent=1, ensure_ascii=False))
     print(path)

@@ -34,13 +34,16 @@ def _gumbel_curve(mean, scale):
 
 @pytest.mark.parametrize("name", adaptive.ADAPTIVE)
 def test_is_a_schedule(name):
-    """alpha_bar falls from nearly 1 to nearly 0, whatever was seen."""
+    """alpha_bar falls, the warp's from nearly 1 to nearly 0, whatever was seen.
+
+    The Gumbel law ends where its lower tail does, with the words decided, not clean.
+    """
     for state in (adaptive.init(START), _seen(_gumbel_curve(1.0, 0.5), 30)):
         noise = adaptive.ADAPTIVE[name](state)
         t = jnp.linspace(0, 1, 200)
         alpha = noise.alpha_bar(t)
         assert (jnp.diff(alpha) <= 1e-6).all()
-        assert alpha[0] > 0.9
+        assert alpha[0] > (0.9 if name == "warp" else 0.5)
         assert alpha[-1] < 0.1
 
 

@@ -191,8 +191,10 @@ def test_teacher_comes_near_the_language(teacher):
 
 def test_evaluates_a_file_of_texts(trained, tmp_path):
     path = tmp_path / "texts.txt"
-    path.write_text("\n".join(grammar.sample(3, 20)))
+    path.write_text("\n\n".join(grammar.sample(3, 20)))
+    (trained / "evaluation.json").write_text("mine")
     record = _run(trained, texts=str(path))
+    assert (trained / "evaluation.json").read_text() == "mine"
     assert record["samples"] == "2 x 10"
     assert record["measures"]["accepted by the grammar"]["samples"].mean == 1.0
     path.write_text("")
@@ -212,3 +214,19 @@ def test_teacher_must_be_one_and_of_this_text(trained, teacher, tmp_path):
     train.run(config, str(tmp_path / "run"))
     with pytest.raises(UserError, match="other text"):
         _run(tmp_path / "run", teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seeds": 0}, "seeds=0"),
+        ({"n": 1}, "n=1"),
+        ({"draws": 0}, "draws=0"),
+        ({"calls": [4, 0]}, "steps=0"),
+        ({"seeds": 20}, "held-out texts are too few"),
+    ],
+)
+def test_bad_settings_end_before_sampling(options, says, trained, monkeypatch):
+    monkeypatch.setattr(evaluate, "_samples", lambda *a: pytest.fail("sampled"))
+    with pytest.raises(UserError, match=says):
+        _run(trained, **options)

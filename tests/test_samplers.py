@@ -331,9 +331,11 @@ def test_temperature_divides_the_score():
         return step
 
     state, times = State(x_t, x_t), Times(0.7, 0.6, 0.5)
-    plain = solver(denoise)(KEY, state, times)
+    keys = samplers.keys_of(KEY, 3)
+    plain = solver(denoise)(keys, state, times)
     for tau in (0.8, 1.0):
-        after = samplers.temperature(solver, denoise, CURVE, tau=tau)(KEY, state, times)
+        step = samplers.temperature(solver, denoise, CURVE, tau=tau)
+        after = step(keys, state, times)
         np.testing.assert_allclose(used[-1], used[0] / tau, rtol=1e-4)
         np.testing.assert_allclose(after.x0_hat, plain.x0_hat, rtol=1e-6)
 
