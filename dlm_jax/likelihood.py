@@ -113,14 +113,14 @@ def snr(schedule: Schedule, t: Any, sigma_0: float) -> Any:
 
 
 def _drop(schedule: Schedule, t: Time, sigma_0: float) -> Time:
-    """T (SNR(t - 1) - SNR(t)), or -dSNR/dt on a curve: the weight of a uniform t."""
+    """The weight of a uniform t: -dSNR/dt, or of an index from 1 to T - 1 its drop."""
     steps = schedule.steps
     if steps is None:
         slope = jax.jvp(lambda t: snr(schedule, t, sigma_0), (t,), (jnp.ones_like(t),))
         return -slope[1]
     ratio = snr(schedule, np.arange(steps) / steps, sigma_0)
-    before = np.append(1 / sigma_0**2 if sigma_0 else ratio[0], ratio[:-1])
-    table = jnp.asarray(steps * (before - ratio), jnp.float32)
+    drops = -np.diff(ratio, prepend=ratio[0])
+    table = jnp.asarray((steps - 1) * drops, jnp.float32)
     return table[jnp.round(t * steps).astype(int)]
 
 
@@ -165,14 +165,14 @@ def bound(
     def at(k: Array) -> tuple[Time, PerExample]:
         t = (u + k / draws) % 1.0
         if schedule.steps is not None:
-            t = jnp.floor(t * schedule.steps) / schedule.steps
+            t = (1 + jnp.floor(t * (schedule.steps - 1))) / schedule.steps
         weight = _drop(schedule, t, sigma_0)
         return t, weight * error(jax.random.fold_in(k_noise, k), t)
 
     profile = Profile(*jax.lax.map(at, jnp.arange(draws)))
     diffusion = jnp.mean(profile.nats, 0)
     zero = jnp.zeros(ids.shape[:1])
-    if sigma_0 and schedule.steps is None:  # from the curve's start to x_0
+    if sigma_0:  # from t = 0 to x_0 itself, a step of its own
         gap = 1 / sigma_0**2 - snr(schedule, np.zeros(()), sigma_0)
         diffusion += gap * error(k_first, zero)
     eps = jax.random.normal(k_last, x.shape)

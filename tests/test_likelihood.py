@@ -258,7 +258,7 @@ def test_curve_and_many_steps_agree():
 
 def test_profile_sums_to_the_diffusion_term():
     noise = schedule.discretize(schedule.SCHEDULES["sqrt"](), 40)
-    predict = _network("x0", noise)
+    predict = _network("x0 without noise", noise)
     ids = jnp.asarray(_texts(2))
     terms, profile = likelihood.bound(
         jax.random.key(0), ids, jnp.asarray(TABLE), predict, noise, draws=10
