@@ -4,7 +4,9 @@
     python -m dlm_jax.main --config configs/e2e_small.py --workdir runs/e2e_small \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
-Two cores of an AMD EPYC, nothing else running: 466 s. Held-out cross-entropy, nats per
+Measured before the schedule adapted, with --config.schedule.adaptive= and
+--config.model.noise_time=False: two cores of an AMD EPYC, nothing else running, 466 s.
+Held-out cross-entropy, nats per
 position of 64: 0.961 at step 200, 0.783 at 800, 0.730 at 1200, 0.716 at 1600. Of the
 last 16 samples: "Loch Fyne is a coffee that serving Indian food .", "The Vaults is a
 family - Italian restaurant with a low price range".
