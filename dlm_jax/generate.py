@@ -199,7 +199,7 @@ class Bundle:
 
         A text that is too long loses its end.
         """
-        layout = {"length": self.length, "mode": self.config["data"].get("mode", "pad")}
+        layout = {"length": self.length, "mode": self.config["data"]["mode"]}
         return data.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
     def film(self, n: int, **settings: Any) -> list[list[str]]:

@@ -257,7 +257,7 @@ def _config(args: dict) -> dict:
     # argmax of -|x - E_v|, the published logits_mode 2, is the nearest embedding
     distance = args.get("logits_mode", 1) == 2
     return {
-        "data": {"length": args["image_size"] ** 2},
+        "data": {"length": args["image_size"] ** 2, "mode": "pad"},
         "schedule": {
             "name": args["noise_schedule"],
             "steps": args["diffusion_steps"],

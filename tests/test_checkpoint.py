@@ -229,9 +229,10 @@ def test_unwritable_workdir(texts, tmp_path):
 
 
 def _data(workdir):
-    """The files that hold the newest step's arrays, some of them superseded."""
-    step = checkpoint.folder(workdir) / str(checkpoint.latest(workdir))
-    return sorted(p for p in (step / "state").rglob("d/*") if p.is_file())
+    """The newest step's arrays, some superseded, and their description."""
+    state = checkpoint.folder(workdir) / str(checkpoint.latest(workdir)) / "state"
+    files = sorted(p for p in state.rglob("d/*") if p.is_file())
+    return [*files, state / "_METADATA"]
 
 
 def _truncate(path):
@@ -266,13 +267,7 @@ def test_damaged_arrays_are_named_or_never_read(harm, texts, start, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("harm", [_truncate, _flip, Path.unlink])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "state/_METADATA",
-        "state/manifest.ocdbt",
-        "config/metadata",
-        "tokenizer/metadata",
-    ],
+    "name", ["state/manifest.ocdbt", "config/metadata", "tokenizer/metadata"]
 )
 def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     """It names the step, and leaves all files as they are."""
