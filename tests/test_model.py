@@ -83,7 +83,7 @@ def test_average_is_the_posterior_mean(params):
 
 @pytest.mark.parametrize("predicts", ["eps", "mu", "logits"])
 def test_bind_needs_a_schedule(params, predicts):
-    with pytest.raises(ValueError, match=f"{predicts!r} .* needs schedule="):
+    with pytest.raises(ValueError, match=f"{predicts!r}.* needs schedule="):
         model.bind(params, dataclasses.replace(TINY, predicts=predicts))
 
 
