@@ -107,10 +107,10 @@ MEASURES: dict[str, Measure] = {
         lambda t, r: measures.length_distance(t, r.held_out), +1, 3.0
     ),
     "texts copied from train": Measure(
-        lambda t, r: measures.copied(t, set(r.train)), +1, 0.25
+        lambda t, r: measures.copied(t, r.train), +1, 0.25
     ),
     "4-grams of train": Measure(
-        lambda t, r: measures.copied_grams(t, set(r.train_grams)), -1, 0.5
+        lambda t, r: measures.copied_grams(t, r.train_grams), -1, 0.5
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ of different schedules and parametrisations may be compared.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,17 +101,6 @@ def predictor(
     return Predictor(estimate, decode, sigma_0)
 
 
-def snr(schedule: Schedule, t: Any, sigma_0: float) -> Any:
-    """SNR(t) of x_t given the words, of t's shape; t < 0 is x_0 itself.
-
-    Not by expm1(-log): XLA's CPU compiler takes it for -expm1(log), which stands in the
-    same kernel (jax 0.10).
-    """
-    xp = jnp if isinstance(t, jax.Array) else np
-    log = schedule.log_alpha_bar(t)
-    return xp.exp(log) / (xp.exp(log) * sigma_0**2 - xp.expm1(log))
-
-
 def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
     """(t, weight) of uniform u: the weighted error's mean is the sum over all steps.
 
@@ -121,9 +110,9 @@ def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
     """
     steps = schedule.steps
     if steps is None:
-        slope = jax.jvp(lambda t: snr(schedule, t, sigma_0), (u,), (jnp.ones_like(u),))
+        slope = jax.jvp(lambda t: schedule.snr(t, sigma_0), (u,), (jnp.ones_like(u),))
         return u, -slope[1]
-    drop = -np.diff(snr(schedule, np.arange(steps) / steps, sigma_0))
+    drop = -np.diff(schedule.snr(np.arange(steps) / steps, sigma_0))
     p = 0.5 / len(drop) + 0.5 * drop / drop.sum()
     index = jnp.searchsorted(jnp.asarray(np.cumsum(p), jnp.float32), u)
     index = jnp.minimum(index, len(drop) - 1)
@@ -176,7 +165,7 @@ def bound(
     diffusion = jnp.mean(profile.nats, 0)
     zero = jnp.zeros(ids.shape[:1])
     if sigma_0:  # from t = 0 to x_0 itself, a step of its own
-        gap = 1 / sigma_0**2 - snr(schedule, np.zeros(()), sigma_0)
+        gap = 1 / sigma_0**2 - schedule.snr(np.zeros(()), sigma_0)
         diffusion += gap * error(k_first, zero)
     eps = jax.random.normal(k_last, x.shape)
     last = _noisy(x, zero - 1.0 if sigma_0 else zero, eps, schedule, sigma_0)

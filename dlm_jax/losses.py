@@ -320,10 +320,9 @@ def _nelbo(p: _Pass) -> Terms:
     It trains the embedding too (arXiv:2305.18619): x_0 = EMB(w), and the least noisy
     latent is rounded by Bayes, position by position.
     """
-    log, slope = jax.jvp(p.schedule.log_alpha_bar, (p.t,), (jnp.ones_like(p.t),))
-    drop = -slope * jnp.exp(log) / jnp.expm1(log) ** 2  # -dSNR/dt
+    _, slope = jax.jvp(p.schedule.snr, (p.t,), (jnp.ones_like(p.t),))
     error = jnp.sum((p.clean - p.x0_hat) ** 2, -1)
-    diffusion = 0.5 * drop * p.mean(error)
+    diffusion = -0.5 * slope * p.mean(error)
     zero = jnp.zeros_like(p.t)
     last = add_noise(p.clean, zero, jnp.asarray(p.draws.eps_0), p.schedule)
     scores = model.prior_logits(p.params.table, last, zero, p.schedule)

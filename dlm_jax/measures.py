@@ -7,7 +7,7 @@ read together, beside the same figures of held-out text (`evaluate`).
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from math import log
 
 import numpy as np
@@ -50,12 +50,12 @@ def repetition(texts: list[str], n: int = 2) -> float:
     return again / total if total else float("nan")
 
 
-def copied(texts: list[str], seen: set[str]) -> float:
+def copied(texts: list[str], seen: Set[str]) -> float:
     """The share of texts that stand in `seen`, word for word."""
     return float(np.mean([text in seen for text in texts]))
 
 
-def copied_grams(texts: list[str], seen: set[tuple[str, ...]]) -> float:
+def copied_grams(texts: list[str], seen: Set[tuple[str, ...]]) -> float:
     """The share of 4-grams that stand in `seen`; nan where the texts have none."""
     found = list(all_grams(texts))
     return float(np.mean([g in seen for g in found])) if found else float("nan")

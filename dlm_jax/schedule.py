@@ -88,6 +88,15 @@ class Schedule(NamedTuple):
             clean, xp.inf, log - xp.log(-xp.expm1(xp.where(clean, -1, log)))
         )
 
+    def snr(self, t: Any, sigma_0: float = 0.0) -> Any:
+        """Signal over noise variance of x_t around alpha EMB(w), of t's shape.
+
+        sigma_0: standard deviation of x_0 around EMB(w). Not by expm1(-log): XLA's CPU
+        compiler takes it for -expm1(log), which stands in the same kernel (jax 0.10).
+        """
+        log, xp = self.log_alpha_bar(t), _numpy(t)
+        return xp.exp(log) / (xp.exp(log) * sigma_0**2 - xp.expm1(log))
+
     def beta(self, t: Any, t_next: Any) -> Any:
         """1 - alpha_bar(t) / alpha_bar(t_next): the noise added from t_next to t."""
         high, low = self._log(t)
