@@ -15,8 +15,10 @@ from jaxtyping import install_import_hook
 
 install_import_hook("dlm_jax", "beartype.beartype")
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.extend.core import jaxprs_in_params  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,20 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("DLM_DATA does not name the data folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For modules where compiling takes longer than what is compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def sizes(jaxpr):
+    """Elements of every value in a jaxpr, the inner ones included."""
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            yield value.aval.size
+        for inner in jaxprs_in_params(equation.params):
+            yield from sizes(inner)

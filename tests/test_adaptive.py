@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules that follow the loss: they find a known law and stay valid ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 from configs import smoke
 from dlm_jax import adaptive, checkpoint, generate, schedule, train
 from dlm_jax.types import UserError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 START = schedule.logistic(2.0, 2.0)
 
@@ -103,8 +107,8 @@ def test_refuses_losses_that_are_no_function_of_the_noise(objective):
 def _config(name, **model):
     config = smoke.get_config()
     config.schedule.adaptive = name
-    config.model.update(noise_time=True, **model)
-    config.train.update(total_steps=12, ckpt_steps=6, sample_steps=6)
+    config.model.update(noise_time=True, layers=1, **model)
+    config.train.update(total_steps=12, ckpt_steps=6, sample_steps=0, valid_steps=0)
     return config
 
 
@@ -127,6 +131,13 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     wanted = adaptive.ADAPTIVE[name](seen).log_snr(jnp.asarray(t))
     assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
     assert len(bundle.sample(2, steps=4)) == 2
+    start = adaptive.init(train.recipe_of(_config(name)).schedule)
+    latents = [
+        dataclasses.replace(bundle, noise=noise).draw(2, steps=4).latents
+        for noise in (seen, start)
+    ]
+    assert not np.array_equal(*latents)  # what is known is read, without compiling
+    assert sum(run._cache_size() for run in bundle.compiled.values()) == 1
     assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
 
 

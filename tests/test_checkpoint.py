@@ -20,6 +20,8 @@ from configs import smoke
 from dlm_jax import checkpoint, train
 from dlm_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).parent.parent
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 STEPS = 300
@@ -152,6 +154,18 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     states = [train.Run(config, str(w)).state for w in (whole, killed)]
     assert not np.array_equal(states[0].params.table, states[0].ema.table)
     _same_bits(*states)
+
+
+def test_changed_text_is_refused(texts, tmp_path):
+    mine = tmp_path / "texts.txt"
+    shutil.copy(texts, mine)
+    _saved(mine, tmp_path / "run", (1,))
+    before = _digest(tmp_path / "run")
+    lines = mine.read_text().splitlines()
+    mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    with pytest.raises(UserError, match=r"not the one that .* was begun with"):
+        train.run(_config(mine), str(tmp_path / "run"))
+    assert _digest(tmp_path / "run") == before
 
 
 def test_finished_run_says_so(texts, tmp_path, capsys):

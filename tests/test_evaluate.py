@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite against samplers whose worth is known, and the command's bad inputs."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import dlm_jax
 from configs import grammar as grammar_config
 from configs import smoke
-from dlm_jax import evaluate, grammar, measures, train
+from dlm_jax import evaluate, grammar, measures, tokenizer, train
 from dlm_jax.types import UserError
 
 SEEDS, SIZE = 3, 100
@@ -23,7 +24,7 @@ def teacher(tmp_path_factory):
     config.data.update(size=5000, valid_size=64)
     config.evaluate.n = 8
     config.model.update(dim=48, width=48, layers=2, heads=4, ff=96, time_dim=16)
-    config.train.update(total_steps=300, valid_batches=1, sample_steps=0)
+    config.train.update(total_steps=300, batch=32, valid_steps=0, sample_steps=0)
     train.run(config, str(workdir))
     return str(workdir)
 
@@ -150,7 +151,10 @@ def test_too_few_texts(sizes, held, reference):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("model") / "run"
-    train.run(smoke.get_config(), str(workdir))
+    config = smoke.get_config()
+    config.model.layers = 1
+    config.train.update(sample_steps=0, valid_steps=0)
+    train.run(config, str(workdir))
     return workdir
 
 
@@ -204,16 +208,14 @@ def test_evaluates_a_file_of_texts(trained, tmp_path):
         _run(trained, texts=str(tmp_path / "nothing.txt"))
 
 
-def test_teacher_must_be_one_and_of_this_text(trained, teacher, tmp_path):
+def test_teacher_must_be_one_and_of_this_text(trained, teacher):
     with pytest.raises(UserError, match="not of objective 'ar'"):
         _run(trained, teacher=str(trained))
-    path = tmp_path / "other.txt"
-    path.write_text("\n".join(f"wholly other words {i % 7}" for i in range(60)))
-    config = smoke.get_config()
-    config.data.update(source="text", path=str(path))
-    train.run(config, str(tmp_path / "run"))
+    words = tokenizer.train_word(["wholly other words"] * 9, min_count=0)
+    other = dataclasses.replace(dlm_jax.load(trained), tokenizer=words)
+    other.config["evaluate"]["teacher"] = teacher
     with pytest.raises(UserError, match="other text"):
-        _run(tmp_path / "run", teacher=teacher)
+        evaluate.run(other, str(trained))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from dlm_jax import checkpoint, generate, samplers, train
 from dlm_jax.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 LENGTH, DIM, T = 6, 8, 20
 
 

@@ -15,6 +15,8 @@ from dlm_jax.losses import PAD
 from dlm_jax.model import Params
 from dlm_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T20 = schedule.named("sqrt", 20)
 CURVE = schedule.named("cosine")
 TINY = DenoiserConfig(dim=4, width=8, layers=1, heads=2, ff=8, positions=4, time_dim=4)
@@ -37,6 +39,7 @@ def network(monkeypatch):
             return jnp.asarray(function(weights, x_t, t, x0_prev))
 
         monkeypatch.setattr(denoiser, "apply", apply)
+        monkeypatch.setattr(denoiser, "head", lambda params, y: y)
 
     return put
 

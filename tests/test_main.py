@@ -7,11 +7,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from configs import smoke
+from configs import default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main, parallel, train
 from dlm_jax.types import UserError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ("--config", "configs/smoke.py")
@@ -134,6 +137,12 @@ MISTAKES = {
     "keep": (None, {"train__keep": 0}, "train.keep=0"),
     "microbatches": (None, {"optim__accumulate": 3}, "batch=16 is not a multiple"),
     "no microbatch": (None, {"optim__accumulate": 0}, "optim.accumulate=0"),
+    "grammar's seed": (None, {"data__seed": -1}, "data.seed=-1: must be 0 or more"),
+    "odd heads": (None, {"model__width": 30}, "model.width=30: rotary"),
+    "dropout": (None, {"model__dropout": 1.0}, "model.dropout=1.0: must be below 1"),
+    "share": (None, {"loss__self_cond": 1.5}, "self_cond=1.5: must be at most 1"),
+    "rate": (None, {"optim__lr": -1.0}, "optim.lr=-1.0: must be 0 or more"),
+    "interval": (None, {"train__ckpt_steps": -1}, "train.ckpt_steps=-1"),
     "table": (None, {"embedding__path": "no.npy"}, "embedding.path=no.npy"),
 }
 
@@ -145,6 +154,25 @@ def test_a_wrong_setting_is_named(name, tmp_path):
         _train(tmp_path, content, **changes)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+TABLES = {
+    "empty": lambda file: None,
+    "archive": lambda file: np.savez(file, table=np.ones((3, 2))),
+    "words": lambda file: np.save(file, np.array([["a", "b"]])),
+    "complex": lambda file: np.save(file, np.ones((3, 2), complex)),
+    "not finite": lambda file: np.save(file, np.full((3, 2), np.nan)),
+    "shape": lambda file: np.save(file, np.ones((3, 2))),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_wrong_table_is_named(name, tmp_path):
+    with (tmp_path / "table.npy").open("wb") as file:
+        TABLES[name](file)
+    with pytest.raises(UserError, match=r"embedding\.path=.*table\.npy"):
+        _train(tmp_path, embedding__path=str(tmp_path / "table.npy"))
     assert not (tmp_path / "run").exists()
 
 
@@ -163,3 +191,25 @@ def test_notes_of_the_libraries_stay_silent():
 def test_hosts_are_checked(coordinator, processes, process):
     with pytest.raises(UserError, match="--coordinator"):
         parallel.start(coordinator, processes, process)
+
+
+SMALL = ("modern", "faithful", "teacher")
+VARIANTS = {
+    default: ((),),
+    smoke: ((),),
+    e2e: [(v,) for v in ("pad", "block", "modern", "teacher")],
+    **{module: [(v,) for v in SMALL] for module in (grammar, e2e_small, stories)},
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "variant"), [(m, v) for m, found in VARIANTS.items() for v in found]
+)
+def test_every_shipped_config_describes_a_run(module, variant):
+    config = module.get_config(*variant)
+    recipe = train.recipe_of(config)
+    assert recipe.cfg.causal == (variant == ("teacher",))
+    assert config.data.length <= config.model.positions
+    if variant:
+        with pytest.raises(ValueError, match="choose one of"):
+            module.get_config("wrong")

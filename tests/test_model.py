@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import sizes
 
-from dlm_jax import denoiser, model, schedule
+from dlm_jax import denoiser, losses, model, schedule
 from dlm_jax.denoiser import DenoiserConfig
 
 T200 = schedule.named("sqrt", 200)
@@ -65,6 +66,7 @@ def test_output_prior_alone(monkeypatch, params, noisy):
     _, t, _, x_t = noisy
     network = mock.Mock(return_value=jnp.zeros((2, 3, 6)))
     monkeypatch.setattr(denoiser, "apply", network)
+    monkeypatch.setattr(denoiser, "head", lambda params, y: y)
     cfg = dataclasses.replace(TINY, output_prior=True)
     prior = model.prior_logits(params.table, x_t, t, T200)
     raw = model.apply(params, cfg, x_t, t, x_t, schedule=T200)
@@ -99,6 +101,7 @@ def test_bind_is_apply_and_conversion(monkeypatch, params, noisy, predicts):
     raw = 2 * params.table[IDS] @ params.table.T if predicts == "logits" else 0.1 * eps
     network = mock.Mock(return_value=raw)
     monkeypatch.setattr(denoiser, "apply", network)
+    monkeypatch.setattr(denoiser, "head", lambda params, y: y)
     cfg, key = dataclasses.replace(TINY, predicts=predicts), jax.random.key(3)
     found = model.bind(params, cfg, schedule=T200, key=key)(x_t, t, eps)
     want = model.TO_X0[predicts](raw, x_t, jnp.asarray(t), params.table, T200)
@@ -107,6 +110,45 @@ def test_bind_is_apply_and_conversion(monkeypatch, params, noisy, predicts):
     weights, _, vocab, _, _, x0_prev = network.call_args.args
     assert (weights is params.denoiser, vocab, x0_prev is eps) == (True, 6, True)
     assert network.call_args.kwargs["key"] is key
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
+    """Loss and gradient are the same."""
+    cfg = dataclasses.replace(TINY, output_prior=prior)
+    shapes = jax.eval_shape(lambda key: model.init(key, cfg, 6), jax.random.key(0))
+    params = params._replace(
+        denoiser=jax.tree.map(lambda s: jnp.full(s.shape, 0.1), shapes.denoiser)
+    )
+    _, t, _, x_t = noisy
+    draws = losses.Draws(jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t))
+    options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
+
+    def loss(params, ids, draws):
+        return losses.end_to_end(params, ids, draws, **options).total().sum()
+
+    whole = jax.value_and_grad(loss)(params, IDS, draws)
+    monkeypatch.setattr(model, "WHOLE", 5)
+    found = jax.value_and_grad(loss)(params, IDS, draws)
+    for a, b in zip(*map(jax.tree.leaves, (whole, found)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [model.WHOLE, model.WHOLE + 1])
+def test_no_batch_of_large_logits(vocab):
+    """No value of the gradient holds the logits of a batch, where there are many."""
+    cfg, b, l = dataclasses.replace(TINY, output_prior=True), 20, 4
+    shapes = jax.eval_shape(lambda key: model.init(key, cfg, vocab), KEY)
+    x = jnp.zeros((b, l, TINY.dim))
+    draws = losses.Draws(jnp.full(b, 0.5), x, x)
+    options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
+
+    def loss(params):
+        ids = jnp.zeros((b, l), int)
+        return losses.end_to_end(params, ids, draws, **options).total().sum()
+
+    largest = max(sizes(jax.make_jaxpr(jax.grad(loss))(shapes).jaxpr))
+    assert (largest >= b * l * vocab) == (vocab == model.WHOLE)
 
 
 def test_start():

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from conftest import sizes
 
 from dlm_jax import rounding
 
@@ -65,15 +65,6 @@ def test_nearest_on_gaussians():
     ids = rng.integers(0, BIG, (4, 8))
     x = table[ids] + 0.1 * rng.normal(size=(4, 8, 16)).astype(np.float32)
     np.testing.assert_array_equal(rounding.nearest(table, x), ids)
-
-
-def sizes(jaxpr):
-    """Elements of every value in a jaxpr, the inner ones included."""
-    for equation in jaxpr.eqns:
-        for value in equation.outvars:
-            yield value.aval.size
-        for inner in jaxprs_in_params(equation.params):
-            yield from sizes(inner)
 
 
 def test_chunks_hold_no_score_for_every_word():

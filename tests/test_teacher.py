@@ -12,6 +12,8 @@ from dlm_jax import losses, model, schedule, teacher
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.types import END, PAD, START, UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CFG = DenoiserConfig(
     dim=8, width=16, layers=2, heads=2, ff=32, positions=6, time_dim=8,
     trunk="adaln", predicts="logits", causal=True, dropout=0.0, attention_dropout=0.0,
@@ -33,11 +35,16 @@ def params():
     return jax.tree.unflatten(tree, noisy)
 
 
+def _nll(params, rows, cfg=CFG):
+    return np.asarray(jax.jit(lambda rows: teacher.nll(params, cfg, rows))(rows))
+
+
 def test_sees_nothing_after_a_position(params):
     ids = jnp.array([[0, 4, 5, 4, 1, 3]])
-    before = teacher.hidden(params, CFG, ids, head=True)
+    logits = jax.jit(lambda ids: teacher.hidden(params, CFG, ids, head=True))
+    before = logits(ids)
     for i in range(1, 6):
-        changed = teacher.hidden(params, CFG, ids.at[0, i].set(2), head=True)
+        changed = logits(ids.at[0, i].set(2))
         same = np.abs(changed - before).max(-1)[0] < 1e-6
         assert same.tolist() == [True] * i + [False] * (6 - i)
 
@@ -49,20 +56,20 @@ def test_probabilities_sum_to_one(params, trunk):
     if trunk == "post_ln":
         params = jax.jit(lambda key: model.init(key, cfg, VOCAB))(jax.random.key(0))
     rows = [[START, *rest] for rest in itertools.product(range(VOCAB), repeat=3)]
-    nll = teacher.nll(params, cfg, np.array(rows))
+    nll = _nll(params, np.array(rows), cfg)
     assert (nll[:, 0] == 0).all()
-    assert float(jnp.exp(-nll.sum(-1)).sum()) == pytest.approx(1.0, abs=1e-4)
+    assert float(np.exp(-nll.sum(-1)).sum()) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_loss_is_its_nats_per_position(params):
     ids = np.array([[0, 4, 5, 4, 1, 3], [0, 5, 1, 3, 3, 3]])
     noise = schedule.named("logistic")
     options = {"cfg": CFG, "schedule": noise, "objective": "ar"}
+    loss = jax.jit(lambda draws: losses.end_to_end(params, ids, draws, **options))
+    wanted = _nll(params, ids).mean(-1)
     for seed in (0, 1):  # whatever is drawn
         draws = losses.draw(jax.random.key(seed), (2, 6, CFG.dim))
-        terms = losses.end_to_end(params, ids, draws, **options)
-        wanted = teacher.nll(params, CFG, ids).mean(-1)
-        assert np.allclose(terms.total(), wanted, rtol=1e-5)
+        assert np.allclose(loss(draws).total(), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_samples_have_the_probabilities_it_scores(params):
     assert (ids[over, 2] == PAD).all()
     rows = np.array([[START, a, b] for a in range(VOCAB) for b in range(VOCAB)])
     rows = rows[(rows[:, 1] != END) & (rows[:, 1] != PAD)]
-    p = np.exp(-np.asarray(teacher.nll(params, CFG, rows)).sum(-1))
+    p = np.exp(-_nll(params, rows).sum(-1))
     found = np.array([(ids == row).all(-1).sum() for row in rows])
     error = np.sqrt(n * p * (1 - p))
     assert (np.abs(found - n * p) < 5 * error + 1).all()
@@ -96,7 +103,6 @@ def test_samples_have_the_probabilities_it_scores(params):
 
 def test_features_ignore_padding(params):
     ids = np.array([[0, 4, 1, 3, 3, 3]])
-    states = np.asarray(teacher.hidden(params, CFG, ids))
-    assert np.allclose(
-        teacher.features(params, CFG, ids), states[:, :3].mean(1), atol=1e-6
-    )
+    functions = teacher.hidden, teacher.features
+    states, mean = jax.jit(lambda ids: [f(params, CFG, ids) for f in functions])(ids)
+    assert np.allclose(mean, states[:, :3].mean(1), atol=1e-6)

@@ -20,6 +20,8 @@ from configs import smoke
 from dlm_jax import checkpoint, losses, metrics, train
 from dlm_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).parent.parent
 BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 20
 STEPS = 6
@@ -59,14 +61,6 @@ RECIPES = {
         "loss.self_cond": 1.0,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Compiling takes longer than what is compiled; the commands are told alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -263,6 +257,23 @@ def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
     run.state = run.state._replace(ema=jax.tree.map(lambda x: x / 0, run.state.ema))
     with pytest.raises(UserError, match="weights are not finite at step 0"):
         run.save(None)
+
+
+@pytest.mark.parametrize("cut", [0, 15])
+def test_metrics_go_on_after_a_line_cut_short(cut, tmp_path):
+    path, options = tmp_path / "metrics.jsonl", {"total": 9, "main": True}
+    first = metrics.Progress(path, start=0, **options)
+    for step in (1, 2):
+        first.record(step, {"loss": step}, kind="train")
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    second = metrics.Progress(path, start=2, **options)
+    second.record(3, {"loss": 3}, kind="train")
+    found = [row["step"] for row in metrics.read(path, "train")]
+    assert found == ([1, 3] if cut else [1, 2, 3])
+    third = metrics.Progress(path, start=0, **options)
+    third.record(1, {"loss": 7}, kind="train")
+    assert [row["loss"] for row in metrics.read(path, "train")] == [7]
+    assert (tmp_path / "metrics_before.jsonl").exists()
 
 
 # --- the loop on several devices and hosts

@@ -14,6 +14,8 @@ from dlm_jax import data, embedding, generate, losses, model, samplers, tokenize
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.types import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def init(cfg, vocab):
     """Small random weights and a table on the sphere, without a compilation."""
