@@ -262,6 +262,11 @@ class Denoiser(nn.Module):
         return _dense(self.out, h, "head", "float32")(y) if head else y
 
 
+def head(params: PyTree, y: Float[Array, "b l h"]) -> Float[Array, "b l out"]:
+    """The raw output of the trunk's: what `apply` does last."""
+    return _last_axis(y, params["head"]["kernel"], None) + params["head"]["bias"]
+
+
 def output_width(cfg: DenoiserConfig, vocab: int) -> int:
     """d, or v when the denoiser emits logits."""
     return vocab if cfg.predicts == "logits" else cfg.dim

@@ -188,7 +188,7 @@ class _Pass(NamedTuple):
     x_0: Latent
     x_t: Latent
     x0_hat: Latent
-    raw: Array
+    raw: Array  # what the network predicts; of logits, -log p of the ids [b l]
     t: Time
     ids: Ids
     draws: Draws
@@ -301,15 +301,14 @@ def _vlb_legacy(p: _Pass, sigma: str = "small") -> Terms:
 
 def _ce(p: _Pass) -> Terms:
     """Cross-entropy of the denoiser's logits, nats per position (RECIPES T1)."""
-    error = p.mean(rounding.nll(p.raw, p.ids))
+    error = p.mean(p.raw)
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)
 
 
 def _ar(p: _Pass) -> Terms:
     """Cross-entropy of the next token, nats per position; the first one is given."""
-    next_token = rounding.nll(p.raw[:, :-1], jnp.asarray(p.ids)[:, 1:])
-    error = p.mean(jnp.pad(next_token, ((0, 0), (1, 0))))
+    error = p.mean(jnp.pad(p.raw[:, :-1], ((0, 0), (1, 0))))
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)
 
@@ -378,8 +377,20 @@ def end_to_end(
     if objective == "ar":
         t, x_t = jnp.zeros_like(t), clean
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t, draws)
-    raw = model.apply(params, cfg, x_t, t, x0_prev, schedule=schedule, key=key)
-    x0_hat = model.TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+    scored = jnp.asarray(ids)
+    if objective == "ar":  # the next one
+        scored = jnp.roll(scored, -1, 1)
+
+    def read(raw: Array, x_t: Latent, t: Time, ids: Ids) -> tuple:
+        x0_hat = model.TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+        if cfg.predicts == "logits":
+            raw = rounding.nll(raw, ids)
+        return x0_hat, raw
+
+    rows = (x_t, t, scored)
+    x0_hat, raw = model.apply(
+        params, cfg, x_t, t, x0_prev, schedule=schedule, key=key, read=read, rows=rows
+    )
     mask = (
         jnp.where(jnp.asarray(ids) == PAD, 0.0, 1.0)
         if mask_pad

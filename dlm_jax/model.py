@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dlm_jax import denoiser
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import init_table
+from dlm_jax.rounding import WHOLE
 from dlm_jax.schedule import Schedule, expand, need_steps, posterior_coefficients
 from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
 
@@ -51,18 +52,57 @@ def apply(
     *,
     schedule: Schedule | None = None,
     key: PRNGKey | None = None,
-) -> Array:
-    """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on."""
-    vocab, alone, start, told = params.table.shape[0], None, 0.0, t
+    read: Callable[..., PyTree] = lambda raw, *rows: raw,
+    rows: tuple[Array, ...] = (),
+) -> PyTree:
+    """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on.
+
+    read(raw, *rows) is returned instead of raw, rows being arrays [b ...]. Logits of a
+    large vocabulary then exist for one example at a time, forward and backward.
+    """
+    vocab, alone, told = params.table.shape[0], None, t
+    large = vocab > WHOLE and cfg.predicts == "logits"
     if cfg.noise_time:
         told = noise_time(_need(schedule, cfg), t)
+
+    def start(x_t: Latent, t: Time) -> Logits:
+        return prior_logits(params.table, x_t, t, _need(schedule, cfg))
+
     if cfg.output_prior:
-        start = prior_logits(params.table, x_t, t, _need(schedule, cfg))
-        alone = average(params.table, start)
-    raw = denoiser.apply(
-        params.denoiser, cfg, vocab, x_t, told, x0_prev, alone=alone, key=key
+        alone = _by_example(
+            lambda *x: average(params.table, start(*x)), (x_t, t), large=large
+        )
+    y = denoiser.apply(
+        params.denoiser,
+        cfg,
+        vocab,
+        x_t,
+        told,
+        x0_prev,
+        alone=alone,
+        key=key,
+        head=False,
     )
-    return raw + start if cfg.predicts == "logits" else raw
+
+    def last(y: Array, x_t: Latent, t: Time, *rows: Array) -> PyTree:
+        raw = denoiser.head(params.denoiser, y)
+        if cfg.output_prior and cfg.predicts == "logits":
+            raw = raw + start(x_t, t)
+        return read(raw, *rows)
+
+    return _by_example(last, (y, x_t, t, *rows), large=large)
+
+
+def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree:
+    """f(*rows), or of one example after the other, which the backward pass repeats."""
+    if not large:
+        return f(*rows)
+
+    @jax.checkpoint
+    def one(row: tuple) -> PyTree:
+        return jax.tree.map(lambda y: y[0], f(*(x[None] for x in row)))
+
+    return jax.lax.map(one, rows)
 
 
 def noise_time(schedule: Schedule, t: Time) -> Time:
@@ -137,7 +177,11 @@ def bind(
 
     def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         t = jnp.asarray(t)
-        raw = apply(params, cfg, x_t, t, x0_prev, schedule=schedule, key=key)
-        return TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+
+        def read(raw: Array, x_t: Latent, t: Time) -> Latent:
+            return TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+
+        options = {"schedule": schedule, "key": key, "read": read, "rows": (x_t, t)}
+        return apply(params, cfg, x_t, t, x0_prev, **options)
 
     return denoise

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stories on two CPU cores: TinyStories' paragraphs, packed into blocks of 64 tokens.
+
+    python -m dlm_jax.main --config configs/stories.py --workdir runs/stories \\
+        --config.data.path=tinystories.lower.4MB.txt
+
+A line of the file is an example; 2,000 SentencePiece words are trained in process.
+"""
+
+from typing import Any
+
+from configs import grammar
+
+
+def get_config(variant: str = "modern") -> Any:
+    """The grammar's networks (modern | faithful | teacher) on blocks of 64 tokens."""
+    cfg = grammar.get_config(variant)
+    cfg.data.update(
+        source="text",
+        path="data/stories.txt",
+        tokenizer="sentencepiece",
+        vocab_size=2000,
+        mode="block",
+        length=64,
+    )
+    cfg.model.positions = 64
+    cfg.train.update(total_steps=1600, batch=32)
+    return cfg
