@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import model, parallel, samplers, train
+from dlm_jax import control, model, parallel, samplers, train
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -69,7 +69,8 @@ def measure(path: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
     row = {"config": path, "batch": recipe.batch, "length": shape[1]}
     row |= {"dtype": recipe.cfg.dtype, "parameters": model.count(ema)}
     row |= _training(key, state, ids, recipe, repeats)
-    row |= _sampling(ema, recipe, ids, repeats)
+    row |= _sampling(ema, recipe, ids, repeats, config.sample)
+    row["solver"] = config.sample.solver
     peak = matmul_peak(
         recipe.cfg.dtype, 1024 if jax.devices()[0].platform == "cpu" else 8192
     )
@@ -104,15 +105,18 @@ def _training(key, state, ids, recipe, repeats) -> dict[str, Any]:
     }
 
 
-def _sampling(ema, recipe, ids, repeats) -> dict[str, Any]:
-    """A step inside the scan: the slope between chains of 4 and of 12 steps."""
+def _sampling(ema, recipe, ids, repeats, sample) -> dict[str, Any]:
+    """A step of the config's solver and clamp inside the scan, by slope: 4 to 12 steps."""
     keys = samplers.keys_of(jax.random.key(1), ids.shape[0])
     x_T = samplers.noise(keys, (ids.shape[1], recipe.cfg.dim))
 
     def chain(steps: int) -> Callable:
         def run(params, keys, x_T):
             denoise = model.bind(params, recipe.cfg, schedule=recipe.schedule)
-            step = samplers.ddim(denoise, recipe.schedule, eta=1.0)
+            if sample.clamp >= 0:
+                denoise = control.clamp(denoise, params.table, below=sample.clamp)
+            options = {"eta": sample.eta} if sample.solver == "ddim" else {}
+            step = samplers.SOLVERS[sample.solver](denoise, recipe.schedule, **options)
             times = samplers.time_grid(recipe.schedule, steps)
             return samplers.sample(keys, step, x_T, times)[0].x0_hat
 

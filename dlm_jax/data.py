@@ -413,7 +413,8 @@ def batches(
 def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:
     """An embedding table [v d] from an .npy file; None where path is empty.
 
-    Raises UserError where the file is missing, not an array, or of another shape.
+    Raises UserError where the file is missing, not an array of finite numbers, or of
+    another shape.
     """
     if not path:
         return None
@@ -421,8 +422,14 @@ def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:
         table = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"config.embedding.path={path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(f"config.embedding.path={path}: not an .npy array") from error
+    if not isinstance(table, np.ndarray) or table.dtype.kind not in "fiu":
+        raise UserError(f"config.embedding.path={path}: not an .npy array of numbers")
+    if not np.isfinite(table).all():
+        raise UserError(
+            f"config.embedding.path={path}: holds values that are not finite"
+        )
     if table.shape != (vocab, dim):
         raise UserError(
             f"config.embedding.path={path}: shape {table.shape}, and this run has "

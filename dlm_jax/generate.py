@@ -91,6 +91,7 @@ class Bundle:
     tokenizer: tokenizer.Tokenizer
     config: dict
     step: int
+    noise: PyTree = ()  # of an adaptive schedule: what it knows
     compiled: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -145,7 +146,9 @@ class Bundle:
         for first in range(0, n, size):
             index = first + np.arange(size)
             parts.append(
-                jax.device_get(self._run(settings, size)(key, self.ema, index))
+                jax.device_get(
+                    self._run(settings, size)(key, self.ema, self.noise, index)
+                )
             )
         latents, ids = (np.concatenate([p[i] for p in parts])[:n] for i in (0, 1))
         traces = np.concatenate([p[2] for p in parts])[:n] if trace else None
@@ -252,15 +255,16 @@ class Bundle:
         if self.cfg.causal:
             return self._teacher(s)
 
-        def chain(key: jax.Array, params: Params, index: jax.Array) -> tuple:
+        def chain(key: jax.Array, params: Params, noise: PyTree, index: jax.Array):
+            schedule = _schedule(self.config, noise) if noise else self.schedule
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-            denoise = model.bind(params, self.cfg, schedule=self.schedule)
+            denoise = model.bind(params, self.cfg, schedule=schedule)
             if s.clamp >= 0:
                 denoise = control.clamp(denoise, params.table, below=s.clamp)
-            step = self._step(s, denoise)
+            step = _step(s, denoise, schedule)
             if s.churn:
-                step = samplers.churn(step, self.schedule, rate=s.churn)
+                step = samplers.churn(step, schedule, rate=s.churn)
 
             def to_ids(x):
                 return ROUNDINGS[s.rounding](params, x)
@@ -275,28 +279,34 @@ class Bundle:
 
         return chain
 
-    def _step(self, s: Settings, denoise: model.Denoise) -> samplers.Step:
-        options = {n: getattr(s, n) for n in ("eta", "sigma", "top_p")}
-        options = {n: v for n, v in options.items() if n in OPTIONS[s.solver]}
-
-        def solver(denoise: model.Denoise) -> samplers.Step:
-            return samplers.SOLVERS[s.solver](denoise, self.schedule, **options)
-
-        if s.temperature == 1:
-            return solver(denoise)
-        return samplers.temperature(solver, denoise, self.schedule, tau=s.temperature)
-
     def _teacher(self, s: Settings) -> Callable:
         """One token after the other: a teacher knows no steps, solver or trace."""
         if s.trace:
             raise UserError("trace: a teacher has none, as it does not denoise")
 
-        def chain(key: jax.Array, params: Params, index: jax.Array) -> tuple:
+        def chain(key: jax.Array, params: Params, noise: PyTree, index: jax.Array):
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             ids = teacher.sample(keys, params, self.cfg, self.length)
             return embed(params.table, ids), ids, None
 
         return chain
+
+
+def _step(s: Settings, denoise: model.Denoise, schedule: Schedule) -> samplers.Step:
+    options = {n: getattr(s, n) for n in ("eta", "sigma", "top_p")}
+    options = {n: v for n, v in options.items() if n in OPTIONS[s.solver]}
+
+    def solver(denoise: model.Denoise) -> samplers.Step:
+        return samplers.SOLVERS[s.solver](denoise, schedule, **options)
+
+    if s.temperature == 1:
+        return solver(denoise)
+    return samplers.temperature(solver, denoise, schedule, tau=s.temperature)
+
+
+def _schedule(config: dict, noise: PyTree) -> Schedule:
+    """The adaptive schedule that follows from what it knows."""
+    return adaptive.ADAPTIVE[config["schedule"]["adaptive"]](noise)
 
 
 def _positive(name: str, value: int) -> int:
@@ -321,7 +331,8 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     Raises UserError, one line, where there is none or it is damaged.
     """
     if interop.is_reference(workdir):
-        return from_parts(*interop.load_reference(workdir))
+        cfg, params, tok, _ = interop.load_reference(workdir)
+        return from_parts(cfg, params, tok, interop.reference_config(workdir))
     step = checkpoint.latest(workdir, step)
     config, words = checkpoint.read_json(workdir, step)
     tok = tokenizer.from_dict(words)
@@ -365,8 +376,6 @@ def from_parts(
         )
     found = schedule.named(**config["schedule"])
     if noise:
-        # on the host, so that a sampler's coefficients are ready before its scan
-        kind = adaptive.ADAPTIVE[config["schedule"]["adaptive"]]
-        found = jax.device_get(kind(noise))
+        found = jax.device_get(_schedule(config, noise))
     ema = params if ema is None else ema
-    return Bundle(params, ema, cfg, found, tok, config, step)
+    return Bundle(params, ema, cfg, found, tok, config, step, noise)

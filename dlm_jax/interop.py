@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dlm_jax import schedule
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.model import Params
-from dlm_jax.schedule import QUANTILES, SCHEDULES
+from dlm_jax.schedule import QUANTILES, SCHEDULES, Schedule
 from dlm_jax.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.types import PyTree, UserError
 
@@ -148,8 +149,8 @@ def is_reference(folder: str | Path) -> bool:
 
 def load_reference(
     folder: str | Path,
-) -> tuple[DenoiserConfig, Params, WordTokenizer, dict]:
-    """(network, EMA parameters, tokenizer, config) of a published checkpoint folder.
+) -> tuple[DenoiserConfig, Params, WordTokenizer, Schedule]:
+    """(network, EMA parameters, tokenizer, schedule) of a published checkpoint folder.
 
     Reads the newest `ema_*.pt` (with torch, weights only: nothing is unpickled),
     `vocab.json` and `training_args.json`. Raises UserError, one line.
@@ -164,7 +165,13 @@ def load_reference(
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     cfg = dataclasses.replace(cfg, **_network(args))
-    return cfg, params, tokenizer, _config(args)
+    noise = schedule.named(**_config(args)["schedule"])
+    return cfg, params, tokenizer, noise
+
+
+def reference_config(folder: str | Path) -> dict:
+    """How a published checkpoint folder is sampled, as sections of a config."""
+    return _config(_args(Path(folder) / "training_args.json"))
 
 
 def _args(path: Path) -> dict:

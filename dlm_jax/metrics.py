@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: JSON lines on disk, a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import json
 import sys
 import time
@@ -20,6 +21,8 @@ class Progress:
         self.bar = tqdm(
             total=total, initial=start, unit="step", disable=not self.terminal
         )
+        if main and path.exists():
+            _prepare(path, start)
         self.first, self.before = start, _last_seconds(path) if start else 0.0
         self.began = time.monotonic()
 
@@ -58,11 +61,28 @@ class Progress:
 
 
 def _last_seconds(path: Path) -> float:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["seconds"] if lines else 0.0
+    rows = _rows(path) if path.exists() else []
+    return rows[-1]["seconds"] if rows else 0.0
+
+
+def _prepare(path: Path, start: int) -> None:
+    """Sets another beginning's rows aside; ends a line that a kill cut short."""
+    if not start:
+        path.replace(path.with_name("metrics_before.jsonl"))
+    elif not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
+
+
+def _rows(path: Path) -> list[dict]:
+    """All rows but those that a kill cut short."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def read(path: Path, kind: str) -> list[dict]:
     """The rows of one kind; of a step recorded twice, after a resume, the last."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-    return list({r["step"]: r for r in rows if r["kind"] == kind}.values())
+    return list({r["step"]: r for r in _rows(path) if r["kind"] == kind}.values())

@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,9 +230,7 @@ def _adapt(noise, terms: losses.Terms, t, recipe: Recipe, axis):
 
 def recipe_of(config: Any) -> Recipe:
     """The static choices of a resolved config; UserError names a wrong key."""
-    for name in ("batch", "total_steps", "log_steps", "keep", "valid_batches"):
-        _positive(f"train.{name}", config.train[name])
-    _positive("optim.accumulate", config.optim.accumulate)
+    _check_ranges(config)
     cfg, noise = network(config), schedule.named(**config.schedule)
     optim.choose("loss.objective", losses.OBJECTIVES, config.loss.objective)
     times = {**losses.TIMES, "importance": None}
@@ -264,9 +264,39 @@ def recipe_of(config: Any) -> Recipe:
     )
 
 
-def _positive(flag: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"config.{flag}={value}: set it to 1 or more")
+COUNT, ZERO_OR_MORE = (1, math.inf), (0, math.inf)
+RATE, BELOW_ONE = (0, 1), (0, 1 - 1e-9)
+RANGES = {
+    "train": {
+        **dict.fromkeys(("batch", "total_steps", "log_steps", "keep"), COUNT),
+        **dict.fromkeys(("ckpt_steps", "valid_steps", "sample_steps"), ZERO_OR_MORE),
+        "valid_batches": COUNT,
+    },
+    "model": {
+        **dict.fromkeys(("dim", "width", "layers", "heads", "ff", "positions"), COUNT),
+        **dict.fromkeys(("dropout", "attention_dropout"), BELOW_ONE),
+        "time_dim": COUNT,
+    },
+    "optim": {
+        **dict.fromkeys(("lr", "warmup", "weight_decay", "clip", "eps"), ZERO_OR_MORE),
+        **dict.fromkeys(("b1", "b2"), BELOW_ONE),
+        "ema": RATE,
+        "accumulate": COUNT,
+    },
+    "loss": dict.fromkeys(("self_cond", "truncate"), RATE),
+    "data": {"seed": ZERO_OR_MORE, "valid_fraction": RATE},
+}
+
+
+def _check_ranges(config: Any) -> None:
+    """UserError for the first number that cannot be."""
+    for section, ranges in RANGES.items():
+        for name, (least, most) in ranges.items():
+            value = config[section][name]
+            if not least <= value <= most:
+                bound = f"at most {most:g}" if value > most else f"{least} or more"
+                bound = "below 1" if value > most == BELOW_ONE[1] else bound
+                raise UserError(f"config.{section}.{name}={value}: must be {bound}")
 
 
 def network(config: Any) -> DenoiserConfig:
@@ -280,14 +310,14 @@ def network(config: Any) -> DenoiserConfig:
             f"config.data.length={config.data.length} exceeds "
             f"config.model.positions={cfg.positions}: raise the latter"
         )
-    for name in ("dim", "width", "layers", "heads", "ff", "positions", "time_dim"):
-        if config.model[name] < 1:
-            raise UserError(
-                f"config.model.{name}={config.model[name]}: must be 1 or more"
-            )
     if cfg.width % cfg.heads:
         raise UserError(
             f"config.model.heads={cfg.heads} does not divide width={cfg.width}"
+        )
+    if cfg.trunk == "adaln" and cfg.width % (2 * cfg.heads):
+        raise UserError(
+            f"config.model.width={cfg.width}: rotary positions need a multiple of 2 x "
+            f"config.model.heads={cfg.heads}"
         )
     return cfg
 
@@ -298,6 +328,10 @@ class Corpus(NamedTuple):
     train: np.ndarray
     valid: np.ndarray
     tokenizer: Tokenizer
+
+    def record(self) -> dict:
+        """The tokenizer's, and a checksum of what it was trained and used on."""
+        return {**self.tokenizer.to_dict(), "corpus": zlib.crc32(self.train.tobytes())}
 
 
 def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -350,11 +384,16 @@ class Run:
         self.record = json.loads(config.to_json_best_effort())
         checkpoint.check(workdir, self.record)
         self.resumed = bool(checkpoint.steps(workdir))
-        tokenizer = None
+        tokenizer, saved = None, {}
         if self.resumed:
             _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
             tokenizer = from_dict(saved)
         self.corpus = corpus_of(config, tokenizer)
+        if saved.get("corpus") not in (None, self.corpus.record()["corpus"]):
+            raise UserError(
+                f"config.data: its text is not the one that {workdir} was begun with; "
+                "restore it or take a fresh --workdir"
+            )
         self.state = self._begin()
         self.bundle = self._bundle()
         if self.host == 0:
@@ -404,17 +443,15 @@ class Run:
                 f"weights are not finite at step {int(self.state.step)}: stopped, none "
                 "saved; take a fresh --workdir and a lower config.optim.lr"
             )
-        tokenizer = self.corpus.tokenizer.to_dict()
-        state = parallel.to_global(self.state)
-        checkpoint.save(writer, int(self.state.step), state, self.record, tokenizer)
+        state, words = parallel.to_global(self.state), self.corpus.record()
+        checkpoint.save(writer, int(self.state.step), state, self.record, words)
 
     def show(self, progress: Progress, step: int) -> None:
         """Writes samples/<step>.txt and shows a few of them."""
         if self.host:
             return
-        if self.recipe.adaptive:  # the schedule is part of what is compiled
-            self.bundle = self._bundle()
-        texts = dataclasses.replace(self.bundle, ema=self.state.ema).sample(16)
+        now = {"ema": self.state.ema, "noise": self.state.noise}
+        texts = dataclasses.replace(self.bundle, **now).sample(16)
         path = self.workdir / "samples" / f"{step}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(texts) + "\n")

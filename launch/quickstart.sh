@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the embedded default, evaluates it and prints samples: the whole of it in
-# about ten minutes on two cores. Arguments go to the training command, such as
-# --config.train.total_steps=100; the environment variable WORKDIR names the run.
+# about ten minutes on two cores. Arguments go to all three commands, such as
+# --config.train.total_steps=100; --workdir or the variable WORKDIR names the run.
 . "$(dirname "$0")/setup.sh"
 setup
 workdir=${WORKDIR:-runs/quickstart}
@@ -9,6 +9,9 @@ config=(--config configs/grammar.py)
 for argument in "$@"; do
   case $argument in --config | --config=*) config=() ;; esac
 done
-.venv/bin/python -m dlm_jax.main --workdir "$workdir" ${config[@]+"${config[@]}"} "$@"
-.venv/bin/python -m dlm_jax.main --workdir "$workdir" --mode evaluate
-.venv/bin/python -m dlm_jax.main --workdir "$workdir" --mode plot
+dlm() {
+  .venv/bin/python -m dlm_jax.main --workdir "$workdir" ${config[@]+"${config[@]}"} "$@"
+}
+dlm "$@"
+dlm "$@" --mode evaluate
+dlm "$@" --mode plot
