@@ -392,13 +392,16 @@ def training(path: Path) -> Figure | None:
     except (ValueError, KeyError) as error:
         print(f"no plot of training: {path} is damaged ({error})")
         return None
+    values = [row["loss"] for rows in read.values() for row in rows]
+    if not values:
+        print(f"no plot of training: {path} holds no whole row")
+        return None
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = _axes(figure, "step", "loss")
     styles = {"train": {"color": BLUE, "lw": 1}, "valid": {"color": RED, "marker": "o"}}
     for kind, rows in read.items():
         pairs = [(row["step"], row["loss"]) for row in rows]
         axes.plot(*zip(*pairs, strict=True), label=kind, ms=4, **styles[kind])
-    values = [row["loss"] for rows in read.values() for row in rows]
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set_title("Training", fontsize=11)

@@ -132,9 +132,12 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
     assert len(bundle.sample(2, steps=4)) == 2
     start = adaptive.init(train.recipe_of(_config(name)).schedule)
+    start = jax.tree.map(
+        lambda a, b: jax.device_put(b, a.sharding), bundle.noise, start
+    )
     latents = [
         dataclasses.replace(bundle, noise=noise).draw(2, steps=4).latents
-        for noise in (seen, start)
+        for noise in (bundle.noise, start)
     ]
     assert not np.array_equal(*latents)  # what is known is read, without compiling
     assert sum(run._cache_size() for run in bundle.compiled.values()) == 1

@@ -159,12 +159,12 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
 def test_changed_text_is_refused(texts, tmp_path):
     mine = tmp_path / "texts.txt"
     shutil.copy(texts, mine)
-    _saved(mine, tmp_path / "run", (1,))
+    _saved(str(mine), tmp_path / "run", (1,))
     before = _digest(tmp_path / "run")
     lines = mine.read_text().splitlines()
     mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(UserError, match=r"not the one that .* was begun with"):
-        train.run(_config(mine), str(tmp_path / "run"))
+        train.run(_config(str(mine)), str(tmp_path / "run"))
     assert _digest(tmp_path / "run") == before
 
 

@@ -229,7 +229,7 @@ def _run_config(folder, **changes):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     table = np.ones((10, DIM), np.float32)  # five words, `and`, four specials
-    table[5] = np.nan
+    table[5] = 1e38  # its square is inf
     np.save(tmp_path / "table.npy", table)
     path = str(tmp_path / "table.npy")
     config = _run_config(tmp_path, embedding__path=path)
@@ -342,7 +342,7 @@ def test_only_the_first_host_speaks(layouts):
     _, workdirs, printed = layouts
     first, second = printed["hosts"]
     assert "process 0 of 2, 2 local of 4 devices" in first
-    said = [line for line in second.splitlines() if "[Gloo]" not in line]
+    said = [line for line in second.splitlines() if "peer ranks" not in line]
     assert not said
     lines = (workdirs["hosts"] / "metrics.jsonl").read_text().splitlines()
     steps = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines]

@@ -83,7 +83,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_line(bundle, tmp_path, capsys):
     assert f"no loss over t: {missing}" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
     assert viz.training(tmp_path / "metrics.jsonl") is None
-    assert "damaged" in capsys.readouterr().out
+    assert "holds no whole row" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/plots"):
         viz.run(bundle, tmp_path / "file")
