@@ -1,12 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control: wrappers of a Denoise or a Step that steer the text."""
+"""Control: wrappers of a Denoise or a Step that steer the text.
 
+Three kinds of wish, from cheap to dear: known tokens (`infill`, `given`), words allowed
+at each position (`only`), and any log-probability that can be differentiated, of the
+noisy sample (`guide`, by a classifier) or of the model's own words (`steer`, by none).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Bool, Float, Int
 
-from dlm_jax.model import Denoise
+from dlm_jax.embedding import embed
+from dlm_jax.model import Denoise, Read
 from dlm_jax.rounding import project
-from dlm_jax.schedule import expand
-from dlm_jax.types import Latent, Table, Time
+from dlm_jax.samplers import State, Step, Times, noise
+from dlm_jax.schedule import Schedule, expand, on, posterior
+from dlm_jax.types import (
+    END,
+    PAD,
+    START,
+    Array,
+    Ids,
+    Latent,
+    Logits,
+    PerExample,
+    PRNGKeys,
+    Table,
+    Time,
+)
+
+# log p(c | x_t) in nats, at the noise of time t
+LogProb = Callable[[Latent, Time], PerExample]
+# log p(c | words) of the words' own log-probabilities, nats
+OfWords = Callable[[Logits], PerExample]
+
+Known = Bool[Array, "b l"]
+
+
+# --- of a Denoise
 
 
 def clamp(denoise: Denoise, table: Table, *, below: float = 1.0) -> Denoise:
@@ -21,3 +56,275 @@ def clamp(denoise: Denoise, table: Table, *, below: float = 1.0) -> Denoise:
         return jnp.where(late, project(table, x0_hat), x0_hat)
 
     return clamped
+
+
+def given(denoise: Denoise, table: Table, ids: Ids, known: Known) -> Denoise:
+    """Tells the network the known tokens: clean vectors, at time 0.
+
+    For models trained so (config.loss.known > 0); others have not seen mixed times.
+    """
+    clean, keep = embed(table, ids), jnp.asarray(known)
+
+    def told(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+        t = jnp.asarray(t)
+        each = jnp.broadcast_to(t if t.ndim == 2 else t[:, None], keep.shape)
+        here = (clean, jnp.where(keep, 0.0, each))
+        return denoise(jnp.where(keep[..., None], here[0], x_t), here[1], x0_prev)
+
+    return told
+
+
+def classifier_free(
+    conditional: Denoise, unconditional: Denoise, *, weight: float
+) -> Denoise:
+    """x0 + weight (x0_conditional - x0): classifier-free guidance, arXiv:2207.12598.
+
+    weight 1 is the conditional model, more exaggerates the condition.
+    """
+
+    def guided(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+        without = unconditional(x_t, t, x0_prev)
+        return without + weight * (conditional(x_t, t, x0_prev) - without)
+
+    return guided
+
+
+def only(read: Read, table: Table, allowed: Bool[Array, "b l v"]) -> Read:
+    """The model's words given that each position's is an allowed one.
+
+    Exact for one position, whose posterior is renormalised; the others hear of it at the
+    next step.
+    """
+    barred = jnp.where(jnp.asarray(allowed), 0.0, -1e9)
+
+    def restricted(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
+        log_p = jax.nn.log_softmax(read(x_t, t, x0_prev)[1] + barred)
+        mean = jnp.einsum("blv,vd->bld", jnp.exp(log_p), table, precision="highest")
+        return mean, log_p
+
+    return restricted
+
+
+def spoken(read: Read) -> Denoise:
+    """The estimate alone."""
+    return lambda x_t, t, x0_prev: read(x_t, t, x0_prev)[0]
+
+
+def steer(
+    read: Read, wish: OfWords, schedule: Schedule, *, weight: float = 1.0
+) -> Denoise:
+    """Bayes' rule on the estimate: x0_hat + weight sigma^2/alpha grad log p(c | x_t).
+
+    The condition is read from the model's own words: no classifier, and one backward
+    pass. Classifier guidance of arXiv:2105.05233 with the token guidance of
+    arXiv:2305.18619.
+    """
+
+    def steered(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+        def of(x_t: Latent) -> tuple[Array, Latent]:
+            x0_hat, log_p = read(x_t, t, x0_prev)
+            return jnp.sum(wish(log_p)), x0_hat
+
+        slope, x0_hat = jax.grad(of, has_aux=True)(x_t)
+        alpha, sigma = schedule.alpha_sigma(t)
+        return x0_hat + weight * expand(sigma**2 / alpha, x_t) * slope
+
+    return steered
+
+
+# --- wishes about the words
+
+
+def spells(ids: Ids, known: Known) -> OfWords:
+    """These tokens at the known positions: sum of log p(w_i)."""
+
+    def wish(log_p: Logits) -> PerExample:
+        own = jnp.take_along_axis(log_p, jnp.asarray(ids)[..., None], -1)[..., 0]
+        return jnp.sum(jnp.where(jnp.asarray(known), own, 0.0), -1)
+
+    return wish
+
+
+def contains(phrase: Int[Array, "b k"]) -> OfWords:
+    """The phrase at some place: log sum over places of the product of its words.
+
+    phrase: ids, of each example its own; a row is filled up with -1. The sum counts a
+    text with the phrase twice twice, so it is a bound, close where p is small.
+    """
+    phrase = jnp.asarray(phrase)
+    real = phrase >= 0
+
+    def wish(log_p: Logits) -> PerExample:
+        length, size = log_p.shape[1], phrase.shape[1]
+        words = jnp.where(real, phrase, 0)[:, None]  # [b 1 k]
+        own = jnp.take_along_axis(log_p, words.repeat(length, 1), -1)  # [b l k]
+        own = jnp.where(real[:, None], own, 0.0)
+        padded = jnp.pad(own, ((0, 0), (0, size - 1), (0, 0)), constant_values=-1e9)
+        padded = jnp.where(real[:, None], padded, 0.0)
+        places = sum(padded[:, k : k + length, k] for k in range(size))
+        return jnp.minimum(logsumexp(jnp.asarray(places), axis=-1), 0.0)
+
+    return wish
+
+
+def lacks(words: Int[Array, "b k"]) -> OfWords:
+    """None of these words anywhere: sum over positions of log(1 - p). Rows end in -1."""
+    words = jnp.asarray(words)
+
+    def wish(log_p: Logits) -> PerExample:
+        rows = jnp.where(words >= 0, words, 0)[:, None]
+        p = jnp.exp(jnp.take_along_axis(log_p, rows.repeat(log_p.shape[1], 1), -1))
+        p = jnp.sum(jnp.where(words[:, None] >= 0, p, 0.0), -1)
+        return jnp.sum(jnp.log1p(-jnp.minimum(p, 1 - 1e-6)), -1)
+
+    return wish
+
+
+def every(*wishes: tuple[Callable[..., PerExample], float]) -> Callable:
+    """Several conditions at once, each with its weight: the weighted sum."""
+    return lambda *x: jnp.asarray(sum(w * wish(*x) for wish, w in wishes))
+
+
+# --- patterns of known tokens
+
+
+def of_length(words: Int[Array, " b"], length: int) -> tuple[Ids, Known]:
+    """START, as many open positions as words, END, then PAD [b length]."""
+    place, end = jnp.arange(length), jnp.asarray(words)[:, None] + 1
+    ids = jnp.where(place == 0, START, jnp.where(place == end, END, PAD))
+    return ids, (place == 0) | (place >= end)
+
+
+# --- of a Step
+
+
+def infill(
+    step: Step,
+    table: Table,
+    ids: Ids,
+    known: Known,
+    schedule: Schedule,
+    *,
+    noised: bool = True,
+) -> Step:
+    """Writes the known tokens into the sample and the estimate after each step.
+
+    noised: at the noise of the time reached (the replacement method); False keeps them
+    clean at every level, as the published code does (REFERENCE Q15).
+    """
+    clean, keep = embed(table, ids), jnp.asarray(known)[..., None]
+
+    def filled(keys: PRNGKeys, state: State, times: Times) -> State:
+        state, x = step(keys, state, times), clean
+        if noised:
+            alpha, sigma = schedule.alpha_sigma(times.next)
+            own = jax.vmap(lambda k: jax.random.fold_in(k, 2))(keys)
+            x = on(alpha, x) * x + on(sigma, x) * noise(own, x.shape[1:])
+        x_t = jnp.where(keep, x, state.x_t)
+        return State(x_t, jnp.where(keep, clean, state.x0_hat))
+
+    return filled
+
+
+class Rule(NamedTuple):
+    """update(slope, memory, lr, std) -> (move, memory); power: of std under the fluency.
+
+    slope [b l d]: of the objective. memory: the sum of squares so far, in one step.
+    """
+
+    update: Callable[..., tuple[Latent, Latent]]
+    power: int
+
+
+def _sign(slope, memory, lr, std):
+    return lr * slope / (jnp.abs(slope) + 1e-10), memory
+
+
+def _adagrad(slope, memory, lr, std):
+    memory = memory + slope**2
+    return lr * slope / (jnp.sqrt(memory) + 1e-10), memory
+
+
+def _plain(slope, memory, lr, std):
+    return lr * std**2 * slope, memory
+
+
+# "sign": the published rule, whose Adagrad is made anew for every update and so takes
+# steps of one size, its fluency over sigma (REFERENCE Q12). "adagrad": the paper's.
+# "gradient": lr = 1 is classifier guidance, arXiv:2105.05233.
+RULES: dict[str, Rule] = {
+    "sign": Rule(_sign, 1),
+    "adagrad": Rule(_adagrad, 2),
+    "gradient": Rule(_plain, 2),
+}
+
+
+def guide(
+    step: Step,
+    log_prob: LogProb,
+    schedule: Schedule,
+    *,
+    rule: str = "sign",
+    lr: float = 0.1,
+    updates: int = 3,
+    fluency: float = 0.01,
+    between: tuple[float, float] = (0.05, 1.0),
+) -> Step:
+    """Climbs log p(c | x) - fluency |x - mean|^2 / std after each step.
+
+    mean, std: of q(x_next | x_t, x0_hat), so that the sample stays likely. Acts at
+    times between[0] <= t <= between[1]. arXiv:2205.14217 section 5.1, REFERENCE 1.7.
+    """
+    update, power = RULES[rule]
+
+    def guided(keys: PRNGKeys, state: State, times: Times) -> State:
+        after = step(keys, state, times)
+        near, far = between
+        acts = (times.now >= near) & (times.now <= far) & (times.next >= 0)
+        mean, std = posterior(
+            after.x0_hat, state.x_t, times.now, schedule, t_next=times.next
+        )
+        t = jnp.broadcast_to(times.next, mean.shape[:1])
+
+        def climb() -> Latent:
+            return climbing(
+                after.x_t,
+                lambda x: log_prob(x, t),
+                mean,
+                std,
+                update=update,
+                power=power,
+                lr=lr,
+                updates=updates,
+                fluency=fluency,
+            )
+
+        return after._replace(x_t=jax.lax.cond(acts, climb, lambda: after.x_t))
+
+    return guided
+
+
+def climbing(
+    x: Latent,
+    log_prob: Callable[[Latent], PerExample],
+    mean: Latent,
+    std: Float[Array, ""],
+    *,
+    update: Callable,
+    power: int,
+    lr: float,
+    updates: int,
+    fluency: float,
+) -> Latent:
+    """`guide`'s inner updates of one step."""
+    scale = jnp.where(std > 0, std, 1.0) ** power
+
+    def objective(x: Latent) -> Array:
+        return jnp.sum(log_prob(x)) - fluency * jnp.sum((mean - x) ** 2) / scale
+
+    def one(_, carry):
+        x, memory = carry
+        move, memory = update(jax.grad(objective)(x), memory, lr, std)
+        return x + move, memory
+
+    return jax.lax.fori_loop(0, updates, one, (x, jnp.zeros_like(x)))[0]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import denoiser
+from dlm_jax import denoiser, rounding
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import init_table
 from dlm_jax.rounding import WHOLE
@@ -15,6 +15,7 @@ from dlm_jax.schedule import Schedule, expand, need_steps, posterior_coefficient
 from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
 
 Denoise = Callable[[Latent, Time, Latent], Latent]
+Read = Callable[[Latent, Time, Latent], tuple[Latent, Logits]]
 
 
 class Params(NamedTuple):
@@ -185,3 +186,22 @@ def bind(
         return apply(params, cfg, x_t, t, x0_prev, **options)
 
     return denoise
+
+
+def bind_words(
+    params: Params, cfg: DenoiserConfig, *, schedule: Schedule | None = None
+) -> Read:
+    """read(x_t, t, x0_prev) -> (x0_hat [b l d], log p(w | x_t) of each position [b l v]).
+
+    The log-probabilities, in nats, are the network's own where it predicts logits;
+    else those of rounding its estimate.
+    """
+
+    def read(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
+        raw = apply(params, cfg, x_t, jnp.asarray(t), x0_prev, schedule=schedule)
+        x0_hat = TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
+        if cfg.predicts != "logits":
+            raw = rounding.logits(params.table, params.bias, x0_hat)
+        return x0_hat, jax.nn.log_softmax(raw)
+
+    return read

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control: the clamp acts on late estimates alone, and gives rows of the table."""
+"""Control: each wrapper against its formula; known tokens come back, others do not move."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import control
+from dlm_jax import control, model, samplers, schedule
+from dlm_jax.types import END, PAD, START
+
+NOISE = schedule.named("sqrt")
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(7, 4)).astype(np.float32)
@@ -56,3 +60,219 @@ def test_time_per_token():
     np.testing.assert_array_equal(found[late], nearest_rows(bare)[late])
     np.testing.assert_array_equal(found[~late], bare[~late])
     assert 0 < late.sum() < 15
+
+
+# --- of a Denoise
+
+
+def test_given_tells_clean_vectors_at_time_0():
+    seen = {}
+
+    def denoise(x_t, t, x0_prev):
+        seen.update(x=x_t, t=t)
+        return x_t
+
+    ids, known = np.array([[1, 2, 3]]), np.array([[True, False, True]])
+    x_t = np.full((1, 3, 4), 9.0, np.float32)
+    control.given(denoise, TABLE, ids, known)(x_t, np.array([0.5], np.float32), x_t)
+    np.testing.assert_array_equal(seen["t"], [[0.0, 0.5, 0.0]])
+    np.testing.assert_array_equal(seen["x"][0, [0, 2]], TABLE[[1, 3]])
+    np.testing.assert_array_equal(seen["x"][0, 1], x_t[0, 1])
+
+
+def test_classifier_free_is_a_line_through_both():
+    def with_condition(x_t, t, x0_prev):
+        return 3.0 * x_t
+
+    for weight, factor in [(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]:
+        mixed = control.classifier_free(
+            with_condition, lambda x, t, p: x, weight=weight
+        )
+        np.testing.assert_allclose(mixed(X, T, X), factor * X, rtol=1e-6)
+
+
+def exact_read(x_t, t, x0_prev):
+    """Bayes for words drawn uniformly and alone: p(w | x_t) by N(alpha E_w, sigma^2)."""
+    raw = model.prior_logits(TABLE, jnp.asarray(x_t), t, NOISE)
+    return model.average(TABLE, raw), jax.nn.log_softmax(raw)
+
+
+def test_only_renormalises_over_the_allowed():
+    allowed = np.zeros((3, 5, 7), bool)
+    allowed[..., [1, 4]] = True
+    x0_hat, log_p = control.only(exact_read, TABLE, allowed)(X, T, X)
+    p = np.exp(exact_read(X, T, X)[1]) * allowed
+    p /= p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.exp(log_p), p, atol=1e-6)
+    np.testing.assert_allclose(x0_hat, p @ TABLE, atol=1e-5)
+
+
+def test_steer_is_bayes_rule():
+    """Guided by a wish, the estimate is the exact mean of x_0 under the wish."""
+    ids = RNG.integers(0, 7, (3, 5))
+    known = np.zeros((3, 5), bool)
+    known[:, 2] = True
+    guided = control.steer(exact_read, control.spells(ids, known), NOISE)(X, T, X)
+    wanted = np.where(known[..., None], TABLE[ids], exact_read(X, T, X)[0])
+    np.testing.assert_allclose(guided, wanted, atol=2e-4)
+    bare = control.steer(exact_read, control.spells(ids, known), NOISE, weight=0.0)
+    np.testing.assert_array_equal(bare(X, T, X), exact_read(X, T, X)[0])
+
+
+# --- wishes
+
+
+def one_text(words, sure=50.0):
+    """Log-probabilities that are all but certain of these words [1 l v]."""
+    return jax.nn.log_softmax(sure * jax.nn.one_hot(jnp.asarray([words]), 7))
+
+
+@pytest.mark.parametrize(
+    ("wish", "meets", "fails"),
+    [
+        (
+            control.spells(np.array([[1, 2, 3]]), np.array([[True, False, True]])),
+            [1, 5, 3],
+            [1, 2, 2],
+        ),
+        (control.contains(np.array([[2, 3]])), [1, 2, 3], [2, 1, 3]),
+        (control.contains(np.array([[3, -1]])), [1, 2, 3], [1, 2, 2]),
+        (control.lacks(np.array([[4, 5]])), [1, 2, 3], [1, 4, 3]),
+        (control.lacks(np.array([[4, -1]])), [1, 5, 3], [1, 4, 3]),
+    ],
+)
+def test_wishes_know_texts_that_meet_them(wish, meets, fails):
+    assert abs(float(wish(one_text(meets))[0])) < 1e-4
+    assert float(wish(one_text(fails))[0]) < -10
+
+
+def test_a_phrase_at_any_place_by_enumeration():
+    log_p = jax.nn.log_softmax(RNG.normal(size=(1, 4, 7)).astype(np.float32))
+    p = np.exp(log_p[0])
+    wanted = sum(p[i, 2] * p[i + 1, 5] for i in range(3))
+    found = control.contains(np.array([[2, 5]]))(log_p)
+    np.testing.assert_allclose(found, [np.log(wanted)], rtol=1e-5)
+
+
+def test_every_wish_at_once():
+    log_p = one_text([1, 2, 3])
+    a, b = control.contains(np.array([[2]])), control.contains(np.array([[6]]))
+    both = control.every((a, 1.0), (b, 0.5))(log_p)
+    np.testing.assert_allclose(both, a(log_p) + 0.5 * b(log_p), rtol=1e-6)
+
+
+def test_length_pattern():
+    ids, known = control.of_length(np.array([2, 3]), 6)
+    assert ids[0].tolist() == [START, PAD, PAD, END, PAD, PAD]
+    assert known[0].tolist() == [True, False, False, True, True, True]
+    assert ids[1].tolist()[4:] == [END, PAD]
+    assert known[1].tolist() == [True, False, False, False, True, True]
+
+
+# --- of a Step
+
+
+def gaussian(x_t, t, x0_prev):
+    """The mean of x_0 ~ N(0, 1) given x_t: a denoiser with no table."""
+    alpha, _ = NOISE.alpha_sigma(t)
+    return jnp.asarray(alpha).reshape(-1, 1, 1) * x_t
+
+
+SOLVERS = {name: make(gaussian, NOISE) for name, make in samplers.SOLVERS.items()}
+
+
+@pytest.mark.parametrize("noised", [True, False])
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_known_tokens_come_back_for_every_solver(solver, noised):
+    ids, known = RNG.integers(0, 7, (3, 5)), RNG.random((3, 5)) < 0.5
+    step = control.infill(SOLVERS[solver], TABLE, ids, known, NOISE, noised=noised)
+    state, trace = samplers.sample(
+        jax.random.key(0), step, X, samplers.grid(6), trace=lambda s: s
+    )
+    for x in (state.x_t, state.x0_hat, *trace.x0_hat):
+        np.testing.assert_array_equal(x[known], TABLE[ids][known])
+    clean = np.abs(np.asarray(trace.x_t[0])[known] - TABLE[ids][known]).max()
+    assert (clean > 0.1) == noised
+
+
+def test_infill_leaves_the_noise_of_the_others_alone():
+    nothing = np.zeros((3, 5), bool)
+    ids = np.zeros((3, 5), int)
+    step = control.infill(SOLVERS["ddim"], TABLE, ids, nothing, NOISE)
+    plain, filled = (
+        samplers.sample(jax.random.key(0), s, X, samplers.grid(6))[0]
+        for s in (SOLVERS["ddim"], step)
+    )
+    np.testing.assert_array_equal(plain.x_t, filled.x_t)
+
+
+def test_published_rule(golden):
+    """Three sign steps, fluency over sigma (REFERENCE 6.2, item 15)."""
+    x, target = golden["n1"], golden["n0"]
+    found = control.climbing(
+        jnp.asarray(x),
+        lambda x: -jnp.mean((x - target) ** 2, (1, 2)),
+        0.9 * x,
+        jnp.float32(0.1095),
+        update=control.RULES["sign"].update,
+        power=1,
+        lr=0.1,
+        updates=3,
+        fluency=0.0005,
+    )
+    np.testing.assert_allclose(found, golden["langevin/out"], atol=1e-5)
+
+
+def towards(target):
+    return lambda x, t: -jnp.sum((x - target) ** 2, (1, 2))
+
+
+@pytest.mark.parametrize("rule", control.RULES)
+def test_guidance_raises_the_log_probability(rule):
+    target = RNG.normal(size=X.shape).astype(np.float32)
+    log_prob, values = towards(target), []
+    for updates in (0, 1, 3):
+        step = control.guide(
+            SOLVERS["ddim"], log_prob, NOISE, rule=rule, updates=updates, fluency=0.0
+        )
+        keys = samplers.keys_of(jax.random.key(0), 3)
+        times = samplers.Times(*map(jnp.float32, (0.6, 0.5, 0.4)))
+        after = step(keys, samplers.State(X, X), times)
+        values.append(log_prob(after.x_t, T))
+    assert np.all(np.diff(np.stack(values), axis=0) > 0)
+
+
+def test_no_update_and_no_time_change_nothing():
+    log_prob = towards(np.zeros_like(X))
+    plain, *same = (
+        samplers.sample(jax.random.key(0), s, X, samplers.grid(6))[0].x_t
+        for s in (
+            SOLVERS["ddim"],
+            control.guide(SOLVERS["ddim"], log_prob, NOISE, updates=0),
+            control.guide(SOLVERS["ddim"], log_prob, NOISE, between=(0.95, 1.0)),
+        )
+    )
+    for found in same:
+        np.testing.assert_array_equal(found, plain)
+    acts = control.guide(SOLVERS["ddim"], log_prob, NOISE, between=(0.4, 0.7))
+    moved = samplers.sample(jax.random.key(0), acts, X, samplers.grid(6))[0].x_t
+    assert not np.array_equal(moved, plain)
+
+
+def test_fluency_holds_the_sample():
+    target = 5.0 + np.zeros_like(X)
+    free, held = (
+        control.climbing(
+            jnp.asarray(X),
+            lambda x: towards(target)(x, None),
+            X,
+            jnp.float32(0.1),
+            update=control.RULES["gradient"].update,
+            power=2,
+            lr=1.0,
+            updates=3,
+            fluency=fluency,
+        )
+        for fluency in (0.0, 0.5)
+    )
+    assert np.abs(held - X).mean() < 0.5 * np.abs(free - X).mean()
