@@ -21,21 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
 import dlm_jax
-from dlm_jax import denoiser, evaluate, grammar, measures
+from dlm_jax import data, denoiser, evaluate, generate, grammar, measures
 from dlm_jax.denoiser import DenoiserConfig
 
 CALLS = (8, 16, 32, 64, 200)
 VOCAB = {"grammar": 151, "e2e": 821}
-TEXTS = 256
-# name -> (variant, what is changed in it); the seeds of the first two are several
+TEXTS, SAMPLE_SEEDS = 256, 3
+# name -> (variant, what is changed in it); faithful and modern have several seeds
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "teacher": ("teacher", {}),  # the others' samples are measured by it
     "modern": ("modern", {}),
     "faithful": ("faithful", {}),
-    "teacher": ("teacher", {}),
     "no self-conditioning": (
         "modern",
         {"model.self_cond": False, "loss.self_cond": 0.0},
@@ -103,7 +104,7 @@ def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
     return json.loads(log[-1])["seconds"]
 
 
-def figures(workdir: Path) -> dict[str, Any]:
+def figures(workdir: Path, teacher: Path) -> dict[str, Any]:
     """The bound on held-out texts, and samples by denoiser calls."""
     bundle = dlm_jax.load(workdir)
     config = bundle.config
@@ -119,19 +120,21 @@ def figures(workdir: Path) -> dict[str, Any]:
         sample["words"] = float(np.mean(measures.lengths(texts)))
         sample["texts"] = texts[:4]
         row["calls"][str(calls)] = sample
-    real = held_out[:TEXTS]
-    row["real"] = {
-        "entropy": measures.unigram_entropy(real),
-        "words": float(np.mean(measures.lengths(real))),
-    }
+    row["suite"] = _suite(bundle, teacher)
     return row
 
 
+def _suite(bundle: generate.Bundle, teacher: Path) -> dict[str, Any]:
+    """The evaluation suite at the run's own sampler, as --mode evaluate gives it."""
+    config: Any = ml_collections.ConfigDict(bundle.config)
+    config.evaluate.teacher = str(teacher) if teacher.exists() else ""
+    reference, held_out = evaluate.references(bundle, config)
+    samples = [bundle.sample(TEXTS, seed=seed) for seed in range(SAMPLE_SEEDS)]
+    rows = evaluate.suite(samples, held_out, reference)
+    return {name: row._asdict() for name, row in rows.items() if not row.note}
+
+
 def _held_out(config: dict) -> list[str]:
-    import ml_collections
-
-    from dlm_jax import data
-
     return data.load_texts(ml_collections.ConfigDict(config["data"]), "valid")[:768]
 
 
@@ -143,6 +146,11 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, dict, int]]:
         seeds = args.seeds if name in ("modern", "faithful") else args.ablation_seeds
         for seed in range(1, seeds + 1):
             yield name, variant, changes, seed
+
+
+def _workdir(args: argparse.Namespace, name: str, seed: int) -> Path:
+    stem = f"{Path(args.config).stem}_{name}_{seed}_{args.steps}".replace(" ", "_")
+    return Path("runs/study") / stem
 
 
 def study(args: argparse.Namespace) -> None:
@@ -161,13 +169,12 @@ def study(args: argparse.Namespace) -> None:
         given |= {"train.total_steps": steps, "seed": seed}
         if args.data:
             given["data.path"] = args.data
-        stem = f"{Path(args.config).stem}_{name}_{seed}_{args.steps}".replace(" ", "_")
-        workdir = Path("runs/study") / stem
+        workdir = _workdir(args, name, seed)
         row = {"config": args.config, "name": name, "variant": variant, "seed": seed}
         row |= {"changes": changes, "budget_steps": args.steps, "steps": steps}
         row["flops"] = flops * steps
         row["train_s"] = train(args.config, variant, given, workdir)
-        row |= figures(workdir)
+        row |= figures(workdir, _workdir(args, "teacher", 1))
         rows.append(row)
         out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
         print(f"study: {name}, seed {seed}: {row['bound']}", flush=True)
@@ -208,7 +215,8 @@ def plot(rows: list[dict], path: Path) -> None:
             entropy = [p["entropy"] for p in points]
             by_entropy.plot(entropy, share, "o", color=colour, alpha=0.6)
         by_calls.plot([], [], "o-", color=colour, label=name)
-    by_entropy.axvline(rows[0]["real"]["entropy"], color="#a8a8a8", label="real text")
+    real = rows[0]["suite"]["unigram entropy, nats"]["held_out"][0]
+    by_entropy.axvline(real, color="#a8a8a8", label="real text")
     by_calls.set(xlabel="denoiser calls", ylabel="accepted by the grammar")
     by_entropy.set(xlabel="unigram entropy, nats")
     for axes in (by_calls, by_entropy):
