@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,30 @@ def sample(seed: int, n: int) -> list[str]:
         rows = rng.random((min(BLOCK, n - start), width)).tolist()
         texts += map(_expand, rows)
     return texts
+
+
+def trees(seed: int, n: int) -> list["nltk.Tree"]:
+    """The derivations of `sample(seed, n)`, from the same numbers: no parsing."""
+    rng, width = np.random.default_rng(seed), _choices(START)
+    found = []
+    for start in range(0, n, BLOCK):
+        rows = rng.random((min(BLOCK, n - start), width)).tolist()
+        found += [_grow(START, iter(row)) for row in rows]
+    return found
+
+
+def _grow(symbol: str, draws: Iterator[float]) -> "nltk.Tree":
+    """The derivation of a symbol; choices come in the order of the text."""
+    import nltk
+
+    alternatives, probabilities = zip(*rules()[symbol], strict=True)
+    bounds = list(itertools.accumulate(probabilities))[:-1]
+    index = bisect.bisect_right(bounds, next(draws)) if bounds else 0
+    children = [
+        part.strip("'") if part.startswith("'") else _grow(part, draws)
+        for part in alternatives[index]
+    ]
+    return nltk.tree.ImmutableTree(symbol, children)
 
 
 # ---- exact answers -------------------------------------------------------------------
@@ -223,7 +247,37 @@ def log_prob(text: str) -> float:
 
 def tags(text: str) -> list[str]:
     """Universal part-of-speech tag of each token. Raises ValueError outside."""
-    return [label.split("_")[0] for _, label in parse(text).pos()]
+    return tags_of(parse(text))
+
+
+def tags_of(tree: "nltk.Tree") -> list[str]:
+    """Universal part-of-speech tag of each token of a derivation."""
+    return [label.split("_")[0] for _, label in tree.pos()]
+
+
+def spans_of(tree: "nltk.Tree") -> list[tuple[int, int, str]]:
+    """(first, last, label) of every constituent over the words' tags, first to last.
+
+    The label is the nonterminal without its suffix; a chain of single children is one
+    constituent, its labels joined by "::".
+    """
+    found: list[tuple[int, int, str]] = []
+
+    def visit(node: "nltk.Tree", first: int, above: str) -> int:
+        label = node.label().split("_")[0]
+        label = f"{above}::{label}" if above else label
+        if len(node) == 1 and not isinstance(node[0], str) and node[0].height() > 2:
+            return visit(node[0], first, label)
+        found.append((first, first + len(node.leaves()) - 1, label))
+        for child in node:
+            if isinstance(child, str) or child.height() == 2:
+                first += 1  # a word, or its tag
+            else:
+                first = visit(child, first, "")
+        return first
+
+    visit(tree, 0, "")
+    return found
 
 
 def fields(text: str) -> dict[str, str]:
@@ -232,8 +286,13 @@ def fields(text: str) -> dict[str, str]:
     `fields("The Eagle is a cheap pub near Café Sicilia .")` is
     `{"name": "The Eagle", "price": "cheap", "type": "pub", "near": "Café Sicilia"}`.
     """
+    return fields_of(parse(text))
+
+
+def fields_of(tree: "nltk.Tree") -> dict[str, str]:
+    """Field -> the words that state it, of a derivation; see `fields`."""
     found = {}
-    for node in parse(text).subtrees():
+    for node in tree.subtrees():
         field, _, kind = node.label().partition("_")
         if field == "FAMILY":
             found["family"] = kind.split("_")[0].lower()

@@ -19,9 +19,9 @@ from dlm_jax.types import Array, Latent, Time, UserError
 MAX_BETA = 0.999  # the published clip
 
 
-def _numpy(t: Any) -> Any:
-    """NumPy (float64, exact) for host values, jax.numpy for arrays on a device."""
-    return jnp if isinstance(t, jax.Array) else np
+def _numpy(*values: Any) -> Any:
+    """NumPy (float64, exact) for host values, jax.numpy if one is on a device."""
+    return jnp if any(isinstance(x, jax.Array) for x in values) else np
 
 
 class Schedule(NamedTuple):
@@ -48,7 +48,8 @@ class Schedule(NamedTuple):
 
     def _log(self, t: Any) -> tuple[Any, Any]:
         """L(t) as (high, low): float32 pairs keep the differences of table entries."""
-        xp = _numpy(t)
+        xp = _numpy(t, *jax.tree.leaves(self.curve))
+        t = xp.asarray(t)
         if self.table is None:
             if self.curve is None:
                 raise UserError(
@@ -57,7 +58,7 @@ class Schedule(NamedTuple):
                 )
             value = xp.where(t < 0, 0.0, self.curve(xp.maximum(t, 0.0)))
             return value, xp.zeros_like(value)
-        steps, t = self.table.shape[0], xp.asarray(t)
+        steps = self.table.shape[0]
         index = xp.clip(xp.round(t * steps).astype(int), -1, steps - 1) + 1
         table = np.concatenate([[0.0], np.asarray(self.table, np.float64)])
         if xp is np:
@@ -73,16 +74,19 @@ class Schedule(NamedTuple):
 
     def alpha_bar(self, t: Any) -> Any:
         """alpha_bar(t), of t's shape; 1 for t < 0."""
-        return _numpy(t).exp(self.log_alpha_bar(t))
+        log = self.log_alpha_bar(t)
+        return _numpy(log).exp(log)
 
     def alpha_sigma(self, t: Any) -> tuple[Any, Any]:
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t."""
-        log, xp = self.log_alpha_bar(t), _numpy(t)
+        log = self.log_alpha_bar(t)
+        xp = _numpy(log)
         return xp.exp(0.5 * log), xp.sqrt(-xp.expm1(log))
 
     def log_snr(self, t: Any) -> Any:
         """log(alpha_bar / (1 - alpha_bar)), +inf for clean data."""
-        log, xp = self.log_alpha_bar(t), _numpy(t)
+        log = self.log_alpha_bar(t)
+        xp = _numpy(log)
         clean = log >= 0
         return xp.where(
             clean, xp.inf, log - xp.log(-xp.expm1(xp.where(clean, -1, log)))
@@ -94,14 +98,16 @@ class Schedule(NamedTuple):
         sigma_0: standard deviation of x_0 around EMB(w). Not by expm1(-log): XLA's CPU
         compiler takes it for -expm1(log), which stands in the same kernel (jax 0.10).
         """
-        log, xp = self.log_alpha_bar(t), _numpy(t)
+        log = self.log_alpha_bar(t)
+        xp = _numpy(log)
         return xp.exp(log) / (xp.exp(log) * sigma_0**2 - xp.expm1(log))
 
     def beta(self, t: Any, t_next: Any) -> Any:
         """1 - alpha_bar(t) / alpha_bar(t_next): the noise added from t_next to t."""
         high, low = self._log(t)
         high_next, low_next = self._log(t_next)
-        return -_numpy(t).expm1((high - high_next) + (low - low_next))
+        difference = (high - high_next) + (low - low_next)
+        return -_numpy(difference).expm1(difference)
 
 
 def expand(t: Any, x: Latent) -> Any:
@@ -133,7 +139,8 @@ def posterior_coefficients(t: Any, t_next: Any, schedule: Schedule) -> tuple:
 
 
 def _large(t: Any, t_next: Any, schedule: Schedule) -> Any:
-    return _numpy(t).where(t_next < 0, 0.0, schedule.beta(t, t_next))
+    beta = schedule.beta(t, t_next)
+    return _numpy(t_next, beta).where(t_next < 0, 0.0, beta)
 
 
 # variance of a reverse step from t to t_next

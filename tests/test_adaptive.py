@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import adaptive, checkpoint, generate, schedule, train
+from dlm_jax import adaptive, checkpoint, generate, samplers, schedule, train
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -151,3 +151,24 @@ def test_needs_a_curve():
     config.schedule.adaptive = "wrap"
     with pytest.raises(UserError, match="choose one of warp, gumbel"):
         train.recipe_of(config)
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_every_solver_runs_on_a_traced_schedule(solver):
+    """What is known may be an argument of the compiled chain, as in `generate`."""
+    start = adaptive.init(schedule.named("logistic"))
+    x = np.ones((2, 3, 4), np.float32)
+
+    @jax.jit
+    def run(noise):
+        curve = adaptive.ADAPTIVE["warp"](noise)
+        step = samplers.SOLVERS[solver](lambda x, t, p: 0.5 * x, curve)
+        times = samplers.time_grid(curve, 4)
+        return samplers.sample(jax.random.key(0), step, x, times)[0].x_t
+
+    on_host = samplers.SOLVERS[solver](
+        lambda x, t, p: 0.5 * x, jax.device_get(adaptive.ADAPTIVE["warp"](start))
+    )
+    times = samplers.grid(4, start=1.0, stop=0.25)
+    wanted = samplers.sample(jax.random.key(0), on_host, x, times)[0].x_t
+    np.testing.assert_allclose(run(start), wanted, atol=1e-4)
