@@ -5,6 +5,7 @@
         --config.data.path=tinystories.lower.4MB.txt
 
 A line of the file is an example; 2,000 SentencePiece words are trained in process.
+Not yet run to the end.
 """
 
 from typing import Any
