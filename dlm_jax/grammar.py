@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -263,7 +263,7 @@ def spans_of(tree: "nltk.Tree") -> list[tuple[int, int, str]]:
     """
     found: list[tuple[int, int, str]] = []
 
-    def visit(node: "nltk.Tree", first: int, above: str) -> int:
+    def visit(node: Any, first: int, above: str) -> int:
         label = node.label().split("_")[0]
         label = f"{above}::{label}" if above else label
         if len(node) == 1 and not isinstance(node[0], str) and node[0].height() > 2:

@@ -323,3 +323,32 @@ def test_samples_are_a_stream_of_the_seed(monkeypatch):
     monkeypatch.setattr(grammar, "BLOCK", 100)
     assert grammar.sample(5, 250) == texts[:250]
     assert len(set(texts) & set(grammar.sample(6, 5000))) < 100
+
+
+# ---- derivations of the sampled texts ------------------------------------------------
+
+
+def test_trees_are_those_of_the_texts(texts):
+    trees = grammar.trees(0, 60)
+    assert [" ".join(tree.leaves()) for tree in trees] == texts[:60]
+    assert trees == [grammar.parse(text) for text in texts[:60]]
+
+
+def test_spans_of_a_derivation():
+    spans = grammar.spans_of(grammar.parse(EAGLE))
+    words = EAGLE.split()
+    named = {label: " ".join(words[i : j + 1]) for i, j, label in spans}
+    assert named["Text"] == EAGLE
+    assert named["NAME"] == "The Eagle"
+    assert named["TYPE"] == "pub"
+    assert named["Loc::Near"] == "near Café Sicilia"
+    assert named["NEAR"] == "Café Sicilia"
+    assert len(set(spans)) == len(spans)  # a chain is one constituent
+
+
+def test_spans_nest(texts):
+    for tree in grammar.trees(0, 60):
+        spans = [(i, j) for i, j, _ in grammar.spans_of(tree)]
+        assert spans[0] == (0, len(tree.leaves()) - 1)
+        for (i, j), (k, m) in itertools.combinations(spans, 2):
+            assert j < k or m < i or (i <= k and m <= j) or (k <= i and j <= m)

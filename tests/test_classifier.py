@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifiers: they learn at every noise level, ask only what is asked, and steer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dlm_jax import classifier, control, losses, model, samplers, schedule
+from dlm_jax.classifier import Layout
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.embedding import embed, init_table
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+VOCAB, LENGTH, DIM = 9, 6, 8
+NOISE = schedule.named("sqrt", 200)
+CFG = DenoiserConfig(
+    dim=DIM, width=16, layers=1, heads=2, ff=32, positions=LENGTH, time_dim=8,
+    trunk="adaln", dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+TABLE = init_table(jax.random.key(0), VOCAB, DIM, normalize=True)
+LAYOUTS = [
+    Layout("fields", (2,), 3),
+    Layout("tags", (LENGTH,), 3),
+    Layout("chart", (LENGTH, LENGTH), 3),
+]
+
+
+def labels_of(ids, layout):
+    """Rules that the words alone decide, of each head's shape [b m]."""
+    kind = ids % 3
+    if layout.head == "fields":  # which word of a kind the text has, 0 for none
+        return np.stack([np.isin(ids, w).any(-1) * 2 for w in ([3, 6], [4])], -1)
+    if layout.head == "tags":
+        return kind
+    same = (kind[:, :, None] == kind[:, None]).astype(int)
+    lower = np.tril(np.ones((LENGTH, LENGTH), bool), -1)
+    return np.where(lower, -1, same).reshape(len(ids), -1)
+
+
+def batch(seed, layout, n=64):
+    ids = np.random.default_rng(seed).integers(0, VOCAB, (n, LENGTH))
+    draws = losses.draw(jax.random.key(seed), (n, LENGTH, DIM), steps=200)
+    return ids, labels_of(ids, layout), draws
+
+
+def scores(params, seed, layout, **change):
+    ids, labels, draws = batch(seed, layout)
+    draws = draws._replace(**change)
+    known = {"cfg": CFG, "layout": layout, "table": TABLE, "schedule": NOISE}
+    return classifier.loss(params, ids, labels, draws, **known)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.head)
+def trained(request):
+    """A head after 300 steps, and its layout."""
+    layout = request.param
+    params = classifier.init(jax.random.key(1), CFG, layout)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state, ids, labels, draws):
+        def mean(params):
+            known = {"cfg": CFG, "layout": layout, "table": TABLE, "schedule": NOISE}
+            return jnp.mean(
+                classifier.loss(params, ids, labels, draws, **known).total()
+            )
+
+        updates, state = optimizer.update(jax.grad(mean)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for seed in range(300):
+        params, state = step(params, state, *batch(seed, layout))
+    return params, layout
+
+
+def test_shapes_and_start(trained):
+    _, layout = trained
+    params = classifier.init(jax.random.key(1), CFG, layout)
+    x = jnp.zeros((2, LENGTH, DIM))
+    out = classifier.logits(params, CFG, layout, x, jnp.full(2, 0.5), NOISE)
+    assert out.shape == (2, *layout.shape, layout.classes)
+    assert layout.size == np.prod(layout.shape)
+
+
+def test_learns_and_knows_less_under_noise(trained):
+    """Near-clean text is read all but rightly; pure noise only by the labels' rates."""
+    params, layout = trained
+    clean = scores(params, 10**6, layout, t=jnp.full(64, 0.005))
+    noisy = scores(params, 10**6, layout, t=jnp.full(64, 0.995))
+    assert clean.accuracy.mean() > 0.9
+    assert noisy.accuracy.mean() < clean.accuracy.mean() - 0.15
+    assert clean.nll.mean() < noisy.nll.mean()
+
+
+def test_log_prob_sums_over_what_is_asked(trained):
+    params, layout = trained
+    ids, labels, draws = batch(7, layout, n=4)
+    x = schedule.add_noise(embed(TABLE, ids), draws.t, draws.eps_t, NOISE)
+    shaped = labels.reshape(4, *layout.shape)
+
+    def of(labels):
+        return classifier.log_prob(params, CFG, layout, labels, NOISE)(x, draws.t)
+
+    assert np.all(of(np.full_like(shaped, -1)) == 0)
+    flat, parts = shaped.reshape(4, -1), []
+    for i in range(layout.size):
+        one = np.full_like(flat, -1)
+        one[:, i] = flat[:, i]
+        parts.append(of(one.reshape(shaped.shape)))
+    np.testing.assert_allclose(sum(parts), of(shaped), rtol=1e-4, atol=1e-5)
+    assert np.all(of(shaped) < 0)
+
+
+def test_it_steers(trained):
+    """Guided by it, what a Bayes-optimal denoiser of random words writes has the labels."""
+    params, layout = trained
+    n = 16
+    _, labels, _ = batch(3, layout, n=n)
+    shaped = labels.reshape(n, *layout.shape)
+
+    def denoise(x_t, t, x0_prev):
+        return model.average(TABLE, model.prior_logits(TABLE, x_t, t, NOISE))
+
+    log_prob = classifier.log_prob(params, CFG, layout, shaped, NOISE)
+    x_T = samplers.noise(samplers.keys_of(jax.random.key(5), n), (LENGTH, DIM))
+
+    def met(updates):
+        step = control.guide(
+            samplers.ddim(denoise, NOISE, eta=1.0), log_prob, NOISE, updates=updates
+        )
+        run = jax.jit(lambda x: samplers.sample(jax.random.key(6), step, x, times)[0])
+        x = run(x_T).x0_hat
+        logits = classifier.logits(params, CFG, layout, x, jnp.full(n, 0.005), NOISE)
+        right = np.asarray(logits.argmax(-1)) == shaped
+        return right[shaped >= 0].mean()
+
+    times = samplers.grid(50)
+    assert met(3) > met(0) + 0.2
