@@ -7,7 +7,7 @@ arXiv:2205.14217 section 6; REFERENCE 1.8 for the published heads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ class Classifier(NamedTuple):
     """The parameters: a denoiser's trunk, and the arrays of the head."""
 
     trunk: PyTree
-    head: dict[str, Array]
+    head: Mapping[str, Array]
 
 
 class Layout(NamedTuple):
@@ -67,18 +67,18 @@ class Scores(NamedTuple):
 # --- heads: a label for each of several fields, each position, each pair of positions
 
 
-def _fields(head: dict, h: Float[Array, "b l h"]) -> Float[Array, "b f k"]:
+def _fields(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b f k"]:
     """Every field attends to the positions that state it."""
     places = jax.nn.softmax(h @ head["query"], 1)
     pooled = jnp.einsum("blf,blh->bfh", places, h)
     return jnp.einsum("bfh,fhk->bfk", pooled, head["kernel"]) + head["bias"]
 
 
-def _tags(head: dict, h: Float[Array, "b l h"]) -> Float[Array, "b l k"]:
+def _tags(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l k"]:
     return h @ head["kernel"] + head["bias"]
 
 
-def _chart(head: dict, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
+def _chart(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
     """[i, j]: the constituent from i to j, from both ends, as published."""
     pair = (h @ head["first"])[:, :, None] + (h @ head["last"])[:, None]
     return jnp.tanh(pair + head["middle"]) @ head["kernel"] + head["bias"]
