@@ -61,7 +61,7 @@ def clamp(denoise: Denoise, table: Table, *, below: float = 1.0) -> Denoise:
 def given(denoise: Denoise, table: Table, ids: Ids, known: Known) -> Denoise:
     """Tells the network the known tokens: clean vectors, at time 0.
 
-    For models trained so (config.loss.known > 0); others have not seen mixed times.
+    For models trained on texts that are clean in part; the configs here train none yet.
     """
     clean, keep = embed(table, ids), jnp.asarray(known)
 

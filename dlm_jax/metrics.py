@@ -68,7 +68,9 @@ def _last_seconds(path: Path) -> float:
 def _prepare(path: Path, start: int) -> None:
     """Sets another beginning's rows aside; ends a line that a kill cut short."""
     if not start:
-        path.replace(path.with_name("metrics_before.jsonl"))
+        with path.with_name("metrics_before.jsonl").open("ab") as file:
+            file.write(path.read_bytes())
+        path.unlink()
     elif not path.read_bytes().endswith(b"\n"):
         with path.open("a") as file:
             file.write("\n")

@@ -273,7 +273,10 @@ def test_metrics_go_on_after_a_line_cut_short(cut, tmp_path):
     third = metrics.Progress(path, start=0, **options)
     third.record(1, {"loss": 7}, kind="train")
     assert [row["loss"] for row in metrics.read(path, "train")] == [7]
-    assert (tmp_path / "metrics_before.jsonl").exists()
+    metrics.Progress(path, start=0, **options)
+    before = metrics.read(tmp_path / "metrics_before.jsonl", "train")
+    assert [row["step"] for row in before] == ([1, 3] if cut else [1, 2, 3])
+    assert before[0]["loss"] == 7  # both beginnings are there
 
 
 # --- the loop on several devices and hosts
