@@ -30,6 +30,8 @@ from dlm_jax import data, denoiser, evaluate, generate, grammar, measures
 from dlm_jax.denoiser import DenoiserConfig
 
 CALLS = (8, 16, 32, 64, 200)
+FEW = (16, 64)  # of an ablation
+MANY, MANY_TEXTS = 2000, 64  # of the first seed of faithful and modern
 VOCAB = {"grammar": 151, "e2e": 821}
 TEXTS, SAMPLE_SEEDS = 256, 3
 # name -> (variant, what is changed in it); faithful and modern have several seeds
@@ -50,7 +52,14 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptive Gumbel schedule": ("modern", {"schedule.adaptive": "gumbel"}),
     "post-LN trunk": ("modern", {"model.trunk": "post_ln"}),
     "truncation": ("modern", {"loss.truncate": 0.03}),
+    "free table": ("modern", {"embedding.normalize": False}),
+    "regression": ("modern", {"model.predicts": "x0", "loss.objective": "x0"}),
+    "likelihood objective": (
+        "modern",
+        {"loss.objective": "nelbo", "schedule.adaptive": "", "model.noise_time": False},
+    ),
 }
+MAIN = ("modern", "faithful")
 
 
 def config_of(path: str, variant: str, changes: dict[str, Any]) -> Any:
@@ -104,16 +113,23 @@ def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
     return json.loads(log[-1])["seconds"]
 
 
-def figures(workdir: Path, teacher: Path) -> dict[str, Any]:
+def calls_of(name: str, seed: int) -> dict[int, int]:
+    """Texts to sample, by denoiser calls."""
+    counts = {"teacher": (1,)}.get(name, CALLS if name in MAIN else FEW)
+    extra = {MANY: MANY_TEXTS} if name in MAIN and seed == 1 else {}
+    return dict.fromkeys(counts, TEXTS) | extra
+
+
+def figures(workdir: Path, teacher: Path, texts_of: dict[int, int]) -> dict[str, Any]:
     """The bound on held-out texts, and samples by denoiser calls."""
     bundle = dlm_jax.load(workdir)
     config = bundle.config
     held_out = _held_out(config)
     row: dict[str, Any] = {"bound": evaluate.scores(bundle, held_out, 16), "calls": {}}
-    for calls in (1,) if bundle.cfg.causal else CALLS:
+    for calls, n in texts_of.items():
         began = time.monotonic()
-        texts = bundle.sample(TEXTS, seed=0, steps=calls)
-        sample = {"seconds": time.monotonic() - began}
+        texts = bundle.sample(n, seed=0, steps=calls)
+        sample = {"n": n, "seconds": time.monotonic() - began}
         if config["data"]["source"] == "grammar":
             sample["accepted"] = float(np.mean([grammar.accepts(t) for t in texts]))
         sample["entropy"] = measures.unigram_entropy(texts)
@@ -143,7 +159,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, dict, int]]:
     for name, (variant, changes) in RUNS.items():
         if args.only and name not in args.only:
             continue
-        seeds = args.seeds if name in ("modern", "faithful") else args.ablation_seeds
+        seeds = args.seeds if name in MAIN else args.ablation_seeds
         for seed in range(1, seeds + 1):
             yield name, variant, changes, seed
 
@@ -174,7 +190,7 @@ def study(args: argparse.Namespace) -> None:
         row |= {"changes": changes, "budget_steps": args.steps, "steps": steps}
         row["flops"] = flops * steps
         row["train_s"] = train(args.config, variant, given, workdir)
-        row |= figures(workdir, _workdir(args, "teacher", 1))
+        row |= figures(workdir, _workdir(args, "teacher", 1), calls_of(name, seed))
         rows.append(row)
         out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
         print(f"study: {name}, seed {seed}: {row['bound']}", flush=True)
@@ -183,7 +199,7 @@ def study(args: argparse.Namespace) -> None:
 def table(rows: list[dict]) -> str:
     """Markdown: a line a run of one config and budget, means and errors over seeds."""
     key = "above the language, nats/token"
-    calls = [str(c) for c in CALLS]
+    calls = [str(c) for c in (*CALLS, MANY)]
     lines = ["| run | seeds | steps | nats/token above | " + " | ".join(calls) + " |"]
     lines += ["|---" * (4 + len(calls)) + "|"]
     for name in dict.fromkeys(r["name"] for r in rows):
@@ -192,8 +208,8 @@ def table(rows: list[dict]) -> str:
         metric = key if key in mine[0]["bound"] else "nats/token"
         cells.append(_mean([r["bound"][metric][0] for r in mine]))
         for c in calls:
-            found = [r["calls"].get(c, {}).get("accepted") for r in mine]
-            cells.append("" if None in found else _mean(found))
+            found = [r["calls"][c].get("accepted") for r in mine if c in r["calls"]]
+            cells.append(_mean(found) if found and None not in found else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
