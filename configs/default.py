@@ -91,6 +91,16 @@ def get_config() -> Any:
             "seed": 101,
         }
     )
+    cfg.classifier = ConfigDict(
+        {
+            "model": "",  # the workdir of the run to be steered
+            "task": "semantic",  # semantic | pos | tree | label
+            "texts": 0,  # how many are annotated; 0: all
+            "conllu": "",  # pos, of files: a treebank of Universal Dependencies
+            "parser": "benepar_en3",  # tree, of files
+            "column": "label",  # label: of csv and jsonl
+        }
+    )
     cfg.evaluate = ConfigDict(
         {
             "n": 256,  # samples a seed
@@ -100,6 +110,19 @@ def get_config() -> Any:
             "nll_texts": 512,  # held-out texts for the bound
             "draws": 16,  # times a text for the bound
             "calls": (8, 16, 32, 64),  # denoiser calls of the frontier
+        }
+    )
+    cfg.control = ConfigDict(
+        {
+            "task": "all",  # all | unguided | one of tasks.TASKS
+            "n": 100,  # targets
+            "samples": 20,  # a target
+            "seeds": 3,
+            "calls": (32, 16),  # of the denoiser
+            "preset": "tuned",  # tuned | published
+            "classifiers": "",  # workdirs of --mode train_classifier, by spaces
+            "teacher": "",  # fluency on files: the workdir of a run of objective "ar"
+            "targets": "",  # E2E: the folder of the published ones
         }
     )
     return cfg.lock()

@@ -79,9 +79,12 @@ def _tags(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l k"]:
 
 
 def _chart(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
-    """[i, j]: the constituent from i to j, from both ends, as published."""
-    pair = (h @ head["first"])[:, :, None] + (h @ head["last"])[:, None]
-    return jnp.tanh(pair + head["middle"]) @ head["kernel"] + head["bias"]
+    """[i, j]: the constituent from i to j, from the product of its ends' features.
+
+    The published tanh of their sum saturates before it learns: most pairs are none.
+    """
+    pair = (h @ head["first"])[:, :, None] * (h @ head["last"])[:, None]
+    return pair @ head["kernel"] + head["bias"]
 
 
 PAIR = 128  # width of a chart's pairs
@@ -94,7 +97,7 @@ def _shapes(layout: Layout, h: int) -> dict[str, tuple[int, ...]]:
         return {"query": (h, f), "kernel": (f, h, k), "bias": (f, k)}
     if layout.head == "tags":
         return {"kernel": (h, k), "bias": (k,)}
-    pair = {"first": (h, PAIR), "last": (h, PAIR), "middle": (PAIR,)}
+    pair = {"first": (h, PAIR), "last": (h, PAIR)}
     return pair | {"kernel": (PAIR, k), "bias": (k,)}
 
 
@@ -108,7 +111,7 @@ def init(key: PRNGKey, cfg: DenoiserConfig, layout: Layout) -> Classifier:
     keys = jax.random.split(k_head, len(shapes))
     head = {
         name: jnp.zeros(shape)
-        if name in ("bias", "middle")
+        if name == "bias"
         else jax.random.normal(k, shape) / math.sqrt(shape[-2])
         for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }

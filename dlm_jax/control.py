@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dlm_jax.embedding import embed
 from dlm_jax.model import Denoise, Read
-from dlm_jax.rounding import project
+from dlm_jax.rounding import Allowed, project
 from dlm_jax.samplers import State, Step, Times, noise
 from dlm_jax.schedule import Schedule, expand, on, posterior
 from dlm_jax.types import (
@@ -44,8 +44,14 @@ Known = Bool[Array, "b l"]
 # --- of a Denoise
 
 
-def clamp(denoise: Denoise, table: Table, *, below: float = 1.0) -> Denoise:
-    """Snaps x0_hat to the nearest word vectors at times t <= below.
+def clamp(
+    denoise: Denoise,
+    table: Table,
+    *,
+    below: float = 1.0,
+    allowed: Allowed | None = None,
+) -> Denoise:
+    """Snaps x0_hat to the nearest word vectors, of the allowed ones, at t <= below.
 
     arXiv:2205.14217 section 4.2; below = 1 clamps throughout, as the published code.
     """
@@ -53,7 +59,7 @@ def clamp(denoise: Denoise, table: Table, *, below: float = 1.0) -> Denoise:
     def clamped(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         x0_hat = denoise(x_t, t, x0_prev)
         late = expand(jnp.asarray(t) <= below, x0_hat)
-        return jnp.where(late, project(table, x0_hat), x0_hat)
+        return jnp.where(late, project(table, x0_hat, allowed), x0_hat)
 
     return clamped
 
@@ -89,7 +95,7 @@ def classifier_free(
     return guided
 
 
-def only(read: Read, table: Table, allowed: Bool[Array, "b l v"]) -> Read:
+def only(read: Read, table: Table, allowed: Allowed) -> Read:
     """The model's words given that each position's is an allowed one.
 
     Exact for one position, whose posterior is renormalised; the others hear of it at the
@@ -110,14 +116,30 @@ def spoken(read: Read) -> Denoise:
     return lambda x_t, t, x0_prev: read(x_t, t, x0_prev)[0]
 
 
-def steer(
-    read: Read, wish: OfWords, schedule: Schedule, *, weight: float = 1.0
+def lean(
+    denoise: Denoise, log_prob: LogProb, schedule: Schedule, *, weight: float = 1.0
 ) -> Denoise:
     """Bayes' rule on the estimate: x0_hat + weight sigma^2/alpha grad log p(c | x_t).
 
-    The condition is read from the model's own words: no classifier, and one backward
-    pass. Classifier guidance of arXiv:2105.05233 with the token guidance of
-    arXiv:2305.18619.
+    Classifier guidance of arXiv:2105.05233: one backward pass of the classifier.
+    """
+
+    def leaning(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+        each = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+        slope = jax.grad(lambda x: jnp.sum(log_prob(x, each)))(x_t)
+        alpha, sigma = schedule.alpha_sigma(t)
+        scale = weight * expand(sigma**2 / alpha, x_t)
+        return denoise(x_t, t, x0_prev) + scale * slope
+
+    return leaning
+
+
+def steer(
+    read: Read, wish: OfWords, schedule: Schedule, *, weight: float = 1.0
+) -> Denoise:
+    """`lean` to a condition that is read from the model's own words: no classifier.
+
+    One backward pass of the model. Token guidance, arXiv:2305.18619.
     """
 
     def steered(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:

@@ -59,7 +59,7 @@ def _describe(cfg: Any) -> str:
     return f"{cfg.source} {cfg.path}".strip()
 
 
-def _non_empty(texts: list[str], what: str) -> list[str]:
+def _non_empty(texts: list, what: str) -> list:
     if not texts:
         raise UserError(
             f"{what} holds no text: check config.data.path, size and source"
@@ -77,7 +77,7 @@ def _grammar(cfg: Any, split: str) -> list[str]:
     return grammar.sample(cfg.seed + VALID_SEED, cfg.valid_size)
 
 
-def _file(read: Callable[[Path, Any], list[str]], cfg: Any, split: str) -> list[str]:
+def _file(read: Callable[[Path, Any], list], cfg: Any, split: str) -> list:
     """Texts of `path`, validation from `valid_path` or held out of `path`."""
     if cfg.valid_path:
         path = cfg.path if split == "train" else cfg.valid_path
@@ -86,14 +86,23 @@ def _file(read: Callable[[Path, Any], list[str]], cfg: Any, split: str) -> list[
 
 
 def _e2e(cfg: Any, split: str) -> list[str]:
-    """E2E in Diffusion-LM's layout, from a folder of src1_*.txt or from files."""
+    return e2e_records(cfg, split)[0]
+
+
+def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
+    """E2E in Diffusion-LM's layout: texts, and of each its record, field to value.
+
+    From a folder of src1_*.txt, or from files. Raises UserError.
+    """
     if not cfg.valid_path and Path(cfg.path).is_dir():
         path = Path(cfg.path) / f"src1_{split}.txt"
-        return _read_e2e(_existing(str(path), "path"), cfg)
-    return _file(_read_e2e, cfg, split)
+        pairs = _read_e2e(_existing(str(path), "path"), cfg)
+    else:
+        pairs = _file(_read_e2e, cfg, split)
+    return [text for text, _ in pairs], [record for _, record in pairs]
 
 
-def _hold_out(texts: list[str], cfg: Any, split: str) -> list[str]:
+def _hold_out(texts: list, cfg: Any, split: str) -> list:
     if not 0 <= cfg.valid_fraction < 1:
         raise UserError(
             f"config.data.valid_fraction={cfg.valid_fraction}: set it from 0 up to 1"
@@ -147,17 +156,19 @@ def _read_text(path: Path, cfg: Any) -> list[str]:
     return _non_empty([line for _, line in _lines(path)], str(path))
 
 
-def _read_e2e(path: Path, cfg: Any) -> list[str]:
-    texts = []
+def _read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
+    found = []
     for number, line in _lines(path):
-        _, bar, text = line.partition("||")
+        record, bar, text = line.partition("||")
         if not bar:
             raise UserError(
                 f"{path} line {number} has no '||' between record and text: "
                 "give E2E's `field : value | ... ||text`, or set config.data.source=text"
             )
-        texts.append(text.strip())
-    return _non_empty(texts, str(path))
+        told = (part.partition(":") for part in record.split("|"))
+        fields = {field.strip(): value.strip() for field, _, value in told}
+        found.append((text.strip(), fields))
+    return _non_empty(found, str(path))
 
 
 def _read_jsonl(path: Path, cfg: Any) -> list[str]:

@@ -6,7 +6,7 @@ bundle.sample(4, seed=0, steps=64)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from dlm_jax import (
     rounding,
     samplers,
     schedule,
+    steering,
     teacher,
     tokenizer,
 )
@@ -34,7 +35,8 @@ from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import embed
 from dlm_jax.model import Params
 from dlm_jax.schedule import Schedule
-from dlm_jax.types import Ids, PyTree, UserError
+from dlm_jax.steering import FREE, USUAL, Guide, Plan, Wishes
+from dlm_jax.types import Ids, Latent, PyTree, UserError
 
 
 class Samples(NamedTuple):
@@ -65,11 +67,16 @@ class Settings(NamedTuple):
     trace: bool = False
 
 
+def _most_likely(params: Params, x: Latent, allowed: Any) -> Ids:
+    scores = rounding.logits(params.table, params.bias, x)
+    return jnp.argmax(
+        scores if allowed is None else jnp.where(allowed, scores, -jnp.inf), -1
+    )
+
+
 ROUNDINGS: dict[str, Callable] = {
-    "nearest": lambda params, x: rounding.nearest(params.table, x),
-    "logits": lambda params, x: jnp.argmax(
-        rounding.logits(params.table, params.bias, x), -1
-    ),
+    "nearest": lambda params, x, allowed: rounding.nearest(params.table, x, allowed),
+    "logits": _most_likely,
 }
 # the options each solver takes, out of the settings
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -92,7 +99,14 @@ class Bundle:
     config: dict
     step: int
     noise: PyTree = ()  # of an adaptive schedule: what it knows
+    guides: Mapping[str, Guide] = dataclasses.field(default_factory=dict, repr=False)
     compiled: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    def with_classifier(self, *workdirs: str | Path) -> "Bundle":
+        """This bundle, and classifiers to steer it: runs of --mode train_classifier."""
+        found = [steering.load(path, self.ema.table) for path in workdirs]
+        guides = dict(self.guides) | {guide.names.task: guide for guide in found}
+        return dataclasses.replace(self, guides=guides, compiled={})
 
     @property
     def length(self) -> int:
@@ -120,11 +134,14 @@ class Bundle:
         rounding: str | None = None,
         trace: bool = False,
         batch: int | None = None,
+        wishes: Wishes = FREE,
+        plan: Plan = USUAL,
     ) -> Samples:
         """n samples as texts, ids and latents; None means the run's config.
 
         seed: text i depends on (seed, i) alone, not on n or the batch. steps: denoiser
-        calls. churn, temperature, asymmetry: see `samplers`. clamp: True, False or the time below which x0_hat is snapped to words.
+        calls. churn, temperature, asymmetry: see `samplers`. clamp: True, False or the
+        time below which x0_hat is snapped to words. wishes, plan: see `steering`.
         """
         settings = self.settings(
             trace=trace,
@@ -145,15 +162,40 @@ class Bundle:
         parts = []
         for first in range(0, n, size):
             index = first + np.arange(size)
-            parts.append(
-                jax.device_get(
-                    self._run(settings, size)(key, self.ema, self.noise, index)
-                )
+            rows = jax.tree.map(
+                lambda x, i=index: np.asarray(x)[np.minimum(i, n - 1)], wishes
             )
+            heads = {task: self.guides[task].params for task in wishes.labels}
+            run = self._run(settings, size, plan)
+            done = run(key, self.ema, self.noise, index, rows, heads)
+            parts.append(jax.device_get(done))
         latents, ids = (np.concatenate([p[i] for p in parts])[:n] for i in (0, 1))
         traces = np.concatenate([p[2] for p in parts])[:n] if trace else None
         texts = [self.tokenizer.decode(row) for row in ids]
         return Samples(texts, ids, latents, traces)
+
+    def infill(self, template: str, n: int = 5, **settings: Any) -> list[str]:
+        """n texts of a template: ___ is one open word, [...] any number of them.
+
+        The known words come back exactly. Each text draws the width of its gaps from 1
+        to 10 words, as they fit; a gap at the end is as long as the model likes.
+        """
+        seed = self._default("seed", settings.get("seed"))
+        parts = steering.parse(self.tokenizer, template)
+        vocab = self.tokenizer.vocab_size
+        wishes = steering.of_template(parts, self.length, vocab, n, seed)
+        return self.draw(n, wishes=wishes, **settings).texts
+
+    def control(self, n: int = 5, *, plan: Plan = USUAL, **wishes: Any) -> list[str]:
+        """n texts that are what `steering.wish` understands; other names are settings.
+
+        bundle.control(semantic={"food": "Italian"}, length=12)
+        """
+        names = ("semantic", "label", "pos", "tree", "length", "contains", "lacks")
+        asked = {name: wishes.pop(name) for name in names if name in wishes}
+        row = steering.wish(self.tokenizer, self.length, self.guides, **asked)
+        all_alike = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
+        return self.draw(n, wishes=all_alike, plan=plan, **wishes).texts
 
     def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
         """The bound on -log p of each row of ids [n l], nats, in three named terms [n].
@@ -244,30 +286,43 @@ class Bundle:
             values["clamp"] = 1.0 if values["clamp"] else -1.0
         return Settings(**values, trace=trace)
 
-    def _run(self, settings: Settings, size: int) -> Callable:
+    def _run(self, settings: Settings, size: int, plan: Plan) -> Callable:
         """The compiled chain of a batch size, made once."""
-        name = (settings, size)
+        name = (settings, size, plan)
         if name not in self.compiled:
-            self.compiled[name] = jax.jit(self._chain(settings))
+            self.compiled[name] = jax.jit(self._chain(settings, plan))
         return self.compiled[name]
 
-    def _chain(self, s: Settings) -> Callable:
+    def _chain(self, s: Settings, plan: Plan) -> Callable:
         if self.cfg.causal:
             return self._teacher(s)
 
-        def chain(key: jax.Array, params: Params, noise: PyTree, index: jax.Array):
+        def chain(
+            key: jax.Array,
+            params: Params,
+            noise: PyTree,
+            index: jax.Array,
+            wishes: Wishes,
+            heads: dict[str, Any],
+        ):
+            guides = {t: self.guides[t]._replace(params=p) for t, p in heads.items()}
             schedule = _schedule(self.config, noise) if noise else self.schedule
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-            denoise = model.bind(params, self.cfg, schedule=schedule)
+            denoise = steering.denoiser(
+                params, self.cfg, schedule, wishes, guides, plan
+            )
             if s.clamp >= 0:
-                denoise = control.clamp(denoise, params.table, below=s.clamp)
+                options = {"below": s.clamp, "allowed": wishes.allowed}
+                denoise = control.clamp(denoise, params.table, **options)
             step = _step(s, denoise, schedule)
             if s.churn:
                 step = samplers.churn(step, schedule, rate=s.churn)
+            step = steering.step(step, params.table, schedule, wishes, guides, plan)
 
             def to_ids(x):
-                return ROUNDINGS[s.rounding](params, x)
+                ids = ROUNDINGS[s.rounding](params, x, wishes.allowed)
+                return steering.written(ids, wishes)
 
             x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
@@ -284,7 +339,7 @@ class Bundle:
         if s.trace:
             raise UserError("trace: a teacher has none, as it does not denoise")
 
-        def chain(key: jax.Array, params: Params, noise: PyTree, index: jax.Array):
+        def chain(key: jax.Array, params: Params, noise: PyTree, index: jax.Array, *_):
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             ids = teacher.sample(keys, params, self.cfg, self.length)
             return embed(params.table, ids), ids, None
@@ -335,6 +390,8 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
         return from_parts(cfg, params, tok, interop.reference_config(workdir))
     step = checkpoint.latest(workdir, step)
     config, words = checkpoint.read_json(workdir, step)
+    if "names" in words:
+        raise UserError(f"{workdir} is a classifier: give it to bundle.with_classifier")
     tok = tokenizer.from_dict(words)
     cfg, noise, like = blueprint(config, tok.vocab_size)
     parts = {"params": like, "ema": like}

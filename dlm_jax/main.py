@@ -13,7 +13,10 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/, as FILE[:variant]")
 flags.DEFINE_string("workdir", None, "the run's directory")
 flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "evaluate", "plot"], "what to do"
+    "mode",
+    "train",
+    ["train", "train_classifier", "sample", "evaluate", "control", "plot"],
+    "what to do",
 )
 flags.DEFINE_integer("step", None, "the checkpoint to use (the newest)")
 flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
@@ -21,24 +24,35 @@ flags.DEFINE_integer("processes", 1, "number of hosts")
 flags.DEFINE_integer("process_id", 0, "this host's number")
 
 
-def _train(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import train
+def _needed(config: Any, example: str) -> Any:
     from dlm_jax.types import UserError
 
     if config is None:
-        raise UserError("--config: name a file of configs/, such as configs/grammar.py")
-    train.run(config, workdir)
+        raise UserError(f"--config: name a file of configs/, such as {example}")
+    return config
+
+
+def _train(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import train
+
+    train.run(_needed(config, "configs/grammar.py"), workdir)
+
+
+def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import train_classifier
+
+    train_classifier.run(_needed(config, "configs/classifier.py"), workdir)
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
-    """The bundle, with config.sample and config.evaluate of --config if it is given."""
+    """The bundle, with config's sections about use, of --config if it is given."""
     import json
 
     from dlm_jax import generate
 
     bundle = generate.load(workdir, step)
     if config is not None:
-        for name in ("sample", "evaluate"):
+        for name in ("sample", "evaluate", "control", "classifier"):
             bundle.config[name] = json.loads(config[name].to_json_best_effort())
     return bundle
 
@@ -55,6 +69,12 @@ def _evaluate(config: Any, workdir: str, step: int | None) -> None:
     evaluate.run(_load(config, workdir, step), workdir)
 
 
+def _control(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import tasks
+
+    tasks.run(_load(config, workdir, step), workdir)
+
+
 def _plot(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax import viz
 
@@ -64,8 +84,10 @@ def _plot(config: Any, workdir: str, step: int | None) -> None:
 
 MODES: dict[str, Callable] = {
     "train": _train,
+    "train_classifier": _train_classifier,
     "sample": _sample,
     "evaluate": _evaluate,
+    "control": _control,
     "plot": _plot,
 }
 

@@ -4,10 +4,12 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from dlm_jax.embedding import embed
 from dlm_jax.types import Array, Bias, Ids, Latent, Logits, Table
+
+Allowed = Bool[Array, "b l v"]  # the words that a position may have
 
 CHUNK = 128  # words at a time; an argmax over a large axis costs more than the product
 WHOLE = 2048  # up to this vocabulary the scores are made at once
@@ -34,16 +36,19 @@ def nll(logits: Logits, ids: Ids) -> Float[Array, "b l"]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(ids))
 
 
-def nearest(table: Table, x: Latent) -> Ids:
-    """The word whose embedding is nearest in L2; ties go to the lowest id.
+def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:
+    """The word, of the allowed ones, that is nearest in L2; ties go to the lowest id.
 
     argmax_v e_v.x - |e_v|^2 / 2: one product, and no array of [b l v d]. Above WHOLE
-    words the vocabulary is scanned in chunks, so that no [b l v] exists either.
+    words the vocabulary is scanned in chunks, so that no [b l v] exists either, unless
+    `allowed` is one.
     """
     half = 0.5 * jnp.sum(jnp.asarray(table) ** 2, -1)
-    if table.shape[0] <= WHOLE:
-        scores = jnp.einsum("bld,vd->blv", x, table, precision="highest")
-        return jnp.argmax(scores - half, -1)
+    if table.shape[0] <= WHOLE or allowed is not None:
+        scores = jnp.einsum("bld,vd->blv", x, table, precision="highest") - half
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, -jnp.inf)
+        return jnp.argmax(scores, -1)
     return _nearest_chunked(jnp.asarray(table), half, jnp.asarray(x))
 
 
@@ -80,6 +85,6 @@ def _nearest_chunked(table: Table, half: Bias, x: Latent) -> Ids:
     return jax.lax.map(inside, (x, winner))
 
 
-def project(table: Table, x: Latent) -> Latent:
+def project(table: Table, x: Latent, allowed: Allowed | None = None) -> Latent:
     """The clamp: every position moves to its nearest embedding [b l d]."""
-    return embed(table, nearest(table, x))
+    return embed(table, nearest(table, x, allowed))

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +45,44 @@ class TrainState(NamedTuple):
     """
 
     step: Array
-    params: Params
-    ema: Params
+    params: Any
+    ema: Any
     opt: PyTree
     moments: Any
     noise: Any = ()
+
+
+class Work(NamedTuple):
+    """What is learnt. A row of data is a text's ids, then `labels` more numbers.
+
+    init(key, recipe, vocab): parameters; terms(key, params, rows, draws, recipe): the
+    named terms of each row, with their `total()`.
+    """
+
+    init: Callable[..., Any]
+    terms: Callable[..., Any]
+    labels: int = 0
+
+
+def _init(key: PRNGKey, recipe: "Recipe", vocab: int) -> Params:
+    return model.init(key, recipe.cfg, vocab, normalize=recipe.normalize)
+
+
+def _end_to_end(key, params, rows, draws, recipe) -> losses.Terms:
+    return losses.end_to_end(
+        params,
+        rows,
+        draws,
+        cfg=recipe.cfg,
+        schedule=recipe.schedule,
+        objective=recipe.objective,
+        key=key,
+        mask_pad=recipe.mask_pad,
+        normalize=recipe.normalize,
+    )
+
+
+LANGUAGE = Work(_init, _end_to_end)
 
 
 class Recipe(NamedTuple):
@@ -68,6 +102,7 @@ class Recipe(NamedTuple):
     frozen: bool = False
     ema: float = 0.9999
     accumulate: int = 1
+    work: Work = LANGUAGE
 
     def at(self, noise: Any) -> "Recipe":
         """The recipe with the schedule that the state's `noise` gives."""
@@ -80,7 +115,7 @@ def init_state(
     key: PRNGKey, recipe: Recipe, vocab: int, table: Any = None
 ) -> TrainState:
     """Step 0; table: a fixed start for the embedding [v d]."""
-    params = model.init(key, recipe.cfg, vocab, normalize=recipe.normalize)
+    params = recipe.work.init(key, recipe, vocab)
     if table is not None:
         table = (
             unit_rows(jnp.asarray(table)) if recipe.normalize else jnp.asarray(table)
@@ -102,7 +137,7 @@ def make_draws(
     importance = recipe.times == "importance"
     return losses.draw(
         key,
-        (ids.shape[0], ids.shape[1], recipe.cfg.dim),
+        (ids.shape[0], ids.shape[1] - recipe.work.labels, recipe.cfg.dim),
         first=first,
         total=recipe.batch,
         times="uniform" if importance else recipe.times,
@@ -113,25 +148,15 @@ def make_draws(
 
 
 def loss_fn(
-    params: Params,
+    params: PyTree,
     ids: Ids,
     draws: losses.Draws,
     recipe: Recipe,
     *,
     key: PRNGKey | None = None,
-) -> tuple[Array, losses.Terms]:
+) -> tuple[Array, Any]:
     """The batch's mean loss, and its terms; a key turns dropout on."""
-    terms = losses.end_to_end(
-        params,
-        ids,
-        draws,
-        cfg=recipe.cfg,
-        schedule=recipe.schedule,
-        objective=recipe.objective,
-        key=key,
-        mask_pad=recipe.mask_pad,
-        normalize=recipe.normalize,
-    )
+    terms = recipe.work.terms(key, params, ids, draws, recipe)
     return jnp.mean(terms.total()), terms
 
 
@@ -195,7 +220,7 @@ def train_step(
     return TrainState(state.step + 1, params, ema, opt, moments, noise), metrics
 
 
-def _constrain(params: Params, before: Params, recipe: Recipe) -> Params:
+def _constrain(params: Any, before: Any, recipe: Recipe) -> Any:
     """The table's constraint: frozen, or on the sphere."""
     if recipe.frozen:
         return params._replace(table=before.table)
@@ -204,7 +229,7 @@ def _constrain(params: Params, before: Params, recipe: Recipe) -> Params:
     )
 
 
-def _remember(moments, terms: losses.Terms, t, weight, axis):
+def _remember(moments, terms: Any, t, weight, axis):
     """The history with these losses, as they are without importance weights."""
     if not isinstance(moments, losses.Moments):
         return moments
@@ -215,7 +240,7 @@ def _remember(moments, terms: losses.Terms, t, weight, axis):
     return losses.update_moments(moments, t, loss)
 
 
-def _adapt(noise, terms: losses.Terms, t, recipe: Recipe, axis):
+def _adapt(noise, terms: Any, t, recipe: Recipe, axis):
     """What the schedule knows of the loss, with that of this batch."""
     if not recipe.adaptive:
         return noise
@@ -323,15 +348,17 @@ def network(config: Any) -> DenoiserConfig:
 
 
 class Corpus(NamedTuple):
-    """Token ids of both splits [n l], and what made them."""
+    """Token ids of both splits [n l], and what made them; about: more to record."""
 
     train: np.ndarray
     valid: np.ndarray
     tokenizer: Tokenizer
+    about: dict | None = None
 
     def record(self) -> dict:
         """The tokenizer's, and a checksum of what it was trained and used on."""
-        return {**self.tokenizer.to_dict(), "corpus": zlib.crc32(self.train.tobytes())}
+        crc = zlib.crc32(self.train.tobytes())
+        return {**self.tokenizer.to_dict(), **(self.about or {}), "corpus": crc}
 
 
 def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -358,7 +385,7 @@ class Validation:
         self.batches = list(rows)
         self.run = jax.jit(self._batch)
 
-    def _batch(self, params: Params, number: Array, ids: Ids, mask: Array) -> PyTree:
+    def _batch(self, params: PyTree, number: Array, ids: Ids, mask: Array) -> PyTree:
         key = jax.random.fold_in(jax.random.key(0), number)
         draws = make_draws(key, ids, self.recipe, 0, ())
         _, terms = loss_fn(params, ids, draws, self.recipe)
@@ -366,7 +393,7 @@ class Validation:
         del named["weight"]
         return {k: jnp.sum(v * mask) for k, v in named.items()} | {"n": jnp.sum(mask)}
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, params: PyTree) -> dict[str, float]:
         """The loss and its named terms, means over the sequences."""
         sums = [self.run(params, i, *b) for i, b in enumerate(self.batches)]
         total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
@@ -379,7 +406,7 @@ class Run:
 
     def __init__(self, config: Any, workdir: str):
         self.config, self.workdir = config, Path(workdir)
-        self.recipe = recipe_of(config)
+        self.recipe = self._recipe()
         self.host, self.hosts = parallel.hosts()
         self.record = json.loads(config.to_json_best_effort())
         checkpoint.check(workdir, self.record)
@@ -388,7 +415,7 @@ class Run:
         if self.resumed:
             _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
             tokenizer = from_dict(saved)
-        self.corpus = corpus_of(config, tokenizer)
+        self.corpus = self._corpus(tokenizer)
         if saved.get("corpus") not in (None, self.corpus.record()["corpus"]):
             raise UserError(
                 f"config.data: its text is not the one that {workdir} was begun with; "
@@ -401,6 +428,12 @@ class Run:
         self.valid = Validation(
             self.corpus.valid, self.recipe, config.train.valid_batches
         )
+
+    def _recipe(self) -> Recipe:
+        return recipe_of(self.config)
+
+    def _corpus(self, tokenizer: Tokenizer | None) -> Corpus:
+        return corpus_of(self.config, tokenizer)
 
     def _begin(self) -> TrainState:
         vocab, key = self.corpus.tokenizer.vocab_size, jax.random.key(self.config.seed)
@@ -416,7 +449,7 @@ class Run:
         found = checkpoint.restore(self.workdir, step, parallel.global_like(like))
         return parallel.to_local(found)
 
-    def _bundle(self) -> generate.Bundle:
+    def _bundle(self) -> generate.Bundle | None:
         p, noise = self.state.ema, self.state.noise
         tok, cfg = self.corpus.tokenizer, self.recipe.cfg
         bundle = generate.from_parts(cfg, p, tok, self.record, noise=noise)
@@ -450,6 +483,7 @@ class Run:
         """Writes samples/<step>.txt and shows a few of them."""
         if self.host:
             return
+        assert self.bundle is not None
         now = {"ema": self.state.ema, "noise": self.state.noise}
         texts = dataclasses.replace(self.bundle, **now).sample(16)
         path = self.workdir / "samples" / f"{step}.txt"
@@ -459,9 +493,9 @@ class Run:
             progress.say(f"  | {text}")
 
 
-def run(config: Any, workdir: str) -> None:
+def run(config: Any, workdir: str, make: type[Run] = Run) -> None:
     """Trains to config.train.total_steps, resuming what lies in workdir."""
-    task = Run(config, workdir)
+    task = make(config, workdir)
     start, total = int(task.state.step), config.train.total_steps
     if start >= total:
         print(f"{workdir}: finished already, at step {start} of {total}")

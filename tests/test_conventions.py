@@ -17,10 +17,12 @@ LAYERS = (  # from the bottom; an import points to a lower row
     "model",
     "losses samplers",
     "control likelihood classifier teacher parallel checkpoint optim mbr",
-    "interop",
+    "interop labels",
+    "steering",
     "generate viz",
     "evaluate tasks",
     "train",
+    "train_classifier",
     "main",
 )
 LAYER = {name: i for i, row in enumerate(LAYERS) for name in row.split()}

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifiers on a model's noisy latents, by the training of the grammar's networks.
+
+    python -m dlm_jax.main --mode train_classifier --config configs/classifier.py:tree \\
+        --config.classifier.model=runs/quickstart --workdir runs/tree
+"""
+
+from typing import Any
+
+from configs import default
+
+
+def get_config(task: str = "semantic") -> Any:
+    """Two layers of width 128; text, noise and words come from the model."""
+    cfg = default.get_config()
+    cfg.seed = 1
+    cfg.classifier.task = task
+    cfg.classifier.texts = 20_000
+    cfg.model.update(
+        width=128,
+        layers=2,
+        heads=4,
+        ff=512,
+        trunk="adaln",
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
+    cfg.loss.times = "low_discrepancy"
+    cfg.optim.update(
+        name="muon",
+        lr=5e-3,
+        decay="cosine",
+        warmup=50,
+        b2=0.98,
+        clip=1.0,
+        ema=0.99,
+    )
+    cfg.train.update(
+        total_steps=800, batch=64, ckpt_steps=400, log_steps=50, valid_steps=200
+    )
+    return cfg

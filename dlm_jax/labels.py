@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels for classifiers: what texts are known to say, as arrays beside their ids.
+
+The grammar annotates its own texts. Of files, E2E's records give fields, a tagger
+trained on Universal Dependencies gives tags, a constituency parser trees, and a column
+any sentence label. Source of the tasks: arXiv:2205.14217 section 6, REFERENCE 1.8.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from dlm_jax import data, grammar
+from dlm_jax.classifier import Layout
+from dlm_jax.types import UserError
+
+Fields = dict[str, str]
+Spans = list[tuple[int, int, str]]
+
+NONE = "none"  # a field that a text does not state, a pair that is no constituent
+HEADS = {"semantic": "fields", "label": "fields", "pos": "tags", "tree": "chart"}
+
+
+class Names(NamedTuple):
+    """What the labels of a task are called: a list of classes for each field.
+
+    Tags and charts have one field, named as the task.
+    """
+
+    task: str
+    classes: dict[str, list[str]]
+    length: int
+
+    @property
+    def layout(self) -> Layout:
+        """The classifier's head for them."""
+        fields, l = len(self.classes), self.length
+        shape = {"fields": (fields,), "tags": (l,), "chart": (l, l)}
+        head = HEADS[self.task]
+        return Layout(head, shape[head], max(map(len, self.classes.values())))
+
+    def number(self, field: str, name: str) -> int:
+        """The class of a label; UserError where the classifier never saw it."""
+        if field not in self.classes:
+            known = ", ".join(self.classes)
+            raise UserError(f"{field!r}: the {self.task} classifier knows only {known}")
+        if name not in self.classes[field]:
+            known = ", ".join(self.classes[field])
+            raise UserError(f"{field} {name!r}: not seen in training; seen: {known}")
+        return self.classes[field].index(name)
+
+    def seen(self, field: str, name: str) -> int:
+        """`number`, or -1."""
+        return self.number(field, name) if name in self.classes[field] else -1
+
+    def to_dict(self) -> dict[str, Any]:
+        """A record for JSON."""
+        return self._asdict()
+
+
+def names_of(task: str, notes: Iterable[Any], length: int) -> Names:
+    """The names that occur in the notes of training texts."""
+    if HEADS[task] == "fields":
+        seen: dict[str, set[str]] = {}
+        for note in notes:
+            for field, value in note.items():
+                seen.setdefault(field, set()).add(value)
+        classes = {field: [NONE, *sorted(seen[field])] for field in sorted(seen)}
+    elif task == "pos":
+        classes = {
+            "pos": ["START", "END", "PAD", *sorted({t for n in notes for t in n})]
+        }
+    else:
+        classes = {"tree": [NONE, *sorted({s[2] for note in notes for s in note})]}
+    return Names(task, classes, length)
+
+
+def encode(notes: Iterable[Any], names: Names) -> Int32[np.ndarray, "n m"]:
+    """The labels of texts [n m], flattened; -1 where nothing is asked, or unheard of."""
+    rows = [_ENCODE[HEADS[names.task]](note, names) for note in notes]
+    return np.stack(rows).reshape(len(rows), -1).astype(np.int32)
+
+
+def asked(note: Any, names: Names) -> Int[np.ndarray, "..."]:
+    """One row of labels that a text shall have; UserError for one never seen."""
+    layout = names.layout
+    if layout.head == "fields":
+        row = np.full(layout.shape, -1)
+        for field, value in note.items():
+            row[[*names.classes].index(field) if field in names.classes else 0] = (
+                names.number(field, value)
+            )
+        return row
+    told = {"tags": note, "chart": [span[2] for span in note]}[layout.head]
+    for name in told:
+        names.number(names.task, name)
+    size = len(note) if layout.head == "tags" else max(span[1] + 1 for span in note)
+    if size > names.length - 2:
+        raise UserError(
+            f"{names.task}: {size} words; the model has {names.length} positions with "
+            "START and END"
+        )
+    return encode([note], names).reshape(layout.shape)
+
+
+def one_span(span: tuple[int, int, str], names: Names) -> Int[np.ndarray, "l l"]:
+    """The chart that asks for one constituent and no more."""
+    first, last, label = span
+    chart = np.full(names.layout.shape, -1)
+    chart[first + 1, last + 1] = names.number("tree", label)
+    return chart
+
+
+def _fields(note: Fields, names: Names) -> np.ndarray:
+    stated = dict.fromkeys(names.classes, NONE) | note
+    return np.array([names.seen(field, stated[field]) for field in names.classes])
+
+
+def _tags(note: list[str], names: Names) -> np.ndarray:
+    """START, the words' tags, END and PAD, as far as they fit."""
+    tags = ["START", *note, "END"][: names.length]
+    tags += ["PAD"] * (names.length - len(tags))
+    return np.array([names.seen("pos", tag) for tag in tags])
+
+
+def _chart(note: Spans, names: Names) -> np.ndarray:
+    """[i, j]: the constituent from i to j, START being position 0; "none" elsewhere."""
+    l = names.length
+    chart = np.where(np.tri(l, k=-1), -1, 0)
+    for first, last, label in note:
+        if last + 1 < l:
+            chart[first + 1, last + 1] = names.seen("tree", label)
+    return chart
+
+
+_ENCODE: dict[str, Callable] = {"fields": _fields, "tags": _tags, "chart": _chart}
+
+
+# --- annotated texts: (config.data, split, options) -> texts, notes
+
+Annotated = tuple[list[str], list[Any]]
+
+
+def annotated(config: Any, task: str, split: str) -> Annotated:
+    """Texts of a split of config.data, and a note for each; UserError."""
+    source = config.data.source
+    if task not in HEADS:
+        raise UserError(
+            f"config.classifier.task={task!r}: choose one of {', '.join(HEADS)}"
+        )
+    if task == "label":
+        return _columns(config, split)
+    if source == "grammar":
+        return _of_grammar(config, task, split)
+    if task == "semantic":
+        if source != "e2e":
+            raise UserError(
+                f"config.classifier.task=semantic: config.data.source={source!r} has no "
+                "records; take e2e, grammar, or task=label with a column"
+            )
+        return data.e2e_records(config.data, split)
+    texts = data.load_texts(config.data, split)[: config.classifier.texts or None]
+    if task == "pos":
+        tagger = train_tagger(config.classifier.conllu)
+        return texts, [tags_of(tagger, text) for text in texts]
+    parser = load_parser(config.classifier.parser)
+    return texts, [parsed(parser, text) for text in texts]
+
+
+NOTES: dict[str, Callable[[Any], Any]] = {
+    "semantic": grammar.fields_of,
+    "pos": grammar.tags_of,
+    "tree": grammar.spans_of,
+}
+
+
+def _of_grammar(config: Any, task: str, split: str) -> Annotated:
+    seed, n = config.data.seed, config.data.size
+    if split == "valid":
+        seed, n = seed + data.VALID_SEED, config.data.valid_size
+    trees = grammar.trees(seed, min(n, config.classifier.texts or n))
+    return [" ".join(t.leaves()) for t in trees], [NOTES[task](t) for t in trees]
+
+
+def _columns(config: Any, split: str) -> Annotated:
+    """A sentence label from a column of csv or jsonl."""
+    column = config.classifier.column
+    texts = data.load_texts(config.data, split)
+    with config.unlocked():
+        labelled = config.copy_and_resolve_references()
+    labelled.data.column = column
+    found = data.load_texts(labelled.data, split)
+    if len(found) != len(texts):
+        raise UserError(
+            f"config.classifier.column={column!r}: {len(found)} labels for {len(texts)} "
+            "texts; every text needs one"
+        )
+    return texts, [{column: label} for label in found]
+
+
+# --- tags
+
+
+def read_conllu(path: str | Path) -> list[list[tuple[str, str]]]:
+    """Sentences of (word, universal tag) from a CoNLL-U file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config.classifier.conllu={str(path)!r}: give a .conllu file of Universal "
+            f"Dependencies ({error})"
+        ) from error
+    sentences = []
+    for block in text.split("\n\n"):
+        rows = [line.split("\t") for line in block.splitlines()]
+        words = [(r[1], r[3]) for r in rows if len(r) == 10 and r[0].isdigit()]
+        if words:
+            sentences.append(words)
+    if not sentences:
+        raise UserError(f"{path} holds no sentence in CoNLL-U: give another file")
+    return sentences
+
+
+def train_tagger(path: str | Path) -> Any:
+    """nltk's averaged perceptron, trained on a treebank; accuracy in docs/control.md."""
+    from nltk.tag.perceptron import PerceptronTagger
+
+    tagger = PerceptronTagger(load=False)
+    tagger.train(read_conllu(path), nr_iter=5)
+    return tagger
+
+
+def tags_of(tagger: Any, text: str) -> list[str]:
+    """The universal tag of each word."""
+    return [tag for _, tag in tagger.tag(text.split())]
+
+
+# --- trees
+
+
+def load_parser(name: str) -> Any:
+    """benepar's parser (an extra: pip install benepar; its model is its own download)."""
+    try:
+        return importlib.import_module("benepar").Parser(name)
+    except ImportError as error:
+        raise UserError(
+            "config.classifier.task=tree needs a parser for this text: "
+            "pip install 'dlm_jax[parser]', then benepar.download('benepar_en3')"
+        ) from error
+
+
+def parsed(parser: Any, text: str) -> Spans:
+    """The constituents of a text; the parser's `parse(words)` gives an nltk tree."""
+    tree = parser.parse(text.split())
+    if tree.label() == "TOP" and len(tree) == 1:
+        tree = tree[0]
+    return grammar.spans_of(tree)

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering a batch of texts: wishes as arrays, and the wrappers that grant them.
+
+A wish is an array with a row for each text, so one compilation serves every target.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import checkpoint, classifier, control, labels, model, parallel
+from dlm_jax.classifier import Classifier
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.labels import Names
+from dlm_jax.model import Denoise, Params
+from dlm_jax.samplers import Step
+from dlm_jax.schedule import Schedule
+from dlm_jax.tokenizer import Tokenizer
+from dlm_jax.types import END, PAD, START, UNK, Array, Table, UserError
+
+
+class Guide(NamedTuple):
+    """A trained classifier: its parameters, its network, what its labels are called."""
+
+    params: Classifier
+    cfg: DenoiserConfig
+    names: Names
+
+
+class Wishes(NamedTuple):
+    """What each text shall be, as arrays of n rows; None: free.
+
+    ids, known [n l]: tokens that are known. allowed [n l v]: words that a position may
+    have. phrases, each [n k]: ids that must occur; lacking [n k]: that must not; rows
+    end in -1. labels: of the classifiers, by task [n ...]; -1 is not asked.
+    """
+
+    ids: Any = None
+    known: Any = None
+    allowed: Any = None
+    phrases: tuple[Any, ...] = ()
+    lacking: Any = None
+    labels: Mapping[str, Any] = {}
+
+
+class Plan(NamedTuple):
+    """How wishes are granted, the same for all texts: see `control`.
+
+    lean: weight of the classifiers on the estimate; weight: of the model's own words.
+    """
+
+    rule: str = "sign"
+    lr: float = 0.2
+    updates: int = 3
+    fluency: float = 0.01
+    between: tuple[float, float] = (0.05, 1.0)
+    lean: float = 0.0
+    weight: float = 1.0
+    noised: bool = True
+
+
+def load(workdir: str | Path, table: Table) -> Guide:
+    """A classifier's newest checkpoint; UserError where it is of another table."""
+    step = checkpoint.latest(workdir)
+    config, words = checkpoint.read_json(workdir, step)
+    if "names" not in words:
+        raise UserError(
+            f"{workdir} is no classifier: train one, --mode train_classifier"
+        )
+    if words["table"] != zlib.crc32(np.asarray(table).tobytes()):
+        raise UserError(
+            f"{workdir} was trained on another embedding table than this model's: "
+            "train a classifier with config.classifier.model set to this run"
+        )
+    names, cfg = Names(**words["names"]), DenoiserConfig(**config["model"])
+    like = jax.eval_shape(lambda: classifier.init(jax.random.key(0), cfg, names.layout))
+    found = checkpoint.restore_part(workdir, step, parallel.global_like({"ema": like}))
+    return Guide(parallel.to_local(found)["ema"], cfg, names)
+
+
+def log_prob(
+    wishes: Wishes, guides: Mapping[str, Guide], schedule: Schedule
+) -> control.LogProb:
+    """log p of all labels that are asked, nats."""
+    terms = [
+        (
+            classifier.log_prob(
+                guides[task].params,
+                guides[task].cfg,
+                guides[task].names.layout,
+                asked,
+                schedule,
+            ),
+            1.0,
+        )
+        for task, asked in wishes.labels.items()
+    ]
+    return control.every(*terms)
+
+
+def denoiser(
+    params: Params,
+    cfg: DenoiserConfig,
+    schedule: Schedule,
+    wishes: Wishes,
+    guides: Mapping[str, Guide],
+    plan: Plan,
+) -> Denoise:
+    """The model's estimate given the wishes about words, and leaning to the labels."""
+    denoise = model.bind(params, cfg, schedule=schedule)
+    about_words = [(control.contains(phrase), 1.0) for phrase in wishes.phrases]
+    if wishes.lacking is not None:
+        about_words.append((control.lacks(wishes.lacking), 1.0))
+    if wishes.allowed is not None or about_words:
+        read = model.bind_words(params, cfg, schedule=schedule)
+        if wishes.allowed is not None:
+            read = control.only(read, params.table, wishes.allowed)
+        denoise = control.spoken(read)
+        if about_words:
+            wish = control.every(*about_words)
+            denoise = control.steer(read, wish, schedule, weight=plan.weight)
+    if wishes.labels and plan.lean:
+        of = log_prob(wishes, guides, schedule)
+        denoise = control.lean(denoise, of, schedule, weight=plan.lean)
+    return denoise
+
+
+def step(
+    step: Step,
+    table: Table,
+    schedule: Schedule,
+    wishes: Wishes,
+    guides: Mapping[str, Guide],
+    plan: Plan,
+) -> Step:
+    """The step, then the classifiers' push, then the known tokens."""
+    if wishes.labels and plan.updates:
+        step = control.guide(
+            step,
+            log_prob(wishes, guides, schedule),
+            schedule,
+            rule=plan.rule,
+            lr=plan.lr,
+            updates=plan.updates,
+            fluency=plan.fluency,
+            between=plan.between,
+        )
+    if wishes.known is None:
+        return step
+    return control.infill(
+        step, table, wishes.ids, wishes.known, schedule, noised=plan.noised
+    )
+
+
+def written(ids: Array, wishes: Wishes) -> Array:
+    """The ids with the known tokens in their places [n l]."""
+    if wishes.known is None:
+        return ids
+    return jnp.where(wishes.known, wishes.ids, ids)
+
+
+FREE, USUAL = Wishes(), Plan()
+
+
+# --- what people ask for, as wishes
+
+
+def word_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
+    """Ids of a phrase; UserError naming a word that the model does not know."""
+    ids = tok.encode(text)
+    if not ids:
+        raise UserError(f"{what}: empty; give some words")
+    if UNK in ids:
+        pieces = text.split()
+        word = pieces[ids.index(UNK)] if len(pieces) == len(ids) else text
+        raise UserError(f"{what}: {word!r} is not in the model's vocabulary")
+    return ids
+
+
+def spaced(rows: list[list[int]]) -> np.ndarray:
+    """Rows of ids filled up with -1 [n k]."""
+    width = max(map(len, rows))
+    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+
+
+BLANK, GAP = "___", "[...]"
+WIDEST = 10  # words of a gap, as published
+
+
+class Template(NamedTuple):
+    """A text in parts: lists of ids, None for one open position, GAP for any number."""
+
+    parts: list[Any]
+
+    @property
+    def ends_open(self) -> bool:
+        """Whether the model chooses where the text ends."""
+        return self.parts[-1] == GAP
+
+    @property
+    def size(self) -> int:
+        """Positions that the template needs, a gap counting as one."""
+        return sum(len(p) if isinstance(p, list) else 1 for p in self.parts)
+
+
+def parse(tok: Tokenizer, template: str) -> Template:
+    """A template such as "The ___ is a pub [...]"; UserError if it has no blank."""
+    if not {BLANK, GAP} & set(template.split()):
+        raise UserError(
+            f"template {template!r} has no blank: write {BLANK} for a word, {GAP} for "
+            "any number of words"
+        )
+    parts: list[Any] = []
+    words: list[str] = []
+
+    def flush() -> None:
+        if words:
+            parts.append(word_ids(tok, " ".join(words), f"template {template!r}"))
+            words.clear()
+
+    for word in template.split():
+        if word in (BLANK, GAP):
+            flush()
+            parts.append(None if word == BLANK else GAP)
+        else:
+            words.append(word)
+    flush()
+    return Template(parts)
+
+
+def filled(
+    template: Template, length: int, widths: Iterable[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, known) [length] with the gaps this wide; a last gap is open to the end."""
+    ids, open_ = [START], [False]
+    gaps = iter(widths)
+    for number, part in enumerate(template.parts):
+        if isinstance(part, list):
+            ids, open_ = ids + part, open_ + [False] * len(part)
+        elif part is None:
+            ids, open_ = [*ids, PAD], [*open_, True]
+        elif number < len(template.parts) - 1:
+            width = next(gaps)
+            ids, open_ = ids + [PAD] * width, open_ + [True] * width
+    rest = length - len(ids)
+    tail = [PAD] * rest if template.ends_open else [END] + [PAD] * (rest - 1)
+    return (
+        np.array(ids + tail, np.int32),
+        ~np.array(open_ + [template.ends_open] * rest),
+    )
+
+
+def of_template(
+    template: Template, length: int, vocab: int, n: int, seed: int
+) -> Wishes:
+    """n rows of wishes, the widths of the gaps drawn for each."""
+    gaps = sum(part == GAP for part in template.parts[:-1])
+    spare = length - 2 - template.size
+    if spare < 0:
+        raise UserError(
+            f"the template needs {template.size + 2} positions with START and END; the "
+            f"model has {length}"
+        )
+    most = min(WIDEST, 1 + spare // max(gaps, 1))
+    numbers = [np.random.default_rng((seed, i)) for i in range(n)]
+    rows = [
+        filled(template, length, r.integers(1, most + 1, gaps).tolist())
+        for r in numbers
+    ]
+    ids, known = map(np.stack, zip(*rows, strict=True))
+    return Wishes(ids, known, open_words(ids, known, vocab))
+
+
+def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
+    """Words allowed [n l v]: the known ones, and no special in an open position.
+
+    Where the end is open, END and PAD are allowed from there on.
+    """
+    n, l = ids.shape
+    allowed = np.broadcast_to(
+        np.arange(vocab) > max(START, END, UNK, PAD), (n, l, vocab)
+    )
+    allowed = allowed.copy()
+    ends_open = ~known[:, -1]
+    after = np.cumsum(known[:, ::-1], -1)[:, ::-1] == 0  # nothing is known from here on
+    loose = after & ends_open[:, None]
+    loose &= np.cumsum(loose, -1) > 1  # one word at the least
+    for special in (END, PAD):
+        allowed[..., special] |= loose
+    return np.where(known[..., None], ids[..., None] == np.arange(vocab), allowed)
+
+
+# --- single wishes by name
+
+
+def wish(
+    tok: Tokenizer, positions: int, guides: Mapping[str, Guide], **asked: Any
+) -> Wishes:
+    """One row of wishes; names and values:
+
+    length: words of the text. contains: a phrase, or several. lacks: words. semantic:
+    {field: value}; label: {column: label}; pos: tags of the words; tree: (first, last,
+    label) of constituents, counted in words. The last four by a classifier; without
+    one, a semantic value is a phrase to contain. Raises UserError.
+    """
+    words, phrases, by_task = asked.pop("length", None), [], {}
+    for phrase in _several(asked.pop("contains", [])):
+        phrases.append(spaced([word_ids(tok, phrase, "contains")]))
+    lacking = [
+        i for w in _several(asked.pop("lacks", [])) for i in word_ids(tok, w, "lacks")
+    ]
+    if "semantic" in asked and "semantic" not in guides:
+        values = asked.pop("semantic").values()
+        phrases += [spaced([word_ids(tok, v, "semantic")]) for v in values]
+    for task, value in asked.items():
+        if task not in guides:
+            raise UserError(
+                f"{task}: needs a classifier, bundle.with_classifier(WORKDIR), trained by "
+                f"--mode train_classifier --config configs/classifier.py:{task}"
+            )
+        by_task[task] = labels.asked(value, guides[task].names)[None]
+    if "pos" in asked and words not in (None, len(asked["pos"])):
+        raise UserError(f"pos has {len(asked['pos'])} tags, and length={words}")
+    ids = known = allowed = None
+    if words is not None:
+        if not 1 <= words <= positions - 2:
+            raise UserError(f"length={words}: must be from 1 to {positions - 2} words")
+        ids, known = map(np.asarray, control.of_length(np.array([words]), positions))
+        allowed = open_words(ids, known, tok.vocab_size)
+    short = [p for p in phrases if words is not None and p.size > words]
+    if short:
+        raise UserError(f"a phrase of {short[0].size} words, and length={words}")
+    clash = set(lacking) & {int(i) for p in phrases for i in p.ravel()}
+    if clash:
+        word = tok.decode([clash.pop()])
+        raise UserError(f"contains and lacks both name {word!r}")
+    return Wishes(
+        ids,
+        known,
+        allowed,
+        tuple(phrases),
+        spaced([lacking]) if lacking else None,
+        by_task,
+    )
+
+
+def _several(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of a classifier on a model's frozen embeddings, by the loop of `train`."""
+
+import zlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax import classifier, generate, labels, train
+from dlm_jax.labels import Names
+from dlm_jax.tokenizer import Tokenizer
+from dlm_jax.train import Work
+from dlm_jax.types import UserError
+
+
+def work(names: Names, table: np.ndarray) -> Work:
+    """Labels to learn, at the noise of the recipe's schedule, on the frozen table."""
+    layout, size = names.layout, names.layout.size
+
+    def init(key: Any, recipe: train.Recipe, vocab: int) -> classifier.Classifier:
+        return classifier.init(key, recipe.cfg, layout)
+
+    def terms(key, params, rows, draws, recipe: train.Recipe) -> classifier.Scores:
+        ids, asked = rows[:, :-size], rows[:, -size:]
+        known = {"cfg": recipe.cfg, "layout": layout, "schedule": recipe.schedule}
+        frozen = jnp.asarray(table)
+        return classifier.loss(
+            params, ids, asked, draws, **known, table=frozen, key=key
+        )
+
+    return Work(init, terms, size)
+
+
+class ClassifierRun(train.Run):
+    """A classifier's run: text, noise, words and table are those of the model."""
+
+    def __init__(self, config: Any, workdir: str):
+        if not config.classifier.model:
+            raise UserError(
+                "config.classifier.model: name the run that is to be steered"
+            )
+        self.base = generate.load(config.classifier.model)
+        config = borrow(config, self.base)
+        self.task, self.labelled = corpus_of(config, self.base)
+        super().__init__(config, workdir)
+
+    def _recipe(self) -> train.Recipe:
+        table = np.asarray(self.base.ema.table)
+        recipe = train.recipe_of(self.config)
+        return recipe._replace(schedule=self.base.schedule, work=work(self.task, table))
+
+    def _corpus(self, tokenizer: Tokenizer | None) -> train.Corpus:
+        return self.labelled
+
+    def _bundle(self) -> None:
+        """No text comes of a classifier."""
+
+    def show(self, progress: Any, step: int) -> None:
+        """The validation says it all."""
+
+
+def borrow(config: Any, base: generate.Bundle) -> Any:
+    """The config with the model's data, length and width of embedding filled in."""
+    path = config.data.path or base.config["data"]["path"]
+    with config.unlocked():
+        config.data.update(base.config["data"], path=path)
+    config.model.update(dim=base.cfg.dim, positions=base.length)
+    return config
+
+
+def corpus_of(config: Any, base: generate.Bundle) -> tuple[Names, train.Corpus]:
+    """The labels' names, and rows of ids and labels of both splits."""
+    task, tok = config.classifier.task, base.tokenizer
+    train_part, valid_part = (
+        labels.annotated(config, task, split) for split in ("train", "valid")
+    )
+    names = labels.names_of(task, train_part[1], base.length)
+
+    def rows(texts: list[str], notes: list) -> np.ndarray:
+        return np.concatenate([base.encode(texts), labels.encode(notes, names)], -1)
+
+    table = np.asarray(base.ema.table)
+    about = {"names": names.to_dict(), "table": zlib.crc32(table.tobytes())}
+    return names, train.Corpus(rows(*train_part), rows(*valid_part), tok, about)
+
+
+def run(config: Any, workdir: str) -> None:
+    """Trains a classifier, resuming what lies in workdir."""
+    train.run(config, workdir, ClassifierRun)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels: the grammar's own, records, tags and trees of files, as arrays."""
+
+import json
+
+import nltk
+import numpy as np
+import pytest
+
+from configs import classifier as classifier_config
+from dlm_jax import data, grammar, labels
+from dlm_jax.types import UserError
+
+TEXT = "The Eagle is a cheap pub near Café Sicilia ."
+TREE = grammar.parse(TEXT)
+LENGTH = 16
+CONLLU = """# text = a cat sleeps
+1\ta\ta\tDET\t_\t_\t2\tdet\t_\t_
+2-3\tcat's\t_\t_\t_\t_\t_\t_\t_\t_
+2\tcat\tcat\tNOUN\t_\t_\t3\tnsubj\t_\t_
+3\tsleeps\tsleep\tVERB\t_\t_\t0\troot\t_\t_
+
+1\tdogs\tdog\tNOUN\t_\t_\t2\tnsubj\t_\t_
+2\tsleep\tsleep\tVERB\t_\t_\t0\troot\t_\t_
+"""
+
+
+def config_of(task, **values):
+    config = classifier_config.get_config(task)
+    config.data.update(size=60, valid_size=20, length=32)
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    return config
+
+
+def names(task, note):
+    return labels.names_of(task, [note], LENGTH)
+
+
+def test_fields_are_classes_and_silence_is_one():
+    note = grammar.fields_of(TREE)
+    known = labels.names_of("semantic", [note, {"food": "Italian"}], LENGTH)
+    row = labels.encode([note], known)[0]
+    told = {f: known.classes[f][k] for f, k in zip(known.classes, row, strict=True)}
+    assert told == note | {"food": labels.NONE}
+    assert known.layout == ("fields", (5,), 2)
+    assert (
+        labels.encode([{"food": "Martian"}], known)[0][
+            list(known.classes).index("food")
+        ]
+        == -1
+    )
+
+
+def test_tags_run_from_start_to_pad():
+    note = grammar.tags_of(TREE)
+    known = names("pos", note)
+    told = [known.classes["pos"][k] for k in labels.encode([note], known)[0]]
+    assert told == ["START", *note, "END"] + ["PAD"] * (LENGTH - len(note) - 2)
+
+
+def test_a_chart_holds_the_constituents_one_position_after_start():
+    note = grammar.spans_of(TREE)
+    known = names("tree", note)
+    chart = labels.encode([note], known).reshape(LENGTH, LENGTH)
+    assert (chart[np.tril_indices(LENGTH, -1)] == -1).all()
+    found = {
+        (int(i) - 1, int(j) - 1, known.classes["tree"][chart[i, j]])
+        for i, j in zip(*np.nonzero(chart > 0), strict=True)
+    }
+    assert found == set(note)
+    one = labels.one_span(note[1], known)
+    first, last, label = note[1]
+    assert (one >= 0).sum() == 1
+    assert known.classes["tree"][one[first + 1, last + 1]] == label
+
+
+def test_what_is_asked_must_have_been_seen():
+    known = names("semantic", {"food": "Italian"})
+    assert labels.asked({"food": "Italian"}, known).tolist() == [1]
+    with pytest.raises(UserError, match=r"food 'Greek': not seen.*none, Italian"):
+        labels.asked({"food": "Greek"}, known)
+    with pytest.raises(UserError, match=r"'fod'.*knows only food"):
+        labels.asked({"fod": "Italian"}, known)
+    with pytest.raises(UserError, match="pos 'XYZ': not seen"):
+        labels.asked(["XYZ"], names("pos", ["NOUN"]))
+    with pytest.raises(UserError, match=r"pos: 20 words; the model has 16"):
+        labels.asked(["NOUN"] * 20, names("pos", ["NOUN"]))
+    with pytest.raises(UserError, match="tree 'QP': not seen"):
+        labels.asked([(0, 1, "QP")], names("tree", [(0, 1, "NP")]))
+
+
+@pytest.mark.parametrize("task", ["semantic", "pos", "tree"])
+def test_the_grammar_annotates_its_training_texts(task):
+    config = config_of(task, **{"classifier.texts": 40})
+    texts, notes = labels.annotated(config, task, "train")
+    assert texts == grammar.sample(config.data.seed, 40)
+    exact = {"semantic": grammar.fields, "pos": grammar.tags}.get(task)
+    if exact:
+        assert notes[:5] == [exact(text) for text in texts[:5]]
+    held_out, _ = labels.annotated(config, task, "valid")
+    assert held_out == data.load_texts(config.data, "valid")
+
+
+def test_records_of_e2e(tmp_path):
+    path = tmp_path / "src1_train.txt"
+    path.write_text("name : Aromi | area : city centre||Aromi is central .\n" * 4)
+    config = config_of("semantic", **{"data.source": "e2e", "data.path": str(path)})
+    texts, notes = labels.annotated(config, "semantic", "train")
+    assert texts == ["Aromi is central ."] * 3
+    assert notes[0] == {"name": "Aromi", "area": "city centre"}
+    config.data.source = "text"
+    with pytest.raises(UserError, match="has no records"):
+        labels.annotated(config, "semantic", "train")
+    with pytest.raises(UserError, match=r"classifier\.task='mood': choose one of"):
+        labels.annotated(config, "mood", "train")
+
+
+def test_any_label_from_a_column(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    changes = {"data.source": "jsonl", "data.path": str(path)}
+    config = config_of("label", **changes)
+    texts, notes = labels.annotated(config, "label", "train")
+    assert notes[:2] == [{"label": "a"}, {"label": "b"}]
+    assert len(texts) == len(notes) == 9
+    rows[3]["label"] = ""
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="8 labels for 9 texts"):
+        labels.annotated(config, "label", "train")
+
+
+def test_a_tagger_learns_from_a_treebank(tmp_path):
+    path = tmp_path / "bank.conllu"
+    path.write_text(CONLLU * 20)
+    assert labels.read_conllu(path)[0] == [
+        ("a", "DET"),
+        ("cat", "NOUN"),
+        ("sleeps", "VERB"),
+    ]
+    tagger = labels.train_tagger(path)
+    assert labels.tags_of(tagger, "dogs sleep") == ["NOUN", "VERB"]
+    path.write_text("no columns\n")
+    with pytest.raises(UserError, match="holds no sentence"):
+        labels.read_conllu(path)
+    with pytest.raises(UserError, match=r"config\.classifier\.conllu=''"):
+        labels.read_conllu("")
+
+
+def test_the_tagger_on_a_treebank_it_never_saw(data_folder):
+    folder = data_folder / "ud_english_ewt"
+    tagger = labels.train_tagger(folder / "en_ewt-ud-dev.conllu")
+    test = labels.read_conllu(folder / "en_ewt-ud-test.conllu")
+    right = [
+        found == tag
+        for sentence in test
+        for found, (_, tag) in zip(
+            labels.tags_of(tagger, " ".join(w.replace(" ", "_") for w, _ in sentence)),
+            sentence,
+            strict=True,
+        )
+    ]
+    assert np.mean(right) > 0.88  # a tag a word, its commonest: 0.80 to 0.85
+
+
+class Parser:
+    """Stands in for benepar: parse(words) gives a tree under TOP."""
+
+    def parse(self, words):
+        assert words == ["a", "cat", "sleeps"]
+        return nltk.Tree.fromstring("(TOP (S (NP (DT a) (NN cat)) (VP (VBZ sleeps))))")
+
+
+def test_trees_of_a_parser():
+    found = labels.parsed(Parser(), "a cat sleeps")
+    assert set(found) == {(0, 2, "S"), (0, 1, "NP"), (2, 2, "VP")}
+    with pytest.raises(UserError, match="needs a parser"):
+        labels.load_parser("benepar_en3")

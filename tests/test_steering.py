@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wishes: known tokens come back for every solver, strength 0 changes nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from dlm_jax import classifier, samplers, steering, train
+from dlm_jax.labels import Names
+from dlm_jax.steering import Guide, Plan
+from dlm_jax.types import END, PAD, START, UserError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+LENGTH = 10
+TEXT = "the cat saw a dog near the old house\n"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A small model of a few words, untrained, and an untrained tagger."""
+    folder = tmp_path_factory.mktemp("steering")
+    (folder / "texts.txt").write_text(TEXT * 40)
+    config = smoke.get_config()
+    path = str(folder / "texts.txt")
+    config.data.update(source="text", path=path, length=LENGTH, too_long="truncate")
+    config.model.update(layers=1, width=16, ff=16, dim=8, positions=LENGTH)
+    config.sample.update(n=3, batch=8, steps=6)
+    made = train.Run(config, str(folder / "run")).bundle
+    names = Names("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
+    cfg = dataclasses.replace(made.cfg, self_cond=False, output_prior=False)
+    params = classifier.init(jax.random.key(1), cfg, names.layout)
+    return dataclasses.replace(made, guides={"pos": Guide(params, cfg, names)})
+
+
+def ids_of(bundle, text):
+    return bundle.tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("solver", sorted(samplers.SOLVERS))
+@pytest.mark.parametrize("noised", [True, False])
+def test_known_tokens_come_back_exactly(bundle, solver, noised):
+    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
+    drawn = bundle.draw(
+        6, wishes=wishes, plan=Plan(noised=noised), solver=solver, eta=None
+    )
+    assert (drawn.ids[wishes.known] == wishes.ids[wishes.known]).all()
+    known_ids = wishes.ids[~wishes.known]
+    assert (known_ids == PAD).all()  # what is open is not given away
+    assert (drawn.ids[~wishes.known] > PAD).all()  # and no special fills it
+    assert all(
+        text.startswith("the ") and text.endswith(" house") for text in drawn.texts
+    )
+
+
+def test_nothing_wished_or_no_strength_changes_nothing(bundle):
+    free = bundle.draw(5, seed=3)
+    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
+    rows = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
+    weak = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0))
+    assert (weak.ids == free.ids).all()
+    strong = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=1.0))
+    assert (strong.ids != free.ids).any()
+    leaning = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0, lean=50.0))
+    assert (leaning.ids != free.ids).any()
+
+
+def test_a_text_depends_on_its_own_wish_alone(bundle):
+    rows = [
+        steering.wish(bundle.tokenizer, LENGTH, bundle.guides, length=n)
+        for n in (2, 5, 7)
+    ]
+    wishes = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    texts = bundle.draw(3, seed=1, wishes=wishes).texts
+    assert [len(text.split()) for text in texts] == [2, 5, 7]
+    assert bundle.draw(3, seed=1, wishes=wishes, batch=1).texts == texts
+    compiled = sum(run._cache_size() for run in bundle.compiled.values())
+    bundle.draw(3, seed=1, wishes=jax.tree.map(lambda x: x[::-1], wishes))
+    assert sum(run._cache_size() for run in bundle.compiled.values()) == compiled
+
+
+def test_gaps_and_ends(bundle):
+    tok = bundle.tokenizer
+    open_end = steering.parse(tok, "the cat [...]")
+    ids, known = steering.filled(open_end, LENGTH, [])
+    assert ids[:3].tolist() == [START, *ids_of(bundle, "the cat")]
+    assert known.tolist() == [True] * 3 + [False] * 7
+    allowed = steering.open_words(ids[None], known[None], tok.vocab_size)[0]
+    assert not allowed[3, END]  # one word at the least
+    assert allowed[4, END]
+    assert allowed[4, PAD]
+    assert not allowed[4, START]
+    gap = steering.parse(tok, "[...] cat")
+    ids, known = steering.filled(gap, LENGTH, [4])
+    assert np.flatnonzero(known).tolist() == [0, 5, 6, 7, 8, 9]
+    assert ids[5:7].tolist() == [*ids_of(bundle, "cat"), END]
+    widths = steering.of_template(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
+    assert len(set(widths.tolist())) > 3
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("the cat", "has no blank"),
+        ("the ___ zebra", "'zebra' is not in the model's vocabulary"),
+        ("the ___ " + "cat " * 9, "needs 13 positions"),
+    ],
+)
+def test_bad_templates(bundle, template, message):
+    with pytest.raises(UserError, match=message):
+        bundle.infill(template, n=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"length": 9}, "length=9: must be from 1 to 8 words"),
+        ({"length": 0}, "length=0"),
+        ({"contains": "zebra"}, "'zebra' is not in"),
+        ({"contains": ""}, "contains: empty"),
+        (
+            {"contains": "the old house", "length": 2},
+            "a phrase of 3 words, and length=2",
+        ),
+        ({"contains": "cat", "lacks": "cat"}, "both name 'cat'"),
+        ({"pos": ["NOUN"], "length": 2}, "pos has 1 tags, and length=2"),
+        ({"pos": ["VERB"]}, "pos 'VERB': not seen"),
+        ({"tree": [(0, 1, "NP")]}, "tree: needs a classifier"),
+        ({"semantic": {"animal": "zebra"}}, "semantic: 'zebra' is not in"),
+    ],
+)
+def test_bad_wishes(bundle, asked, message):
+    with pytest.raises(UserError, match=message):
+        bundle.control(1, **asked)
+
+
+def test_words_are_wished_without_a_classifier(bundle):
+    asked = steering.wish(
+        bundle.tokenizer,
+        LENGTH,
+        {},
+        semantic={"animal": "cat"},
+        contains=["old house"],
+        lacks="dog",
+    )
+    assert [p.tolist() for p in asked.phrases] == [
+        [ids_of(bundle, "old house")],
+        [ids_of(bundle, "cat")],
+    ]
+    assert asked.lacking.tolist() == [ids_of(bundle, "dog")]
+    strong = {"seed": 0, "steps": 16, "plan": Plan(weight=20.0)}
+    with_cat = bundle.control(8, contains="cat", length=6, **strong)
+    without = bundle.control(8, lacks="cat", length=6, **strong)
+    count = [
+        sum("cat" in text.split() for text in texts) for texts in (with_cat, without)
+    ]
+    assert count[0] > count[1]
+
+
+def test_a_model_run_is_no_classifier(bundle, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        bundle.with_classifier(tmp_path)

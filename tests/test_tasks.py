@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control tasks: targets that were never trained on, scores that junk cannot win."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from dlm_jax import (
+    checkpoint,
+    classifier,
+    data,
+    generate,
+    grammar,
+    labels,
+    tasks,
+    train,
+)
+from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.steering import Guide
+from dlm_jax.tasks import TASKS
+from dlm_jax.types import UserError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+TEXT = "The Eagle is a cheap pub near Café Sicilia ."
+OTHER = "Zizzi is an expensive restaurant in the city centre ."
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = smoke.get_config()
+    config.control.update(n=2, samples=2, seeds=2, calls=(3,))
+    return config
+
+
+@pytest.fixture(scope="module")
+def judge(config):
+    return tasks.judge_of(config, None)
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    """An untrained model of the grammar, saved."""
+    folder = tmp_path_factory.mktemp("tasks") / "run"
+    run = train.Run(config, str(folder))
+    writer = checkpoint.manager(folder, keep=1)
+    run.save(writer)
+    writer.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(config, workdir):
+    """The model, and untrained classifiers of every task."""
+    made, guides = generate.load(workdir), {}
+    cfg = DenoiserConfig(
+        dim=8, width=16, layers=1, heads=2, ff=16, time_dim=8, trunk="adaln"
+    )
+    for task in ("semantic", "pos", "tree"):
+        notes = [labels.NOTES[task](t) for t in grammar.trees(0, 400)]
+        names = labels.names_of(task, notes, made.length)
+        params = classifier.init(jax.random.key(0), cfg, names.layout)
+        guides[task] = Guide(params, cfg, names)
+    made.guides.update(guides)
+    return made
+
+
+def score(task, text, target, judge):
+    return next(iter(TASKS[task].score(text, target, judge).values()))
+
+
+def test_targets_are_held_out_and_do_not_change(config):
+    found = tasks.sentences(config, "semantic", 50)
+    assert found == tasks.sentences(config, "semantic", 50)
+    train_texts = data.load_texts(config.data, "train")
+    assert [s.text for s in found] != train_texts[:50]
+    assert [s.text for s in found] != data.load_texts(config.data, "valid")[:50]
+    assert all(grammar.accepts(s.text) for s in found)
+    assert found[0].tags == grammar.tags(found[0].text)
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if "+" not in name])
+def test_a_target_is_met_by_its_own_text_and_missed_by_others(task, config, judge):
+    rng = np.random.default_rng(0)
+    for sentence in tasks.sentences(config, task, 20):
+        target = TASKS[task].target(sentence, rng)
+        assert score(task, sentence.text, target, judge) == 1
+        assert score(task, "pub pub", target, judge) < 0.3
+        assert score(task, "", target, judge) == 0
+
+
+def test_scores_by_hand(judge):
+    assert score("semantic", TEXT, {"food": "Italian"}, judge) == 0
+    assert score("semantic", TEXT, {"name": "Eagle"}, judge) == 1
+    assert score("semantic", TEXT, {"price": "heap"}, judge) == 0  # whole words
+    tags = grammar.tags(TEXT)
+    wrong = ["NOUN" if i == 0 else tag for i, tag in enumerate(tags)]
+    assert score("pos", TEXT, wrong, judge) == pytest.approx(1 - 1 / len(tags))
+    assert score("pos", TEXT, [*tags, "NOUN"], judge) == pytest.approx(
+        len(tags) / (len(tags) + 1)
+    )
+    spans = grammar.spans_of(grammar.parse(TEXT))
+    assert 0 < score("tree", OTHER, spans, judge) < 1
+    assert TASKS["length"].score(TEXT, 12, judge) == {
+        "exact length": 0,
+        "length +-2": 1,
+    }
+    assert score("infilling", TEXT, "The ___ is a cheap pub near Café Sicilia .", judge)
+    assert not score("infilling", OTHER, "The ___ is a [...]", judge)
+    assert not score(
+        "infilling", TEXT + " .", "The ___ is a cheap pub near Café Sicilia .", judge
+    )
+
+
+def test_two_tasks_score_apart(judge):
+    task = TASKS["semantic+pos"]
+    target = ({"food": "Italian"}, grammar.tags(TEXT))
+    found = task.score(TEXT, target, judge)
+    assert (found["value"], found["tags"]) == (0, 1)
+
+
+def test_every_task_runs_and_a_row_is_measured_once(bundle, workdir, config, capsys):
+    judge = tasks.judge_of(config, None)
+    for name, task in TASKS.items():
+        rng = np.random.default_rng(0)
+        targets = [task.target(s, rng) for s in tasks.sentences(config, name, 2)]
+        plan = tasks.PLANS["tuned"][name]
+        row = tasks.measure(
+            bundle, task, targets, judge, plan, samples=2, seeds=2, calls=3
+        )
+        assert len(row["success"]) >= 1
+        assert all(0 <= mean <= 1 for mean, _ in row["success"].values())
+        assert row["classifier calls"] == 3 * plan.updates * len(task.needs)
+    assert row["texts"]
+
+
+def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
+    bundle = generate.load(workdir)
+    bundle.config["control"].update(task="length", n=2, samples=2, seeds=2, calls=[3])
+    rows = tasks.run(bundle, str(workdir))
+    assert rows[0]["success"]["exact length"][0] == 1
+    assert "| length | 3 | exact length 100.0" in capsys.readouterr().out
+    (path,) = (workdir / "control").glob("*.json")
+    written = json.loads(path.read_text())
+    assert written["config"]["seed"] == config.seed
+    assert written["step"] == bundle.step
+    path.write_text(json.dumps(written | {"accepted": 0.123}))
+    assert tasks.run(bundle, str(workdir))[0]["accepted"] == 0.123
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "mood"}, r"config\.control\.task='mood': choose all"),
+        ({"task": "tree"}, r"config\.control\.classifiers: none of task tree"),
+        ({"preset": "best"}, r"config\.control\.preset='best'"),
+        ({"task": "length", "n": 0}, r"config\.control\.n=0: must be 1 or more"),
+    ],
+)
+def test_bad_options(workdir, change, message):
+    bundle = generate.load(workdir)
+    bundle.config["control"].update(change)
+    with pytest.raises(UserError, match=message):
+        tasks.run(bundle, str(workdir))
+
+
+def test_published_targets(tmp_path):
+    (tmp_path / "target_attribute.json").write_text(
+        '["customer", "rating", ":", "low"]\n'
+    )
+    row = {
+        "pos": ["START", "NOUN", "VERB", "INTJ", "END"],
+        "words_": ["START", "dogs", "sleep", "\n", "END"],
+    }
+    (tmp_path / "target_pos.json").write_text(json.dumps(row))
+    (semantic,) = tasks.published(tmp_path, "semantic")
+    assert semantic.fields == {"customer rating": "low"}
+    (pos,) = tasks.published(tmp_path, "pos")
+    assert (pos.text, pos.tags) == ("dogs sleep", ["NOUN", "VERB"])
+    sizes = [len(s.text.split()) for s in tasks.published(tmp_path, "length")]
+    assert (min(sizes), max(sizes)) == (8, 38)
+    with pytest.raises(UserError, match="no published ones of tree"):
+        tasks.published(tmp_path, "tree")
+    with pytest.raises(UserError, match=r"target_pos\.json"):
+        tasks.published(tmp_path / "nothing", "pos")
+
+
+def test_the_published_files(data_folder):
+    folder = data_folder / "control_target"
+    assert len(tasks.published(folder, "semantic")) == 79
+    assert len(tasks.published(folder, "pos")) == 200

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifiers by the command: they learn, resume exactly, and their push is felt."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+import dlm_jax
+from configs import classifier as classifier_config
+from configs import smoke
+from dlm_jax import checkpoint, classifier, labels, metrics, steering, train
+from dlm_jax import train_classifier as command
+from dlm_jax.steering import Plan
+from dlm_jax.types import UserError
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+LENGTH, STEPS = 8, 120
+ANIMALS = {"land": ["cat", "dog", "cow"], "sea": ["cod", "eel", "ray"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of sentences whose label is the animals' home, trained for a moment."""
+    folder, rng = tmp_path_factory.mktemp("classifier"), np.random.default_rng(0)
+    rows = []
+    for i in range(400):
+        home = ["land", "sea"][i % 2]
+        a, b = rng.choice(ANIMALS[home], 2)
+        rows.append({"text": f"a {a} sees the {b} now", "label": home})
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = smoke.get_config()
+    config.data.update(source="jsonl", path=str(path), length=LENGTH)
+    config.model.update(layers=1, width=32, ff=32, dim=8, positions=LENGTH)
+    config.train.update(total_steps=60, batch=32, valid_steps=0, sample_steps=0)
+    train.run(config, str(folder / "model"))
+    return folder
+
+
+def config_of(folder, **values):
+    config = classifier_config.get_config("label")
+    config.model.update(layers=1, width=32, ff=32, heads=2, time_dim=16)
+    config.train.update(
+        total_steps=STEPS, batch=32, ckpt_steps=60, valid_steps=60, valid_batches=1
+    )
+    config.optim.ema = 0.9
+    config.classifier.update(model=str(folder / "model"))
+    config.update_from_flattened_dict(values)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    command.run(config_of(folder), str(folder / "label"))
+    return folder / "label"
+
+
+def test_it_learns_what_the_words_say(trained):
+    rows = metrics.read(trained / "metrics.jsonl", "valid")
+    assert (
+        rows[-1]["nll"] < 0.5
+    )  # of log 2 = 0.69 nats; at high noise nothing can be known
+    assert rows[-1]["accuracy"] > 0.7
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
+    config, other = config_of(folder), str(folder / "again")
+    config.train.ckpt_steps = 60
+    halved = command.ClassifierRun(config, other)
+    step_fn = train.parallel.map_step(
+        lambda key, state, rows: train.train_step(
+            key, state, rows, recipe=halved.recipe, axis=train.parallel.AXIS
+        )
+    )
+    for step in range(60):
+        halved.state, _ = step_fn(
+            jax.random.key(config.seed), halved.state, halved.batch(step)
+        )
+    writer = checkpoint.manager(other, keep=2)
+    halved.save(writer)
+    writer.close()
+    command.run(config_of(folder), other)
+    bundle = dlm_jax.load(folder / "model")
+    one, two = (
+        steering.load(path, bundle.ema.table).params for path in (trained, other)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def log_probs(bundle, wanted, plan, n=64):
+    """log p(label | text) of each of n texts, at the least noise, and the texts."""
+    guide = bundle.guides["label"]
+    row = labels.asked({"label": wanted}, guide.names)
+    wishes = steering.Wishes(labels={"label": np.repeat(row[None], n, 0)})
+    drawn = bundle.draw(n, seed=0, steps=16, batch=n, wishes=wishes, plan=plan)
+    of = classifier.log_prob(
+        guide.params,
+        guide.cfg,
+        guide.names.layout,
+        wishes.labels["label"],
+        bundle.schedule,
+    )
+    clean = bundle.ema.table[drawn.ids]
+    return np.asarray(of(clean, np.zeros(n, np.float32))), drawn.texts
+
+
+@pytest.mark.parametrize("home", ["land", "sea"])
+def test_guidance_raises_the_log_probability(folder, trained, home):
+    bundle = dlm_jax.load(folder / "model").with_classifier(trained)
+    free, weak, usual = (
+        log_probs(bundle, home, Plan(lr=lr))[0] for lr in (0.0, 0.1, Plan().lr)
+    )
+    assert free.mean() < weak.mean() < usual.mean()
+    for low, high in ((free, weak), (free, usual)):  # the same seeds: paired
+        assert stats.ttest_rel(high, low, alternative="greater").pvalue < 1e-3
+    texts = bundle.control(32, label={"label": home}, seed=4, steps=16)
+    words = [word for text in texts for word in text.split()]
+    mine, other = (
+        sum(w in ANIMALS[h] for w in words)
+        for h in (home, {"land": "sea", "sea": "land"}[home])
+    )
+    assert mine > 2 * other
+
+
+def test_bad_beginnings(folder, trained, tmp_path):
+    with pytest.raises(UserError, match=r"config\.classifier\.model: name the run"):
+        command.run(config_of(folder, **{"classifier.model": ""}), str(tmp_path))
+    with pytest.raises(UserError, match="records"):
+        command.run(config_of(folder, **{"classifier.task": "semantic"}), str(tmp_path))
+    with pytest.raises(UserError, match=r"was begun with config\.model\.width=32"):
+        command.run(config_of(folder, **{"model.width": 64}), str(trained))
+
+
+def test_of_another_table_or_no_classifier(folder, trained):
+    bundle = dlm_jax.load(folder / "model")
+    with pytest.raises(UserError, match="is no classifier"):
+        bundle.with_classifier(folder / "model")
+    with pytest.raises(UserError, match="another embedding table"):
+        steering.load(trained, bundle.ema.table + 1)
+    with pytest.raises(UserError, match="a classifier"):
+        dlm_jax.load(trained)
