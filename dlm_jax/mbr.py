@@ -4,7 +4,8 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from dlm_jax.types import UserError
 
@@ -27,8 +28,8 @@ UTILITIES: dict[str, Utility] = {
 
 def utilities(
     candidates: Sequence[str],
-    utility: str | Utility = "bleu",
     *,
+    utility: str | Utility = "bleu",
     published: bool = False,
 ) -> np.ndarray:
     """The mean utility of each candidate [n] against the others as references.
@@ -57,8 +58,8 @@ def utilities(
 
 def choose(
     candidates: Sequence[str],
-    utility: str | Utility = "bleu",
     *,
+    utility: str | Utility = "bleu",
     published: bool = False,
 ) -> str:
     """The candidate of the greatest mean utility; of equals, the first. See `utilities`.
@@ -66,5 +67,5 @@ def choose(
     arXiv:2205.14217 section 5.3 chooses one of 50 samples so.
     """
     return candidates[
-        int(np.argmax(utilities(candidates, utility, published=published)))
+        int(np.argmax(utilities(candidates, utility=utility, published=published)))
     ]

@@ -14,8 +14,8 @@ CROWD = ["the cat sat on the mat", "the cat sat on a mat", "a cat sat on the mat
 @pytest.mark.parametrize("published", [False, True])
 def test_the_odd_one_out_loses(utility, published):
     texts = ["purple rain falls", *CROWD]
-    assert mbr.choose(texts, utility, published=published) in CROWD
-    assert np.argmin(mbr.utilities(texts, utility, published=published)) == 0
+    assert mbr.choose(texts, utility=utility, published=published) in CROWD
+    assert np.argmin(mbr.utilities(texts, utility=utility, published=published)) == 0
 
 
 def test_it_is_the_mean_over_the_others():
@@ -34,10 +34,10 @@ def test_it_is_the_mean_over_the_others():
             )
             for i, x in enumerate(texts)
         ]
-        found = mbr.utilities(texts, shared, published=published)
+        found = mbr.utilities(texts, utility=shared, published=published)
         np.testing.assert_allclose(found, by_hand)
-    assert mbr.choose(texts, shared) == "a"
-    assert mbr.choose(texts, shared, published=True) == "a b c d"
+    assert mbr.choose(texts, utility=shared) == "a"
+    assert mbr.choose(texts, utility=shared, published=True) == "a b c d"
 
 
 def test_bleu_is_that_of_the_words():
@@ -51,4 +51,4 @@ def test_few_candidates_and_wrong_names():
     with pytest.raises(UserError, match="no candidates"):
         mbr.choose([])
     with pytest.raises(UserError, match="choose one of bleu, chrf"):
-        mbr.choose(["a"], "rouge")
+        mbr.choose(["a"], utility="rouge")
