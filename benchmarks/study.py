@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import dlm_jax
-from dlm_jax import data, denoiser, evaluate, generate, grammar, measures
+from dlm_jax import data, denoiser, evaluate, grammar, measures
 from dlm_jax.denoiser import DenoiserConfig
 
 CALLS = (8, 16, 32, 64, 200)
@@ -120,7 +120,7 @@ def calls_of(name: str, seed: int) -> dict[int, int]:
     return dict.fromkeys(counts, TEXTS) | extra
 
 
-def figures(workdir: Path, teacher: Path, texts_of: dict[int, int]) -> dict[str, Any]:
+def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
     """The bound on held-out texts, and samples by denoiser calls."""
     bundle = dlm_jax.load(workdir)
     config = bundle.config
@@ -136,12 +136,12 @@ def figures(workdir: Path, teacher: Path, texts_of: dict[int, int]) -> dict[str,
         sample["words"] = float(np.mean(measures.lengths(texts)))
         sample["texts"] = texts[:4]
         row["calls"][str(calls)] = sample
-    row["suite"] = _suite(bundle, teacher)
     return row
 
 
-def _suite(bundle: generate.Bundle, teacher: Path) -> dict[str, Any]:
+def suite(workdir: Path, teacher: Path) -> dict[str, Any]:
     """The evaluation suite at the run's own sampler, as --mode evaluate gives it."""
+    bundle = dlm_jax.load(workdir)
     config: Any = ml_collections.ConfigDict(bundle.config)
     config.evaluate.teacher = str(teacher) if teacher.exists() else ""
     reference, held_out = evaluate.references(bundle, config)
@@ -190,7 +190,9 @@ def study(args: argparse.Namespace) -> None:
         row |= {"changes": changes, "budget_steps": args.steps, "steps": steps}
         row["flops"] = flops * steps
         row["train_s"] = train(args.config, variant, given, workdir)
-        row |= figures(workdir, _workdir(args, "teacher", 1), calls_of(name, seed))
+        row |= figures(workdir, calls_of(name, seed))
+        if name in (*MAIN, "teacher"):
+            row["suite"] = suite(workdir, _workdir(args, "teacher", 1))
         rows.append(row)
         out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
         print(f"study: {name}, seed {seed}: {row['bound']}", flush=True)
