@@ -280,6 +280,22 @@ def spans_of(tree: "nltk.Tree") -> list[tuple[int, int, str]]:
     return found
 
 
+def derived(text: str) -> set[tuple[int, int, str]]:
+    """(first, last, label) of whatever the grammar derives from words of a text.
+
+    Also of a text outside the language, as a parser that always answers would find it:
+    labels as in `spans_of`, but with each name of a chain on its own.
+    """
+    tokens = text.split()
+    if not tokens or not word_tags().keys() >= set(tokens):
+        return set()
+    return {
+        (edge.start(), edge.end() - 1, str(edge.lhs()).split("_")[0])
+        for edge in _parser().chart_parse(tokens).edges()
+        if edge.is_complete() and not isinstance(edge.lhs(), str)
+    }
+
+
 def fields(text: str) -> dict[str, str]:
     """Field -> the words that state it, or yes/no for family. Raises ValueError outside.
 

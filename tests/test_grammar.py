@@ -352,3 +352,12 @@ def test_spans_nest(texts):
         assert spans[0] == (0, len(tree.leaves()) - 1)
         for (i, j), (k, m) in itertools.combinations(spans, 2):
             assert j < k or m < i or (i <= k and m <= j) or (k <= i and j <= m)
+
+
+def test_derived_holds_every_constituent_and_parts_of_broken_texts():
+    for text in grammar.sample(3, 20):
+        found = grammar.derived(text)
+        for first, last, label in grammar.spans_of(grammar.parse(text)):
+            assert all((first, last, name) in found for name in label.split("::"))
+    assert (1, 2, "NEAR") in grammar.derived("pub Burger King")
+    assert grammar.derived("zebra pub") == grammar.derived("") == set()

@@ -115,6 +115,17 @@ def test_scores_by_hand(judge):
     )
 
 
+def test_a_span_counts_in_its_place_also_without_a_parse(judge):
+    broken = TEXT.replace("near", "near near")
+    assert not grammar.accepts(broken)
+    there, gone = (3, 5, "Adj"), (6, 8, "Near")
+    assert TASKS["span"].score(TEXT, there, judge)["span"] == 1
+    found = TASKS["span"].score(broken, there, judge)
+    assert found == {"span": 1, "span in a parse": 0}
+    assert TASKS["span"].score(broken, gone, judge)["span"] == 0
+    assert TASKS["span"].score(TEXT, (3, 4, "Adj"), judge)["span"] == 0
+
+
 def test_two_tasks_score_apart(judge):
     task = TASKS["semantic+pos"]
     target = ({"food": "Italian"}, grammar.tags(TEXT))
