@@ -174,28 +174,43 @@ class Bundle:
         texts = [self.tokenizer.decode(row) for row in ids]
         return Samples(texts, ids, latents, traces)
 
-    def infill(self, template: str, n: int = 5, **settings: Any) -> list[str]:
+    def infill(self, template: str, n: int = 5, **options: Any) -> list[str]:
         """n texts of a template: ___ is one open word, [...] any number of them.
 
-        The known words come back exactly. Each text draws the width of its gaps from 1
-        to 10 words, as they fit; a gap at the end is as long as the model likes.
+        The known words come back exactly. Each text draws the width of its gaps, from 1
+        to 10 words as they fit; a gap at the end is as long as the model likes. options:
+        those of `control`.
         """
-        seed = self._default("seed", settings.get("seed"))
-        parts = steering.parse(self.tokenizer, template)
-        vocab = self.tokenizer.vocab_size
-        wishes = steering.of_template(parts, self.length, vocab, n, seed)
-        return self.draw(n, wishes=wishes, **settings).texts
+        return self.control(n, template=template, **options)
 
-    def control(self, n: int = 5, *, plan: Plan = USUAL, **wishes: Any) -> list[str]:
-        """n texts that are what `steering.wish` understands; other names are settings.
+    def control(
+        self,
+        n: int = 5,
+        *,
+        template: str = "",
+        plan: Plan = USUAL,
+        **options: Any,
+    ) -> list[str]:
+        """n texts that are as `steering.wish` and the template have it.
 
-        bundle.control(semantic={"food": "Italian"}, length=12)
+        bundle.control(semantic={"food": "Italian"}, length=12). options: the wishes,
+        and settings of `draw`.
         """
-        names = ("semantic", "label", "pos", "tree", "length", "contains", "lacks")
-        asked = {name: wishes.pop(name) for name in names if name in wishes}
-        row = steering.wish(self.tokenizer, self.length, self.guides, **asked)
-        all_alike = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
-        return self.draw(n, wishes=all_alike, plan=plan, **wishes).texts
+        _positive("n", n)
+        tok, names = self.tokenizer, set(steering.WISHES) & set(options)
+        asked = {name: options.pop(name) for name in names}
+        row = steering.wish(tok, self.length, self.guides, **asked)
+        wishes = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
+        if template:
+            parts, words = steering.parse(tok, template), asked.get("length")
+            seed = self._default("seed", options.get("seed"))
+            rows = steering.of_template(
+                parts, self.length, tok.vocab_size, n, seed, words
+            )
+            wishes = wishes._replace(
+                ids=rows.ids, known=rows.known, allowed=rows.allowed
+            )
+        return self.draw(n, wishes=wishes, plan=plan, **options).texts
 
     def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
         """The bound on -log p of each row of ids [n l], nats, in three named terms [n].

@@ -198,9 +198,9 @@ class Template(NamedTuple):
     parts: list[Any]
 
     @property
-    def ends_open(self) -> bool:
-        """Whether the model chooses where the text ends."""
-        return self.parts[-1] == GAP
+    def gaps(self) -> int:
+        """How many gaps there are."""
+        return sum(part == GAP for part in self.parts)
 
     @property
     def size(self) -> int:
@@ -236,44 +236,62 @@ def parse(tok: Tokenizer, template: str) -> Template:
 def filled(
     template: Template, length: int, widths: Iterable[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, known) [length] with the gaps this wide; a last gap is open to the end."""
-    ids, open_ = [START], [False]
-    gaps = iter(widths)
-    for number, part in enumerate(template.parts):
+    """(ids, known) [length] with the gaps this wide; one without a width stays open."""
+    ids, known, gaps, rest = [START], [True], iter(widths), True
+    for part in template.parts:
         if isinstance(part, list):
-            ids, open_ = ids + part, open_ + [False] * len(part)
-        elif part is None:
-            ids, open_ = [*ids, PAD], [*open_, True]
-        elif number < len(template.parts) - 1:
-            width = next(gaps)
-            ids, open_ = ids + [PAD] * width, open_ + [True] * width
-    rest = length - len(ids)
-    tail = [PAD] * rest if template.ends_open else [END] + [PAD] * (rest - 1)
-    return (
-        np.array(ids + tail, np.int32),
-        ~np.array(open_ + [template.ends_open] * rest),
-    )
+            ids, known = ids + part, known + [True] * len(part)
+            continue
+        width = 1 if part is None else next(gaps, 0)
+        rest = rest and width > 0
+        ids, known = ids + [PAD] * width, known + [False] * width
+    size = length - len(ids)
+    tail = [END] + [PAD] * (size - 1) if rest else [PAD] * size
+    return np.array(ids + tail, np.int32), np.array(known + [rest] * size)
 
 
 def of_template(
-    template: Template, length: int, vocab: int, n: int, seed: int
+    template: Template,
+    length: int,
+    vocab: int,
+    n: int,
+    seed: int,
+    words: int | None = None,
 ) -> Wishes:
-    """n rows of wishes, the widths of the gaps drawn for each."""
-    gaps = sum(part == GAP for part in template.parts[:-1])
-    spare = length - 2 - template.size
-    if spare < 0:
-        raise UserError(
-            f"the template needs {template.size + 2} positions with START and END; the "
-            f"model has {length}"
-        )
-    most = min(WIDEST, 1 + spare // max(gaps, 1))
+    """n rows of wishes, the widths of the gaps drawn for each.
+
+    words: of the whole text; else a gap has 1 to WIDEST, and the last is left open.
+    """
     numbers = [np.random.default_rng((seed, i)) for i in range(n)]
-    rows = [
-        filled(template, length, r.integers(1, most + 1, gaps).tolist())
-        for r in numbers
-    ]
-    ids, known = map(np.stack, zip(*rows, strict=True))
+    if words is not None:
+        widths = [_parted(template, words, rng) for rng in numbers]
+    else:
+        spare = length - 2 - template.size
+        if spare < 0:
+            raise UserError(
+                f"the template needs {template.size + 2} positions with START and END; "
+                f"the model has {length}"
+            )
+        drawn = template.gaps - (template.parts[-1] == GAP)
+        most = min(WIDEST, 1 + spare // max(drawn, 1))
+        widths = [rng.integers(1, most + 1, drawn).tolist() for rng in numbers]
+    ids, known = map(
+        np.stack, zip(*(filled(template, length, w) for w in widths), strict=True)
+    )
     return Wishes(ids, known, open_words(ids, known, vocab))
+
+
+def _parted(template: Template, words: int, rng: Any) -> list[int]:
+    """Widths of the gaps that make the text this long, all such equally likely."""
+    spare = words - template.size
+    if spare < 0 or (spare and not template.gaps):
+        needs = f"{template.size} words" + (" or more" if template.gaps else "")
+        raise UserError(f"length={words}: the template needs {needs}")
+    if not template.gaps:
+        return []
+    places = spare + template.gaps - 1
+    bars = np.sort(rng.choice(places, template.gaps - 1, replace=False))
+    return np.diff([-1, *bars, places]).tolist()
 
 
 def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
@@ -296,6 +314,8 @@ def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
 
 
 # --- single wishes by name
+
+WISHES = ("length", "contains", "lacks", "semantic", "label", "pos", "tree")
 
 
 def wish(

@@ -102,6 +102,30 @@ def test_gaps_and_ends(bundle):
     assert len(set(widths.tolist())) > 3
 
 
+def test_a_template_of_a_given_length(bundle):
+    template = "[...] cat ___ [...]"
+    for words in (4, 6, 8):
+        texts = bundle.infill(template, n=6, length=words, seed=2)
+        assert {len(text.split()) for text in texts} == {words}
+        assert all("cat" in text.split()[1:-2] for text in texts)
+    parts = steering.parse(bundle.tokenizer, template)
+    sizes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 200, 0, 7)
+    places = np.argmax(sizes.ids == ids_of(bundle, "cat")[0], -1)
+    assert set(places.tolist()) == {2, 3, 4, 5}
+    with pytest.raises(UserError, match="length=3: the template needs 4 words or more"):
+        bundle.infill(template, n=1, length=3)
+    with pytest.raises(UserError, match="length=5: the template needs 2 words"):
+        bundle.infill("the ___", n=1, length=5)
+
+
+def test_a_classifier_and_a_template(bundle):
+    options = {"n": 4, "seed": 1, "plan": Plan(lr=1.0)}
+    free = bundle.infill("the ___ [...]", **options)
+    steered = bundle.infill("the ___ [...]", pos=["DET", "NOUN"], **options)
+    assert free != steered
+    assert all(text.startswith("the ") for text in steered)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
