@@ -218,11 +218,7 @@ EDGES = ("START", "END", "\n")  # of the published targets
 def sentences(config: Any, task: str, n: int) -> list[Sentence]:
     """Up to n held-out sentences, annotated as far as that can be done."""
     if config.data.source == "grammar":
-        trees = grammar.trees(config.data.seed + TARGET_SEED, n)
-        return [
-            Sentence(" ".join(t.leaves()), *(labels.NOTES[k](t) for k in labels.NOTES))
-            for t in trees
-        ]
+        return list(map(annotate, grammar.trees(config.data.seed + TARGET_SEED, n)))
     if config.control.targets:
         return published(Path(config.control.targets), task)
     texts = data.load_texts(config.data, "valid")
@@ -232,6 +228,12 @@ def sentences(config: Any, task: str, n: int) -> list[Sentence]:
     tags = _tagger(config)
     rows = np.random.default_rng(0).permutation(len(texts))[:n]
     return [Sentence(texts[i], fields[i], tags(texts[i])) for i in rows]
+
+
+def annotate(tree: Any) -> Sentence:
+    """A derivation of the grammar as a sentence with all its notes."""
+    notes = (labels.NOTES[name](tree) for name in ("semantic", "pos", "tree"))
+    return Sentence(" ".join(tree.leaves()), *notes)
 
 
 PUBLISHED = {"semantic": "target_attribute.json", "pos": "target_pos.json"}
@@ -326,15 +328,20 @@ def measure(
             ]
             scores.append(found)
     return {
-        "success": {
-            name: _summary([[s[name] for s in found] for found in scores], samples)
-            for name in (scores[0][0] if scores else ())
-        },
+        "success": summaries(scores, samples),
         **fluency(texts, judge),
         "seconds per 50": min(seconds) / n * 50,
         "denoiser calls": calls,
         "classifier calls": calls * plan.updates * len(task.needs if task else ()),
         "texts": texts[:: max(1, samples)][:8],
+    }
+
+
+def summaries(scores: list[list[dict]], samples: int) -> dict[str, tuple]:
+    """(mean, standard error) of every score of texts by seed; {} of none."""
+    names = scores[0][0] if scores else ()
+    return {
+        n: _summary([[s[n] for s in rows] for rows in scores], samples) for n in names
     }
 
 

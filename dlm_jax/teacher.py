@@ -5,15 +5,19 @@ Trained by the same loop (objective "ar"); it scores texts, and is the baseline 
 likelihood: its nats are exact. The first token of a row, START, is given.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dlm_jax import denoiser, rounding
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import embed
 from dlm_jax.model import Params
 from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PRNGKeys
+
+Prefix = Int[Array, "b k"]
 
 
 def hidden(
@@ -41,16 +45,64 @@ def features(params: Params, cfg: DenoiserConfig, ids: Ids) -> Float[Array, "b h
     return jnp.sum(states * real, 1) / jnp.maximum(jnp.sum(real, 1), 1)
 
 
-def sample(keys: PRNGKeys, params: Params, cfg: DenoiserConfig, length: int) -> Ids:
-    """Ids [b length] by ancestral sampling, one token after the other; PAD after END."""
-    count = keys.shape[0]
-    start = jnp.full((count, length), PAD).at[:, 0].set(START)
+def sample(
+    keys: PRNGKeys,
+    params: Params,
+    cfg: DenoiserConfig,
+    length: int,
+    *,
+    prefix: Prefix | None = None,
+) -> Ids:
+    """Ids [b length] by ancestral sampling, one token after the other; PAD after END.
+
+    prefix [b k]: the first tokens, START among them; a row's ends where PAD begins.
+    """
+    start, given = _begin(keys.shape[0], length, prefix)
 
     def step(ids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         scores = hidden(params, cfg, ids, head=True)[:, i - 1]
         here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
         drawn = jax.vmap(jax.random.categorical)(here, scores)
-        over = (ids[:, i - 1] == END) | (ids[:, i - 1] == PAD)
-        return ids.at[:, i].set(jnp.where(over, PAD, drawn)), None
+        drawn = jnp.where(_over(ids[:, i - 1]), PAD, drawn)
+        return ids.at[:, i].set(jnp.where(given[:, i], ids[:, i], drawn)), None
 
     return jax.lax.scan(step, start, jnp.arange(1, length))[0]
+
+
+def search(
+    params: Params, cfg: DenoiserConfig, length: int, *, prefix: Prefix, beams: int = 4
+) -> Ids:
+    """Ids [b length]: the likeliest that a beam search finds after each prefix."""
+    start, given = _begin(len(prefix), length, prefix)
+    b, vocab = len(prefix), params.table.shape[0]
+    # one beam is alive at first: the others are copies of it
+    nats = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf) + jnp.zeros((b, 1))
+
+    def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
+        ids, nats = carry  # [b beams length], [b beams]
+        last = ids[:, :, i - 1]
+        scores = hidden(params, cfg, ids.reshape(b * beams, -1), head=True)[:, i - 1]
+        more = jax.nn.log_softmax(scores).reshape(b, beams, vocab)
+        pad = jnp.where(jnp.arange(vocab) == PAD, 0.0, -jnp.inf)
+        more = jnp.where(_over(last)[..., None], pad, more)
+        known = jnp.where(jnp.arange(vocab) == ids[:, :, i, None], 0.0, -jnp.inf)
+        more = jnp.where(given[:, None, i, None], known, more)
+        best, place = jax.lax.top_k((nats[..., None] + more).reshape(b, -1), beams)
+        kept = jnp.take_along_axis(ids, (place // vocab)[..., None], 1)
+        return (kept.at[:, :, i].set(place % vocab), best), None
+
+    beam = jnp.repeat(start[:, None], beams, 1)
+    (ids, nats), _ = jax.lax.scan(step, (beam, nats), jnp.arange(1, length))
+    return ids[jnp.arange(b), jnp.argmax(nats, -1)]
+
+
+def _begin(count: int, length: int, prefix: Any) -> tuple[jax.Array, jax.Array]:
+    """(ids, given) [count length]: START or the prefix, then PAD."""
+    ids = jnp.full((count, length), PAD).at[:, 0].set(START)
+    if prefix is not None:
+        ids = ids.at[:, : prefix.shape[1]].set(prefix)
+    return ids, jnp.arange(length) < jnp.sum(ids != PAD, -1)[:, None]
+
+
+def _over(last: jax.Array) -> jax.Array:
+    return (last == END) | (last == PAD)

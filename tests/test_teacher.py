@@ -106,3 +106,40 @@ def test_features_ignore_padding(params):
     functions = teacher.hidden, teacher.features
     states, mean = jax.jit(lambda ids: [f(params, CFG, ids) for f in functions])(ids)
     assert np.allclose(mean, states[:, :3].mean(1), atol=1e-6)
+
+
+def test_goes_on_from_a_prefix(params):
+    prefix = np.array([[START, 4, PAD], [START, 5, 4]])
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(2))
+    draw = jax.jit(lambda k: teacher.sample(k, params, CFG, 5, prefix=prefix))
+    rows = np.stack([draw(jax.random.split(jax.random.key(i), 2)) for i in range(200)])
+    assert draw(keys).shape == (2, 5)
+    assert (rows[:, 0, :2] == [START, 4]).all()
+    assert (rows[:, 1, :3] == [START, 5, 4]).all()
+    assert len(np.unique(rows[:, 0, 2])) > 2
+    alone = np.array([[START, 4, w] for w in range(VOCAB)])
+    share = np.exp(-_nll(params, alone)[:, 2])
+    found = np.bincount(rows[:, 0, 2], minlength=VOCAB) / 200
+    assert np.abs(found - share).max() < 5 * np.sqrt(0.25 / 200)
+
+
+def test_search_finds_the_likeliest(params):
+    """As wide a beam as there are rows is exhaustive; a narrow one is no better."""
+    prefix = np.array([[START, 4], [START, 5]])
+    rows = np.array([[START, 4, a, b] for a in range(VOCAB) for b in range(VOCAB)])
+    over = np.isin(rows[:, 2], (END, PAD))
+    rows = rows[~over | (rows[:, 3] == PAD)]
+
+    def best(first):
+        here = rows.copy()
+        here[:, 1] = first
+        nll = np.array(_nll(params, here))
+        nll[:, 3] = np.where(np.isin(here[:, 2], (END, PAD)), 0, nll[:, 3])
+        nll[:, 1] = 0
+        return nll.sum(-1).min(), here[np.argmin(nll.sum(-1))]
+
+    wide = jax.jit(lambda: teacher.search(params, CFG, 4, prefix=prefix, beams=36))()
+    for row, first in zip(np.asarray(wide), (4, 5), strict=True):
+        assert row.tolist() == best(first)[1].tolist()
+    one = jax.jit(lambda: teacher.search(params, CFG, 4, prefix=prefix, beams=1))()
+    assert (np.asarray(one)[:, :2] == prefix).all()
