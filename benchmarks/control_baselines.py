@@ -24,7 +24,7 @@ from nltk import Tree
 
 import dlm_jax
 from configs import grammar as grammar_config
-from dlm_jax import grammar, tasks, teacher
+from dlm_jax import grammar, targets, tasks, teacher
 from dlm_jax.types import PAD, START
 
 BAR = "||"
@@ -57,7 +57,7 @@ def pairs(task: str, seed: int, n: int) -> list[tuple[Any, str, str]]:
     """(target, control's words, text) of n sentences of the grammar."""
     rng, found = np.random.default_rng(0), []
     for tree in grammar.trees(seed, n):
-        sentence = tasks.annotate(tree)
+        sentence = targets.annotate(tree)
         target = tasks.TASKS[task].target(sentence, rng)
         found.append((target, WORDS[task](target, tree), sentence.text))
     return found
@@ -118,15 +118,15 @@ def measure(
 ) -> dict[str, Any]:
     """A row as `tasks.measure` gives it."""
     config = grammar_config.get_config()
-    found = pairs(task, config.data.seed + tasks.TARGET_SEED, args.n)
+    found = pairs(task, config.data.seed + targets.TARGET_SEED, args.n)
     samples = 1 if search else args.samples
-    targets, words, _ = zip(*found, strict=True)
-    judge = tasks.judge_of(config, None)
+    wanted, words, _ = zip(*found, strict=True)
+    judge = targets.judge_of(config, task, None)
     scores, said, began = [], [], time.monotonic()
     for seed in range(1 if search else args.seeds):
         drawn = texts(bundle, np.repeat(words, samples).tolist(), seed, search=search)
         score = tasks.TASKS[task].score
-        pair = zip(drawn, [t for t in targets for _ in range(samples)], strict=True)
+        pair = zip(drawn, [t for t in wanted for _ in range(samples)], strict=True)
         scores.append([score(text, target, judge) for text, target in pair])
         said += drawn
     seconds = (time.monotonic() - began) / len(said) * 50

@@ -33,7 +33,7 @@ FREE = {
         "valid_batches",
         "sample_steps",
     )
-} | {"sample", "evaluate"}
+} | {"sample", "evaluate", "control"}
 
 
 def folder(workdir: str | Path) -> Path:
@@ -229,10 +229,13 @@ def flatten(record: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
+    """What differs; a section that the old one has none of came with a later version."""
     a, b = flatten(old), flatten(new)
     found = []
     for name in a.keys() | b.keys():
         section = name.partition(".")[0]
+        if section not in old:
+            continue
         if a.get(name) == b.get(name) or name in FREE or section in FREE:
             continue
         grows = name == "train.total_steps" and b.get("optim.decay") == "constant"

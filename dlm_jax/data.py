@@ -171,8 +171,36 @@ def _read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
     return _non_empty(found, str(path))
 
 
-def _read_jsonl(path: Path, cfg: Any) -> list[str]:
-    texts = []
+def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
+    """The texts of csv or jsonl, and what another column says of each; UserError."""
+    records = {"csv": _csv_records, "jsonl": _jsonl_records}[cfg.source]
+
+    def read(path: Path, cfg: Any) -> list[tuple[str, str]]:
+        pairs = []
+        for where, record in records(path):
+            text = _cell(record, cfg.column, where)
+            if text:
+                value = record.get(column)
+                label = "" if value is None else str(value).strip()
+                if not label:
+                    raise UserError(
+                        f"{where} has no config.classifier.column={column!r}: every "
+                        "text needs a label"
+                    )
+                pairs.append((text, label))
+        return _non_empty(pairs, str(path))
+
+    pairs = _file(read, cfg, split)
+    return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def _read_records(records: Callable, path: Path, cfg: Any) -> list[str]:
+    texts = [_cell(record, cfg.column, where) for where, record in records(path)]
+    return _non_empty([text for text in texts if text], str(path))
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of each line."""
     for number, line in _lines(path):
         where = f"{path} line {number}"
         try:
@@ -182,18 +210,18 @@ def _read_jsonl(path: Path, cfg: Any) -> list[str]:
             raise UserError(f"{where} is not JSON ({reason}): mend it") from error
         if not isinstance(record, dict):
             raise UserError(f"{where} is not a JSON object: give {{column: text}}")
-        texts.append(_cell(record, cfg.column, where))
-    return _non_empty([text for text in texts if text], str(path))
+        yield where, record
 
 
-def _read_csv(path: Path, cfg: Any) -> list[str]:
+def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of each row."""
     rows = csv.DictReader(io.StringIO(_read(path), newline=""))
     try:
-        texts = [_cell(row, cfg.column, f"{path} line {rows.line_num}") for row in rows]
+        for row in rows:
+            yield f"{path} line {rows.line_num}", row
     except csv.Error as error:
         where = f"{path} line {rows.line_num}"
         raise UserError(f"{where} is not CSV ({error}): mend it") from error
-    return _non_empty([text for text in texts if text], str(path))
 
 
 def _cell(record: dict[str, Any], column: str, where: str) -> str:
@@ -304,8 +332,8 @@ SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,
     "text": partial(_file, _read_text),
     "e2e": _e2e,
-    "csv": partial(_file, _read_csv),
-    "jsonl": partial(_file, _read_jsonl),
+    "csv": partial(_file, partial(_read_records, _csv_records)),
+    "jsonl": partial(_file, partial(_read_records, _jsonl_records)),
     "tfds": _tfds,
 }
 

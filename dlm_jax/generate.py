@@ -157,6 +157,9 @@ class Bundle:
             rounding=rounding,
         )
         _positive("n", n)
+        if self.cfg.causal and jax.tree.leaves(wishes):
+            raise UserError("a teacher writes from left to right: it grants no wishes")
+        _known("plan.rule", control.RULES, plan.rule)
         key = jax.random.key(self._default("seed", seed))
         size = min(_positive("batch", self._default("batch", batch)), _power(n))
         parts = []
@@ -202,10 +205,14 @@ class Bundle:
         row = steering.wish(tok, self.length, self.guides, **asked)
         wishes = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
         if template:
-            parts, words = steering.parse(tok, template), asked.get("length")
             seed = self._default("seed", options.get("seed"))
             rows = steering.of_template(
-                parts, self.length, tok.vocab_size, n, seed, words
+                steering.parse(tok, template, row.lacking),
+                self.length,
+                tok.vocab_size,
+                n,
+                abs(seed),
+                steering.words_of(asked),
             )
             wishes = wishes._replace(
                 ids=rows.ids, known=rows.known, allowed=rows.allowed
@@ -331,9 +338,9 @@ class Bundle:
                 options = {"below": s.clamp, "allowed": wishes.allowed}
                 denoise = control.clamp(denoise, params.table, **options)
             step = _step(s, denoise, schedule)
+            step = steering.step(step, params.table, schedule, wishes, guides, plan)
             if s.churn:
                 step = samplers.churn(step, schedule, rate=s.churn)
-            step = steering.step(step, params.table, schedule, wishes, guides, plan)
 
             def to_ids(x):
                 ids = ROUNDINGS[s.rounding](params, x, wishes.allowed)

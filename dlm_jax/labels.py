@@ -6,7 +6,9 @@ trained on Universal Dependencies gives tags, a constituency parser trees, and a
 any sentence label. Source of the tasks: arXiv:2205.14217 section 6, REFERENCE 1.8.
 """
 
+import functools
 import importlib
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ Fields = dict[str, str]
 Spans = list[tuple[int, int, str]]
 
 NONE = "none"  # a field that a text does not state, a pair that is no constituent
+SPECIAL_TAGS = ("START", "END", "PAD")
 HEADS = {"semantic": "fields", "label": "fields", "pos": "tags", "tree": "chart"}
 
 
@@ -69,11 +72,10 @@ def names_of(task: str, notes: Iterable[Any], length: int) -> Names:
         for note in notes:
             for field, value in note.items():
                 seen.setdefault(field, set()).add(value)
-        classes = {field: [NONE, *sorted(seen[field])] for field in sorted(seen)}
+        silent = [NONE] if task == "semantic" else []
+        classes = {field: [*silent, *sorted(seen[field])] for field in sorted(seen)}
     elif task == "pos":
-        classes = {
-            "pos": ["START", "END", "PAD", *sorted({t for n in notes for t in n})]
-        }
+        classes = {"pos": [*SPECIAL_TAGS, *sorted({t for n in notes for t in n})]}
     else:
         classes = {"tree": [NONE, *sorted({s[2] for note in notes for s in note})]}
     return Names(task, classes, length)
@@ -85,34 +87,73 @@ def encode(notes: Iterable[Any], names: Names) -> Int32[np.ndarray, "n m"]:
     return np.stack(rows).reshape(len(rows), -1).astype(np.int32)
 
 
-def asked(note: Any, names: Names) -> Int[np.ndarray, "..."]:
-    """One row of labels that a text shall have; UserError for one never seen."""
-    layout = names.layout
-    if layout.head == "fields":
-        row = np.full(layout.shape, -1)
-        for field, value in note.items():
-            row[[*names.classes].index(field) if field in names.classes else 0] = (
-                names.number(field, value)
-            )
-        return row
-    told = {"tags": note, "chart": [span[2] for span in note]}[layout.head]
-    for name in told:
-        names.number(names.task, name)
-    size = len(note) if layout.head == "tags" else max(span[1] + 1 for span in note)
-    if size > names.length - 2:
-        raise UserError(
-            f"{names.task}: {size} words; the model has {names.length} positions with "
-            "START and END"
-        )
-    return encode([note], names).reshape(layout.shape)
+def _asked_fields(note: Any, names: Names) -> Int[np.ndarray, " f"]:
+    """Of some fields; the others are not asked."""
+    if not isinstance(note, dict) or not note:
+        raise UserError(f"{names.task}={note!r}: give {{field: value}}")
+    row = dict.fromkeys(names.classes, -1)
+    for field, value in note.items():
+        row[field] = names.number(field, value)
+    return np.array(list(row.values()))
 
 
-def one_span(span: tuple[int, int, str], names: Names) -> Int[np.ndarray, "l l"]:
+def _asked_tags(note: list[str], names: Names) -> Int[np.ndarray, " l"]:
+    for tag in note:
+        if tag in SPECIAL_TAGS:
+            raise UserError(f"pos {tag!r}: give the tags of the words alone")
+        names.number("pos", tag)
+    _fits("pos", len(note), names)
+    return encode([note], names)[0]
+
+
+def _asked_tree(note: Spans, names: Names) -> Int[np.ndarray, "l l"]:
+    _fits("tree", 1 + max((span[1] for span in note), default=-1), names)
+    for span in note:
+        _constituent(span, names)
+    if len({span[:2] for span in note}) < len(note):
+        raise UserError("tree: two labels for one constituent; join them by '::'")
+    for a, b, _ in note:
+        crossing = [s for s in note if a < s[0] <= b < s[1]]
+        if crossing:
+            raise UserError(f"tree: constituents {(a, b)} and {crossing[0][:2]} cross")
+    return encode([note], names).reshape(names.layout.shape)
+
+
+def _asked_span(span: tuple[int, int, str], names: Names) -> Int[np.ndarray, "l l"]:
     """The chart that asks for one constituent and no more."""
-    first, last, label = span
+    first, last, _ = span
+    _fits("span", last + 1, names)
     chart = np.full(names.layout.shape, -1)
-    chart[first + 1, last + 1] = names.number("tree", label)
+    chart[first + 1, last + 1] = _constituent(span, names)
     return chart
+
+
+def _constituent(span: tuple[int, int, str], names: Names) -> int:
+    first, last, label = span
+    if not 0 <= first <= last:
+        raise UserError(f"constituent {span!r}: give (first, last, label), from 0")
+    if label == NONE:
+        raise UserError(f"constituent {span!r}: {NONE!r} is no label")
+    return names.number("tree", label)
+
+
+def _fits(what: str, size: int, names: Names) -> None:
+    if not 1 <= size <= names.length - 2:
+        raise UserError(
+            f"{what}: {size} words; the model has {names.length} positions with START "
+            "and END"
+        )
+
+
+# one row of labels that a text shall have, by the name of the wish; UserError for one
+# that was never seen or cannot be
+ASKED: dict[str, Callable[[Any, Names], np.ndarray]] = {
+    "semantic": _asked_fields,
+    "label": _asked_fields,
+    "pos": _asked_tags,
+    "tree": _asked_tree,
+    "span": _asked_span,
+}
 
 
 def _fields(note: Fields, names: Names) -> np.ndarray:
@@ -147,28 +188,33 @@ Annotated = tuple[list[str], list[Any]]
 
 def annotated(config: Any, task: str, split: str) -> Annotated:
     """Texts of a split of config.data, and a note for each; UserError."""
-    source = config.data.source
+    source, most = config.data.source, config.classifier.texts
     if task not in HEADS:
         raise UserError(
             f"config.classifier.task={task!r}: choose one of {', '.join(HEADS)}"
         )
-    if task == "label":
-        return _columns(config, split)
-    if source == "grammar":
+    if most < 0:
+        raise UserError(f"config.classifier.texts={most}: must be 0 (all) or more")
+    if source == "grammar" and task != "label":
         return _of_grammar(config, task, split)
-    if task == "semantic":
-        if source != "e2e":
-            raise UserError(
-                f"config.classifier.task=semantic: config.data.source={source!r} has no "
-                "records; take e2e, grammar, or task=label with a column"
-            )
-        return data.e2e_records(config.data, split)
-    texts = data.load_texts(config.data, split)[: config.classifier.texts or None]
+    if task in ("semantic", "label"):
+        texts, notes = {"semantic": _records, "label": _columns}[task](config, split)
+        return texts[: most or None], notes[: most or None]
+    texts = data.load_texts(config.data, split)[: most or None]
     if task == "pos":
         tagger = train_tagger(config.classifier.conllu)
         return texts, [tags_of(tagger, text) for text in texts]
     parser = load_parser(config.classifier.parser)
     return texts, [parsed(parser, text) for text in texts]
+
+
+def _records(config: Any, split: str) -> Annotated:
+    if config.data.source != "e2e":
+        raise UserError(
+            f"config.classifier.task=semantic: config.data.source={config.data.source!r} "
+            "has no records; take e2e, grammar, or task=label with a column"
+        )
+    return data.e2e_records(config.data, split)
 
 
 NOTES: dict[str, Callable[[Any], Any]] = {
@@ -188,17 +234,13 @@ def _of_grammar(config: Any, task: str, split: str) -> Annotated:
 
 def _columns(config: Any, split: str) -> Annotated:
     """A sentence label from a column of csv or jsonl."""
-    column = config.classifier.column
-    texts = data.load_texts(config.data, split)
-    with config.unlocked():
-        labelled = config.copy_and_resolve_references()
-    labelled.data.column = column
-    found = data.load_texts(labelled.data, split)
-    if len(found) != len(texts):
+    if config.data.source not in ("csv", "jsonl"):
         raise UserError(
-            f"config.classifier.column={column!r}: {len(found)} labels for {len(texts)} "
-            "texts; every text needs one"
+            f"config.classifier.task=label: config.data.source={config.data.source!r} "
+            "has no columns; give config.data.source=csv or jsonl, and its path"
         )
+    column = config.classifier.column
+    texts, found = data.labelled(config.data, split, column)
     return texts, [{column: label} for label in found]
 
 
@@ -225,12 +267,18 @@ def read_conllu(path: str | Path) -> list[list[tuple[str, str]]]:
     return sentences
 
 
+@functools.cache
 def train_tagger(path: str | Path) -> Any:
-    """nltk's averaged perceptron, trained on a treebank; accuracy in docs/control.md."""
+    """nltk's averaged perceptron, trained on a treebank; accuracy in docs/control.md.
+
+    It shuffles by the global generator: seeded here, so that labels stay what they are.
+    """
     from nltk.tag.perceptron import PerceptronTagger
 
-    tagger = PerceptronTagger(load=False)
+    tagger, before = PerceptronTagger(load=False), random.getstate()
+    random.seed(0)
     tagger.train(read_conllu(path), nr_iter=5)
+    random.setstate(before)
     return tagger
 
 
@@ -246,7 +294,7 @@ def load_parser(name: str) -> Any:
     """benepar's parser (an extra: pip install benepar; its model is its own download)."""
     try:
         return importlib.import_module("benepar").Parser(name)
-    except ImportError as error:
+    except (ImportError, LookupError) as error:
         raise UserError(
             "config.classifier.task=tree needs a parser for this text: "
             "pip install 'dlm_jax[parser]', then benepar.download('benepar_en3')"

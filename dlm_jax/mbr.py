@@ -38,8 +38,8 @@ def utilities(
     or any function of (hypothesis, reference). published: the candidate is the
     reference of the others, as the paper's code has it (REFERENCE Q21).
     """
-    if not candidates:
-        raise UserError("mbr: no candidates; give one or more texts")
+    if isinstance(candidates, str) or not len(candidates):
+        raise UserError("mbr: give a list of one or more texts")
     if isinstance(utility, str):
         if utility not in UTILITIES:
             raise UserError(

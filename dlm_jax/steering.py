@@ -20,7 +20,7 @@ from dlm_jax.labels import Names
 from dlm_jax.model import Denoise, Params
 from dlm_jax.samplers import Step
 from dlm_jax.schedule import Schedule
-from dlm_jax.tokenizer import Tokenizer
+from dlm_jax.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.types import END, PAD, START, UNK, Array, Table, UserError
 
 
@@ -182,10 +182,19 @@ def word_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
     return ids
 
 
-def spaced(rows: list[list[int]]) -> np.ndarray:
-    """Rows of ids filled up with -1 [n k]."""
-    width = max(map(len, rows))
-    return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+def spaced(row: list[int]) -> np.ndarray:
+    """A row of ids [1 k], filled up with -1 to a power of two: few compilations."""
+    width = 1 << max(len(row) - 1, 0).bit_length()
+    return np.array([row + [-1] * (width - len(row))], np.int32)
+
+
+def by_words(tok: Tokenizer, what: str) -> None:
+    """UserError where positions are not words."""
+    if not isinstance(tok, WordTokenizer):
+        raise UserError(
+            f"{what}: counts words, and this model's positions are sentencepiece "
+            "pieces; train with config.data.tokenizer=word"
+        )
 
 
 BLANK, GAP = "___", "[...]"
@@ -208,13 +217,17 @@ class Template(NamedTuple):
         return sum(len(p) if isinstance(p, list) else 1 for p in self.parts)
 
 
-def parse(tok: Tokenizer, template: str) -> Template:
-    """A template such as "The ___ is a pub [...]"; UserError if it has no blank."""
+def parse(tok: Tokenizer, template: str, lacking: Any = None) -> Template:
+    """A template such as "The ___ is a pub [...]"; UserError if it has no blank.
+
+    lacking: ids that must not occur, so that it may not hold them.
+    """
     if not {BLANK, GAP} & set(template.split()):
         raise UserError(
             f"template {template!r} has no blank: write {BLANK} for a word, {GAP} for "
             "any number of words"
         )
+    by_words(tok, "template")
     parts: list[Any] = []
     words: list[str] = []
 
@@ -230,13 +243,20 @@ def parse(tok: Tokenizer, template: str) -> Template:
         else:
             words.append(word)
     flush()
+    held = {i for part in parts if isinstance(part, list) for i in part}
+    if lacking is not None and (clash := held & set(lacking.ravel().tolist())):
+        word = tok.decode([clash.pop()])
+        raise UserError(f"{word!r} is both in the template and to be lacked")
     return Template(parts)
 
 
 def filled(
     template: Template, length: int, widths: Iterable[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, known) [length] with the gaps this wide; one without a width stays open."""
+    """(ids, known) [length] with the gaps this wide; a last one without stays open.
+
+    Of what is not known, ids hold PAD, and END in the open gap.
+    """
     ids, known, gaps, rest = [START], [True], iter(widths), True
     for part in template.parts:
         if isinstance(part, list):
@@ -246,7 +266,7 @@ def filled(
         rest = rest and width > 0
         ids, known = ids + [PAD] * width, known + [False] * width
     size = length - len(ids)
-    tail = [END] + [PAD] * (size - 1) if rest else [PAD] * size
+    tail = [END] + [PAD] * (size - 1) if rest else [END] * size
     return np.array(ids + tail, np.int32), np.array(known + [rest] * size)
 
 
@@ -297,17 +317,12 @@ def _parted(template: Template, words: int, rng: Any) -> list[int]:
 def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
     """Words allowed [n l v]: the known ones, and no special in an open position.
 
-    Where the end is open, END and PAD are allowed from there on.
+    In an open gap, whose ids are END, the text may end: after one word at the least.
     """
-    n, l = ids.shape
-    allowed = np.broadcast_to(
-        np.arange(vocab) > max(START, END, UNK, PAD), (n, l, vocab)
-    )
-    allowed = allowed.copy()
-    ends_open = ~known[:, -1]
-    after = np.cumsum(known[:, ::-1], -1)[:, ::-1] == 0  # nothing is known from here on
-    loose = after & ends_open[:, None]
-    loose &= np.cumsum(loose, -1) > 1  # one word at the least
+    word = np.arange(vocab) > max(START, END, UNK, PAD)
+    allowed = np.broadcast_to(word, (*ids.shape, vocab)).copy()
+    gap = ~known & (ids == END)
+    loose = gap & (np.cumsum(gap, -1) > 1)
     for special in (END, PAD):
         allowed[..., special] |= loose
     return np.where(known[..., None], ids[..., None] == np.arange(vocab), allowed)
@@ -315,7 +330,7 @@ def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
 
 # --- single wishes by name
 
-WISHES = ("length", "contains", "lacks", "semantic", "label", "pos", "tree")
+WISHES = ("length", "contains", "lacks", "semantic", "label", "pos", "tree", "span")
 
 
 def wish(
@@ -325,48 +340,92 @@ def wish(
 
     length: words of the text. contains: a phrase, or several. lacks: words. semantic:
     {field: value}; label: {column: label}; pos: tags of the words; tree: (first, last,
-    label) of constituents, counted in words. The last four by a classifier; without
-    one, a semantic value is a phrase to contain. Raises UserError.
+    label) of all constituents, counted in words; span: of one. These by a classifier;
+    without one, a semantic value is a phrase to contain. Raises UserError.
     """
-    words, phrases, by_task = asked.pop("length", None), [], {}
-    for phrase in _several(asked.pop("contains", [])):
-        phrases.append(spaced([word_ids(tok, phrase, "contains")]))
-    lacking = [
-        i for w in _several(asked.pop("lacks", [])) for i in word_ids(tok, w, "lacks")
-    ]
+    words, phrases = (
+        asked.pop("length", None),
+        list(_several(asked.pop("contains", []))),
+    )
+    lacks = _several(asked.pop("lacks", []))
     if "semantic" in asked and "semantic" not in guides:
-        values = asked.pop("semantic").values()
-        phrases += [spaced([word_ids(tok, v, "semantic")]) for v in values]
-    for task, value in asked.items():
-        if task not in guides:
-            raise UserError(
-                f"{task}: needs a classifier, bundle.with_classifier(WORKDIR), trained by "
-                f"--mode train_classifier --config configs/classifier.py:{task}"
-            )
-        by_task[task] = labels.asked(value, guides[task].names)[None]
-    if "pos" in asked and words not in (None, len(asked["pos"])):
-        raise UserError(f"pos has {len(asked['pos'])} tags, and length={words}")
+        phrases += _fields(asked.pop("semantic")).values()
+    by_task = {}
+    for name, value in asked.items():
+        guide = _guide(name, guides)
+        by_task[guide.names.task] = labels.ASKED[name](value, guide.names)[None]
+    found = [word_ids(tok, phrase, "contains") for phrase in phrases]
+    lacking = [i for word in lacks for i in word_ids(tok, word, "lacks")]
+    _check(tok, positions, words, found, lacking, asked)
     ids = known = allowed = None
     if words is not None:
-        if not 1 <= words <= positions - 2:
-            raise UserError(f"length={words}: must be from 1 to {positions - 2} words")
         ids, known = map(np.asarray, control.of_length(np.array([words]), positions))
         allowed = open_words(ids, known, tok.vocab_size)
-    short = [p for p in phrases if words is not None and p.size > words]
-    if short:
-        raise UserError(f"a phrase of {short[0].size} words, and length={words}")
-    clash = set(lacking) & {int(i) for p in phrases for i in p.ravel()}
-    if clash:
-        word = tok.decode([clash.pop()])
-        raise UserError(f"contains and lacks both name {word!r}")
     return Wishes(
         ids,
         known,
         allowed,
-        tuple(phrases),
-        spaced([lacking]) if lacking else None,
+        tuple(map(spaced, found)),
+        spaced(lacking) if lacking else None,
         by_task,
     )
+
+
+def words_of(asked: Mapping[str, Any]) -> int | None:
+    """How many words are wished, by number or by their tags."""
+    if "length" in asked:
+        return asked["length"]
+    return len(asked["pos"]) if "pos" in asked else None
+
+
+def _guide(name: str, guides: Mapping[str, Guide]) -> Guide:
+    task = "tree" if name == "span" else name
+    if task not in guides:
+        raise UserError(
+            f"{name}: needs a classifier, bundle.with_classifier(WORKDIR), trained by "
+            f"--mode train_classifier --config configs/classifier.py:{task}"
+        )
+    return guides[task]
+
+
+def _check(
+    tok: Tokenizer,
+    positions: int,
+    words: Any,
+    phrases: list[list[int]],
+    lacking: list[int],
+    asked: dict,
+) -> None:
+    """UserError where no text can grant all wishes."""
+    most = positions - 2
+    if words is not None:
+        by_words(tok, "length")
+        if not isinstance(words, int | np.integer) or not 1 <= words <= most:
+            raise UserError(f"length={words}: must be from 1 to {most} words")
+    sizes = {"pos": len(asked.get("pos", ()))}
+    sizes["tree"] = 1 + max((s[1] for s in asked.get("tree", ())), default=-1)
+    sizes["length"] = int(words or 0)
+    said = {name: size for name, size in sizes.items() if size}
+    if len(set(said.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in said.items())
+        raise UserError(f"wishes disagree on how many words there are: {told}")
+    room = max(said.values(), default=most)
+    longest = max(map(len, phrases), default=0)
+    if longest > room:
+        raise UserError(f"a phrase of {longest} words, and room for {room}")
+    values = _several(_fields(asked.get("semantic", {})).values())
+    inside = {i for phrase in phrases for i in phrase}
+    inside |= {i for value in values for i in tok.encode(value)}
+    if clash := set(lacking) & inside:
+        raise UserError(
+            f"{tok.decode([clash.pop()])!r} is both wished and to be lacked"
+        )
+
+
+def _fields(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise UserError(f"semantic={value!r}: give {{field: value}}")
+    return value
 
 
 def _several(value: Any) -> list[str]:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control tasks: targets, how to steer, how to score; one table, one JSON a row.
 
-Targets of the grammar are drawn from a seed that nothing was trained on; of E2E they
-come from the published files, and from its validation split. Scores are those of
-arXiv:2205.14217 section 6 (REFERENCE 1.9); beside each stands the fluency.
+Scores are those of arXiv:2205.14217 section 6 (REFERENCE 1.9); beside each stands the
+fluency. Targets come from `targets`.
 """
 
+import functools
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,35 +19,12 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax import data, generate, grammar, labels, measures, parallel, steering
+from dlm_jax import generate, measures, parallel, steering
 from dlm_jax.generate import Bundle
 from dlm_jax.labels import Fields, Spans
 from dlm_jax.steering import Plan, Wishes
-from dlm_jax.types import UserError
-
-TARGET_SEED = 2_000_003  # added to the seed of the data: never trained or validated on
-
-
-class Sentence(NamedTuple):
-    """A held-out text, and what it says; None where that is not known."""
-
-    text: str
-    fields: Fields | None = None
-    tags: list[str] | None = None
-    spans: Spans | None = None
-
-
-class Judge(NamedTuple):
-    """How texts are read: tags; constituents of a parse, and of parts that parse.
-
-    nats(texts) gives -log p of each, not finite outside the language: exact for the
-    grammar, else the teacher's.
-    """
-
-    tags: Callable[[str], list[str]]
-    spans: Callable[[str], Spans]
-    derived: Callable[[str], set]
-    nats: Callable[[list[str]], np.ndarray]
+from dlm_jax.targets import Judge, Sentence, contained, judge_of, sentences, stated
+from dlm_jax.types import UNK, UserError
 
 
 class Task(NamedTuple):
@@ -65,9 +43,9 @@ class Task(NamedTuple):
 
 
 def _one_field(sentence: Sentence, rng: Any) -> Fields:
-    """A field whose value is words of the text."""
+    """A field whose value is words of the text; a published target is its only one."""
     assert sentence.fields is not None
-    told = {f: v for f, v in sentence.fields.items() if contained(v, sentence.text)}
+    told = stated(sentence) or sentence.fields
     field = sorted(told)[rng.integers(len(told))]
     return {field: told[field]}
 
@@ -97,22 +75,12 @@ def _asked(name: str) -> Callable[[Any, Bundle], Wishes]:
     return wish
 
 
-def _span(target: tuple, bundle: Bundle) -> Wishes:
-    chart = labels.one_span(target, bundle.guides["tree"].names)
-    return Wishes(labels={"tree": chart[None]})
-
-
 def _template(target: str, bundle: Bundle) -> Wishes:
     parts = steering.parse(bundle.tokenizer, target)
     return steering.of_template(parts, bundle.length, bundle.tokenizer.vocab_size, 1, 0)
 
 
 # --- scores
-
-
-def contained(value: str, text: str) -> bool:
-    """Whether the words of the value stand in the text, one after the other."""
-    return f" {value} " in f" {text} "
 
 
 def _value(text: str, target: Fields, judge: Judge) -> dict[str, float]:
@@ -138,8 +106,8 @@ def _has_span(text: str, target: tuple, judge: Judge) -> dict[str, float]:
     """The constituent in its place, whatever the rest; and within a whole parse."""
     first, last, label = target
     found = judge.derived(text)
-    there = all((first, last, name) in found for name in label.split("::"))
     within = tuple(target) in judge.spans(text)
+    there = within or all((first, last, name) in found for name in label.split("::"))
     return {"span": float(there), "span in a parse": float(within)}
 
 
@@ -182,7 +150,7 @@ TASKS: dict[str, Task] = {
     "semantic": Task(_one_field, _asked("semantic"), _value, ("semantic",)),
     "pos": Task(lambda s, rng: s.tags, _asked("pos"), _tags, ("pos",)),
     "tree": Task(lambda s, rng: s.spans, _asked("tree"), _tree, ("tree",)),
-    "span": Task(_one_span, _span, _has_span, ("tree",)),
+    "span": Task(_one_span, _asked("span"), _has_span, ("tree",)),
     "length": Task(lambda s, rng: len(s.text.split()), _asked("length"), _length),
     "infilling": Task(_middle, _template, _kept),
 }
@@ -192,11 +160,12 @@ TASKS["semantic+pos"] = _both(TASKS["semantic"], TASKS["pos"])
 # how strongly: tried on targets of other seeds than the tables' (docs/control.md)
 PLANS = {
     "tuned": {
-        **dict.fromkeys(TASKS, Plan()),
+        **dict.fromkeys(["unguided", *TASKS], Plan()),
         "semantic": Plan(lr=0.3),
         "span": Plan(fluency=0.001),
     },
     "published": {  # REFERENCE 1.7: coefficient and step of the code, no push at t < .05
+        "unguided": Plan(),
         "semantic": Plan(lr=0.1, fluency=0.01),
         "pos": Plan(lr=0.1, fluency=0.0001),
         "tree": Plan(lr=0.1, fluency=0.0005),
@@ -207,90 +176,6 @@ PLANS = {
         "semantic+pos": Plan(lr=0.1, fluency=0.0001),
     },
 }
-
-
-# --- a corpus: its held-out sentences, and its judge
-
-
-EDGES = ("START", "END", "\n")  # of the published targets
-
-
-def sentences(config: Any, task: str, n: int) -> list[Sentence]:
-    """Up to n held-out sentences, annotated as far as that can be done."""
-    if config.data.source == "grammar":
-        return list(map(annotate, grammar.trees(config.data.seed + TARGET_SEED, n)))
-    if config.control.targets:
-        return published(Path(config.control.targets), task)
-    texts = data.load_texts(config.data, "valid")
-    fields: list[Any] = [None] * len(texts)
-    if config.data.source == "e2e":
-        texts, fields = data.e2e_records(config.data, "valid")
-    tags = _tagger(config)
-    rows = np.random.default_rng(0).permutation(len(texts))[:n]
-    return [Sentence(texts[i], fields[i], tags(texts[i])) for i in rows]
-
-
-def annotate(tree: Any) -> Sentence:
-    """A derivation of the grammar as a sentence with all its notes."""
-    notes = (labels.NOTES[name](tree) for name in ("semantic", "pos", "tree"))
-    return Sentence(" ".join(tree.leaves()), *notes)
-
-
-PUBLISHED = {"semantic": "target_attribute.json", "pos": "target_pos.json"}
-
-
-def published(folder: Path, task: str) -> list[Sentence]:
-    """The published targets of semantic content, tags and length (REFERENCE 1.7)."""
-    if task == "length":  # 10 to 40, START and END counted
-        return [Sentence(" ".join(["word"] * n)) for n in range(8, 39)]
-    if task not in PUBLISHED:
-        raise UserError(f"config.control.targets: no published ones of {task}")
-    path = folder / PUBLISHED[task]
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"config.control.targets: {path}: {error}") from error
-    if task == "semantic":
-        pairs = [" ".join(row).split(" : ") for row in rows]
-        return [Sentence(value, {field: value}) for field, value in pairs]
-    kept = [
-        [(w, t) for w, t in zip(r["words_"], r["pos"], strict=True) if w not in EDGES]
-        for r in rows
-    ]
-    return [Sentence(" ".join(w for w, _ in k), None, [t for _, t in k]) for k in kept]
-
-
-def judge_of(config: Any, teacher: Bundle | None) -> Judge:
-    """The grammar, or the tagger and the teacher."""
-    if config.data.source == "grammar":
-        return Judge(_word_tags, _parsed, grammar.derived, _exact_nats)
-    nothing = (lambda text: [], lambda text: set())
-    return Judge(_tagger(config), *nothing, _teacher_nats(teacher))
-
-
-def _word_tags(text: str) -> list[str]:
-    return [grammar.word_tags().get(word, "") for word in text.split()]
-
-
-def _parsed(text: str) -> Spans:
-    return grammar.spans_of(grammar.parse(text)) if grammar.accepts(text) else []
-
-
-def _exact_nats(texts: list[str]) -> np.ndarray:
-    return -np.array([grammar.log_prob(text) for text in texts])
-
-
-def _tagger(config: Any) -> Callable[[str], list[str]]:
-    if not config.classifier.conllu:
-        return lambda text: []
-    tagger = labels.train_tagger(config.classifier.conllu)
-    return lambda text: labels.tags_of(tagger, text)
-
-
-def _teacher_nats(teacher: Bundle | None) -> Callable[[list[str]], np.ndarray]:
-    if teacher is None:
-        return lambda texts: np.full(len(texts), math.nan)
-    return lambda texts: np.asarray(teacher.nll(teacher.encode(texts)).total())
 
 
 # --- the command
@@ -307,7 +192,8 @@ def measure(
     """Success, fluency and cost of one task; without a task, of texts left free.
 
     options: samples (a target), seeds, calls. Success is the mean over targets, its
-    error over seeds; of one seed, over targets. Seconds are of the fastest seed.
+    error over seeds; of one seed, over targets. Seconds are of the fastest seed:
+    of one seed alone, compilation is among them.
     """
     samples, seeds, calls = (options[name] for name in ("samples", "seeds", "calls"))
     n, wishes = len(targets) * samples, steering.FREE
@@ -317,9 +203,10 @@ def measure(
             lambda *x: np.repeat(np.concatenate(x), samples, 0), *rows
         )
     scores, texts, seconds = [], [], []
+    run = functools.partial(bundle.draw, n, steps=calls, wishes=wishes, plan=plan)
     for seed in range(seeds):
         began = time.monotonic()
-        drawn = bundle.draw(n, seed=seed, steps=calls, wishes=wishes, plan=plan).texts
+        drawn = run(seed=seed).texts
         seconds.append(time.monotonic() - began)
         texts += drawn
         if task is not None:
@@ -353,49 +240,111 @@ def _summary(scores: list[list[float]], samples: int) -> tuple[float, float]:
     return float(by_target.mean()), float(error)
 
 
-def fluency(texts: list[str], judge: Judge) -> dict[str, float]:
-    """accepted: the share of texts in the language; nats/token of these; entropy."""
+def fluency(texts: list[str], judge: Judge) -> dict[str, float | None]:
+    """accepted: the share of texts in the language; nats/token of these; entropy.
+
+    None where nothing can be said: no text is in the language, or there is no teacher.
+    """
     nats = judge.nats(texts)
     good = np.isfinite(nats)
     tokens = np.array([len(text.split()) + 1 for text in texts])
     return {
-        "accepted": float(good.mean()),
-        "nats/token": float(nats[good].sum() / max(tokens[good].sum(), 1)),
+        "accepted": None if np.isnan(nats).all() else float(good.mean()),
+        "nats/token": float(nats[good].sum() / tokens[good].sum())
+        if any(good)
+        else None,
         "unigram entropy": measures.unigram_entropy(texts),
     }
 
 
 def run(bundle: Bundle, workdir: str) -> list[dict]:
-    """Measures config.control's tasks; prints the table, writes a JSON file a row."""
+    """Measures config.control's tasks; prints the table, writes a JSON file a row.
+
+    A row that is there, of the very same model, classifiers and settings, is kept.
+    """
+    if "control" not in bundle.config:
+        raise UserError(f"{workdir}: its config has no section control; give --config")
+    if parallel.hosts()[0]:
+        return []
     config: Any = ml_collections.ConfigDict(bundle.config)
     options = config.control
     names = ["unguided", *TASKS] if options.task == "all" else [options.task]
     bundle = _equipped(bundle, options, names)
     teacher = generate.load(options.teacher) if options.teacher else None
-    judge, folder = judge_of(config, teacher), Path(workdir) / "control"
     bar = tqdm([(name, calls) for name in names for calls in options.calls])
     rows = []
     for name, calls in bar:
         bar.set_description(f"{name}, {calls} calls")
-        size = {k: options[k] for k in ("preset", "samples", "seeds")}
-        about = {"task": name, "calls": calls, "step": bundle.step, **size}
-        found = sentences(config, name, options.n)
-        about["targets"] = len(found)
-        path = folder / ("_".join(map(str, about.values())) + ".json")
+        about = _about(bundle, name, calls)
+        path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
         if not path.exists():
-            rng = np.random.default_rng(0)
-            task = TASKS.get(name)
-            targets = [task.target(s, rng) if task else s.text for s in found]
-            plan = PLANS[options.preset].get(name, Plan())
-            sizes = {"samples": options.samples, "seeds": options.seeds, "calls": calls}
-            row = about | measure(bundle, task, targets, judge, plan, **sizes)
-            row |= {"plan": plan._asdict(), "config": bundle.config}
-            if parallel.hosts()[0] == 0:
-                folder.mkdir(exist_ok=True)
-                path.write_text(json.dumps(row, indent=1, ensure_ascii=False))
+            _write(path, about | _row(bundle, config, name, calls, teacher))
         rows.append(json.loads(path.read_text()))
     print(table(rows))
     return rows
+
+
+def _about(bundle: Bundle, name: str, calls: int) -> dict[str, Any]:
+    """All that a row depends on: another model, classifier or setting is another row."""
+    used = TASKS[name].needs if name in TASKS else ()
+    weights = {task: bundle.guides[task].params for task in used}
+    options = {
+        k: v for k, v in bundle.config["control"].items() if k not in ("task", "calls")
+    }
+    about = {
+        "task": name,
+        "calls": calls,
+        "step": bundle.step,
+        "model": _crc_of(bundle.ema),
+        "classifiers in use": {task: _crc_of(w) for task, w in weights.items()},
+        "control": options,
+        "sample": bundle.config["sample"],
+        "data": bundle.config["data"],
+        "plan": PLANS[options["preset"]][name]._asdict(),
+    }
+    return json.loads(json.dumps(about))
+
+
+def _crc(record: Any) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
+def _crc_of(weights: Any) -> int:
+    crc = 0
+    for leaf in jax.tree.leaves(weights):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc
+
+
+def _row(
+    bundle: Bundle, config: Any, name: str, calls: int, teacher: Bundle | None
+) -> dict[str, Any]:
+    """Targets drawn, texts steered, texts scored."""
+    options, rng = config.control, np.random.default_rng(0)
+    task = TASKS.get(name)
+    found = [s for s in sentences(config, name, options.n) if _can_say(bundle, name, s)]
+    targets = [task.target(s, rng) if task else s.text for s in found]
+    if not targets:
+        raise UserError(
+            f"config.control.task={name}: no target; raise config.control.n"
+        )
+    sizes = {"samples": options.samples, "seeds": options.seeds, "calls": calls}
+    plan = PLANS[options.preset][name]
+    judge = judge_of(config, name, teacher)
+    row = measure(bundle, task, targets, judge, plan, **sizes)
+    return {"targets": len(targets), **row, "config": bundle.config}
+
+
+def _can_say(bundle: Bundle, name: str, sentence: Sentence) -> bool:
+    """Whether the model knows the words that a template would hold."""
+    return name != "infilling" or UNK not in bundle.tokenizer.encode(sentence.text)
+
+
+def _write(path: Path, row: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(row, indent=1, ensure_ascii=False))
+    part.replace(path)
 
 
 def _equipped(bundle: Bundle, options: Any, names: list[str]) -> Bundle:
@@ -413,6 +362,10 @@ def _equipped(bundle: Bundle, options: Any, names: list[str]) -> Bundle:
     for name in ("n", "samples", "seeds"):
         if options[name] < 1:
             raise UserError(f"config.control.{name}={options[name]}: must be 1 or more")
+    for calls in options.calls:
+        if calls < 1:
+            raise UserError(f"config.control.calls: {calls} must be 1 or more")
+        bundle.settings(steps=calls)
     bundle = bundle.with_classifier(*options.classifiers.split())
     needed = {need for name in names if name in TASKS for need in TASKS[name].needs}
     for need in sorted(needed - set(bundle.guides)):
@@ -433,6 +386,8 @@ def table(rows: list[dict]) -> str:
             for name, (mean, error) in row["success"].items()
         ]
         cells = [row["task"], str(row["calls"]), ", ".join(shares)]
-        cells += [f"{100 * row['accepted']:.1f}", f"{row['nats/token']:.3f}"]
+        share, nats = row["accepted"], row["nats/token"]
+        cells.append("-" if share is None else f"{100 * share:.1f}")
+        cells.append("-" if nats is None else f"{nats:.3f}")
         lines.append("| " + " | ".join([*cells, f"{row['seconds per 50']:.1f}"]) + " |")
     return "\n".join(lines)

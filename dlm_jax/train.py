@@ -416,11 +416,13 @@ class Run:
             _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
             tokenizer = from_dict(saved)
         self.corpus = self._corpus(tokenizer)
-        if saved.get("corpus") not in (None, self.corpus.record()["corpus"]):
-            raise UserError(
-                f"config.data: its text is not the one that {workdir} was begun with; "
-                "restore it or take a fresh --workdir"
-            )
+        record = self.corpus.record()
+        for name, what in (("corpus", "text"), ("table", "model's embedding")):
+            if saved.get(name) not in (None, record.get(name)):
+                raise UserError(
+                    f"config.data: its {what} is not the one that {workdir} was begun "
+                    "with; restore it or take a fresh --workdir"
+                )
         self.state = self._begin()
         self.bundle = self._bundle()
         if self.host == 0:

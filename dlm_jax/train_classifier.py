@@ -9,7 +9,7 @@ import numpy as np
 
 from dlm_jax import classifier, generate, labels, train
 from dlm_jax.labels import Names
-from dlm_jax.tokenizer import Tokenizer
+from dlm_jax.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.train import Work
 from dlm_jax.types import UserError
 
@@ -61,10 +61,29 @@ class ClassifierRun(train.Run):
 
 
 def borrow(config: Any, base: generate.Bundle) -> Any:
-    """The config with the model's data, length and width of embedding filled in."""
-    path = config.data.path or base.config["data"]["path"]
+    """The config with the model's data, noise, length and width of embedding.
+
+    The text is the model's own, unless config.data.path names another; UserError.
+    """
+    if not config.classifier.task or config.model.causal or config.model.self_cond:
+        raise UserError("--config: take configs/classifier.py, or one like it")
+    if config.loss.times == "importance" or config.loss.truncate:
+        raise UserError(
+            "config.loss: a classifier takes neither times='importance' nor truncate"
+        )
+    theirs = base.config["data"]
+    if theirs["mode"] != "pad":
+        raise UserError(
+            f"config.classifier.model: its texts are packed (mode {theirs['mode']!r}); "
+            "a label needs a row for each text, config.data.mode=pad"
+        )
+    own = {}
+    if config.data.path:
+        names = ("source", "path", "valid_path", "valid_fraction", "column")
+        own = {name: config.data[name] for name in names}
     with config.unlocked():
-        config.data.update(base.config["data"], path=path)
+        config.data.update(theirs, **own)
+        config.schedule.update(base.config["schedule"], adaptive="")
     config.model.update(dim=base.cfg.dim, positions=base.length)
     return config
 
@@ -72,6 +91,11 @@ def borrow(config: Any, base: generate.Bundle) -> Any:
 def corpus_of(config: Any, base: generate.Bundle) -> tuple[Names, train.Corpus]:
     """The labels' names, and rows of ids and labels of both splits."""
     task, tok = config.classifier.task, base.tokenizer
+    if task in ("pos", "tree") and not isinstance(tok, WordTokenizer):
+        raise UserError(
+            f"config.classifier.task={task}: its labels are of words, and the model's "
+            "tokens are sentencepiece pieces; train it with config.data.tokenizer=word"
+        )
     train_part, valid_part = (
         labels.annotated(config, task, split) for split in ("train", "valid")
     )

@@ -20,6 +20,7 @@ LAYERS = (  # from the bottom; an import points to a lower row
     "interop labels",
     "steering",
     "generate viz",
+    "targets",
     "evaluate tasks",
     "train",
     "train_classifier",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels: the grammar's own, records, tags and trees of files, as arrays."""
 
+import importlib.util
 import json
 
 import nltk
@@ -69,25 +70,57 @@ def test_a_chart_holds_the_constituents_one_position_after_start():
         for i, j in zip(*np.nonzero(chart > 0), strict=True)
     }
     assert found == set(note)
-    one = labels.one_span(note[1], known)
+    one = labels.ASKED["span"](note[1], known)
     first, last, label = note[1]
     assert (one >= 0).sum() == 1
     assert known.classes["tree"][one[first + 1, last + 1]] == label
 
 
-def test_what_is_asked_must_have_been_seen():
-    known = names("semantic", {"food": "Italian"})
-    assert labels.asked({"food": "Italian"}, known).tolist() == [1]
-    with pytest.raises(UserError, match=r"food 'Greek': not seen.*none, Italian"):
-        labels.asked({"food": "Greek"}, known)
-    with pytest.raises(UserError, match=r"'fod'.*knows only food"):
-        labels.asked({"fod": "Italian"}, known)
-    with pytest.raises(UserError, match="pos 'XYZ': not seen"):
-        labels.asked(["XYZ"], names("pos", ["NOUN"]))
-    with pytest.raises(UserError, match=r"pos: 20 words; the model has 16"):
-        labels.asked(["NOUN"] * 20, names("pos", ["NOUN"]))
-    with pytest.raises(UserError, match="tree 'QP': not seen"):
-        labels.asked([(0, 1, "QP")], names("tree", [(0, 1, "NP")]))
+KNOWN = {
+    "semantic": names("semantic", {"food": "Italian", "area": "riverside"}),
+    "pos": names("pos", ["NOUN"]),
+    "tree": names("tree", [(0, 1, "NP"), (0, 2, "S")]),
+}
+
+
+def asked(wish, value):
+    return labels.ASKED[wish](value, KNOWN["tree" if wish == "span" else wish])
+
+
+def test_what_is_asked_and_no_more():
+    assert asked("semantic", {"food": "Italian"}).tolist() == [-1, 1]
+    row = asked("pos", ["NOUN", "NOUN"])
+    assert [KNOWN["pos"].classes["pos"][k] for k in row[:5]] == [
+        "START", "NOUN", "NOUN", "END", "PAD",
+    ]  # fmt: skip
+    chart = asked("tree", [(0, 1, "NP"), (0, 2, "S")])
+    assert (chart > 0).sum() == 2
+    assert (chart >= 0).sum() == LENGTH * (LENGTH + 1) // 2  # "none" is asked elsewhere
+
+
+@pytest.mark.parametrize(
+    ("wish", "value", "message"),
+    [
+        ("semantic", {"food": "Greek"}, r"food 'Greek': not seen.*none, Italian"),
+        ("semantic", {"fod": "Italian"}, r"'fod'.*knows only area, food"),
+        ("semantic", "Italian", r"semantic='Italian': give \{field: value\}"),
+        ("pos", ["XYZ"], r"pos 'XYZ': not seen"),
+        ("pos", ["PAD"], r"pos 'PAD': give the tags of the words alone"),
+        ("pos", ["NOUN"] * 20, r"pos: 20 words; the model has 16"),
+        ("pos", [], r"pos: 0 words"),
+        ("tree", [(0, 1, "QP")], r"tree 'QP': not seen"),
+        ("tree", [], r"tree: 0 words"),
+        ("tree", [(0, 1, "NP"), (0, 1, "S")], r"two labels for one"),
+        ("tree", [(0, 1, "NP"), (1, 2, "S")], r"\(0, 1\) and \(1, 2\) cross"),
+        ("span", (-3, 2, "NP"), r"give \(first, last, label\)"),
+        ("span", (2, 1, "NP"), r"give \(first, last, label\)"),
+        ("span", (0, 1, "none"), r"'none' is no label"),
+        ("span", (0, 15, "NP"), r"span: 16 words"),
+    ],
+)
+def test_what_cannot_be_asked(wish, value, message):
+    with pytest.raises(UserError, match=message):
+        asked(wish, value)
 
 
 @pytest.mark.parametrize("task", ["semantic", "pos", "tree"])
@@ -125,9 +158,18 @@ def test_any_label_from_a_column(tmp_path):
     texts, notes = labels.annotated(config, "label", "train")
     assert notes[:2] == [{"label": "a"}, {"label": "b"}]
     assert len(texts) == len(notes) == 9
-    rows[3]["label"] = ""
+    assert labels.names_of("label", notes, LENGTH).classes == {"label": ["a", "b"]}
+    rows[3]["label"], rows[8]["text"] = "", ""  # as many of each: they must not shift
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="8 labels for 9 texts"):
+    with pytest.raises(UserError, match=r"line 4 has no config\.classifier\.column"):
+        labels.annotated(config, "label", "train")
+    rows[3]["label"] = 0
+    path.write_text("\n".join(map(json.dumps, rows)))
+    texts, notes = labels.annotated(config, "label", "train")
+    assert (texts[3], notes[3]) == ("text 3", {"label": "0"})
+    assert [n["label"] for n in notes] == list("aba0abab")
+    config.data.source = "text"
+    with pytest.raises(UserError, match="has no columns"):
         labels.annotated(config, "label", "train")
 
 
@@ -141,6 +183,9 @@ def test_a_tagger_learns_from_a_treebank(tmp_path):
     ]
     tagger = labels.train_tagger(path)
     assert labels.tags_of(tagger, "dogs sleep") == ["NOUN", "VERB"]
+    weights = tagger.model.weights
+    labels.train_tagger.cache_clear()
+    assert labels.train_tagger(path).model.weights == weights  # whatever was drawn
     path.write_text("no columns\n")
     with pytest.raises(UserError, match="holds no sentence"):
         labels.read_conllu(path)
@@ -175,5 +220,6 @@ class Parser:
 def test_trees_of_a_parser():
     found = labels.parsed(Parser(), "a cat sleeps")
     assert set(found) == {(0, 2, "S"), (0, 1, "NP"), (2, 2, "VP")}
-    with pytest.raises(UserError, match="needs a parser"):
-        labels.load_parser("benepar_en3")
+    if not importlib.util.find_spec("benepar"):
+        with pytest.raises(UserError, match="needs a parser"):
+            labels.load_parser("benepar_en3")

@@ -48,7 +48,8 @@ def test_bleu_is_that_of_the_words():
 
 def test_few_candidates_and_wrong_names():
     assert mbr.choose(["alone"]) == "alone"
-    with pytest.raises(UserError, match="no candidates"):
-        mbr.choose([])
+    for wrong in ([], "a text"):
+        with pytest.raises(UserError, match="a list of one or more"):
+            mbr.choose(wrong)
     with pytest.raises(UserError, match="choose one of bleu, chrf"):
         mbr.choose(["a"], utility="rouge")

@@ -6,11 +6,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import sizes
 
 from configs import smoke
 from dlm_jax import classifier, samplers, steering, train
 from dlm_jax.labels import Names
 from dlm_jax.steering import Guide, Plan
+from dlm_jax.tokenizer import train_sentencepiece
 from dlm_jax.types import END, PAD, START, UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -49,8 +51,11 @@ def test_known_tokens_come_back_exactly(bundle, solver, noised):
         6, wishes=wishes, plan=Plan(noised=noised), solver=solver, eta=None
     )
     assert (drawn.ids[wishes.known] == wishes.ids[wishes.known]).all()
-    known_ids = wishes.ids[~wishes.known]
-    assert (known_ids == PAD).all()  # what is open is not given away
+    clean = np.asarray(bundle.ema.table)[wishes.ids]
+    np.testing.assert_allclose(
+        drawn.latents[wishes.known], clean[wishes.known], atol=1e-6
+    )
+    assert (wishes.ids[~wishes.known] == PAD).all()  # what is open is not given away
     assert (drawn.ids[~wishes.known] > PAD).all()  # and no special fills it
     assert all(
         text.startswith("the ") and text.endswith(" house") for text in drawn.texts
@@ -63,6 +68,10 @@ def test_nothing_wished_or_no_strength_changes_nothing(bundle):
     rows = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
     weak = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0))
     assert (weak.ids == free.ids).all()
+    words = steering.wish(bundle.tokenizer, LENGTH, {}, contains="cat", lacks="dog")
+    words = jax.tree.map(lambda x: np.repeat(x, 5, 0), words)
+    weightless = bundle.draw(5, seed=3, wishes=words, plan=Plan(weight=0.0))
+    assert (weightless.ids == free.ids).all()
     strong = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=1.0))
     assert (strong.ids != free.ids).any()
     leaning = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0, lean=50.0))
@@ -98,6 +107,9 @@ def test_gaps_and_ends(bundle):
     ids, known = steering.filled(gap, LENGTH, [4])
     assert np.flatnonzero(known).tolist() == [0, 5, 6, 7, 8, 9]
     assert ids[5:7].tolist() == [*ids_of(bundle, "cat"), END]
+    blanks = steering.parse(tok, "the ___ ___ [...]")
+    row = steering.of_template(blanks, LENGTH, tok.vocab_size, 1, 0)
+    assert row.allowed[0, :, END].tolist() == [False] * 5 + [True] * 5
     widths = steering.of_template(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
     assert len(set(widths.tolist())) > 3
 
@@ -116,12 +128,20 @@ def test_a_template_of_a_given_length(bundle):
         bundle.infill(template, n=1, length=3)
     with pytest.raises(UserError, match="length=5: the template needs 2 words"):
         bundle.infill("the ___", n=1, length=5)
+    with pytest.raises(UserError, match="length=1: the template needs 2 words"):
+        bundle.infill("the ___", n=1, pos=["NOUN"])
+    with pytest.raises(
+        UserError, match="'the' is both in the template and to be lacked"
+    ):
+        bundle.infill("the ___", n=1, lacks=["dog", "the"])
 
 
 def test_a_classifier_and_a_template(bundle):
     options = {"n": 4, "seed": 1, "plan": Plan(lr=1.0)}
     free = bundle.infill("the ___ [...]", **options)
-    steered = bundle.infill("the ___ [...]", pos=["DET", "NOUN"], **options)
+    steered = bundle.infill(
+        "the ___ [...]", pos=["DET", "NOUN", "DET", "NOUN"], **options
+    )
     assert free != steered
     assert all(text.startswith("the ") for text in steered)
 
@@ -144,17 +164,22 @@ def test_bad_templates(bundle, template, message):
     [
         ({"length": 9}, "length=9: must be from 1 to 8 words"),
         ({"length": 0}, "length=0"),
+        ({"length": "12"}, "length=12: must be"),
         ({"contains": "zebra"}, "'zebra' is not in"),
         ({"contains": ""}, "contains: empty"),
         (
             {"contains": "the old house", "length": 2},
-            "a phrase of 3 words, and length=2",
+            "a phrase of 3 words, and room for 2",
         ),
-        ({"contains": "cat", "lacks": "cat"}, "both name 'cat'"),
-        ({"pos": ["NOUN"], "length": 2}, "pos has 1 tags, and length=2"),
+        ({"contains": "cat " * 9}, "a phrase of 9 words, and room for 8"),
+        ({"contains": "cat", "lacks": "cat"}, "'cat' is both wished and to be lacked"),
+        ({"pos": ["NOUN"], "length": 2}, "disagree on how many words.*pos 1, length 2"),
         ({"pos": ["VERB"]}, "pos 'VERB': not seen"),
         ({"tree": [(0, 1, "NP")]}, "tree: needs a classifier"),
-        ({"semantic": {"animal": "zebra"}}, "semantic: 'zebra' is not in"),
+        ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
+        ({"semantic": {"animal": "zebra"}}, "'zebra' is not in"),
+        ({"semantic": "cat"}, "semantic='cat': give"),
+        ({"length": 3, "plan": Plan(rule="adam")}, "plan.rule='adam': choose one of"),
     ],
 )
 def test_bad_wishes(bundle, asked, message):
@@ -175,6 +200,8 @@ def test_words_are_wished_without_a_classifier(bundle):
         [ids_of(bundle, "old house")],
         [ids_of(bundle, "cat")],
     ]
+    long = steering.wish(bundle.tokenizer, LENGTH, {}, contains="the old house")
+    assert long.phrases[0].tolist() == [[*ids_of(bundle, "the old house"), -1]]
     assert asked.lacking.tolist() == [ids_of(bundle, "dog")]
     strong = {"seed": 0, "steps": 16, "plan": Plan(weight=20.0)}
     with_cat = bundle.control(8, contains="cat", length=6, **strong)
@@ -185,6 +212,38 @@ def test_words_are_wished_without_a_classifier(bundle):
     assert count[0] > count[1]
 
 
-def test_a_model_run_is_no_classifier(bundle, tmp_path):
+def test_memory_does_not_grow_with_the_steps(bundle):
+    """Infilled and guided: as many values of the largest size for 4 calls as for 32."""
+    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 4, 0)
+    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET"] * 3)
+    labels = jax.tree.map(lambda x: np.repeat(x, 4, 0), asked.labels)
+    wishes = wishes._replace(labels=labels)
+
+    def values(steps):
+        chain = bundle._chain(bundle.settings(steps=steps), Plan())
+        heads = {"pos": bundle.guides["pos"].params}
+        args = (jax.random.key(0), bundle.ema, (), np.arange(4), wishes, heads)
+        return sorted(sizes(jax.make_jaxpr(chain)(*args).jaxpr))
+
+    few, many = values(4), values(32)
+    assert few[-1] == many[-1]
+    assert len(few) == len(many)  # one loop, whatever its length
+
+
+def test_a_teacher_and_pieces_grant_no_wishes(bundle):
+    teacher = dataclasses.replace(
+        bundle, cfg=dataclasses.replace(bundle.cfg, causal=True), compiled={}
+    )
+    with pytest.raises(UserError, match="a teacher writes from left to right"):
+        teacher.control(1, length=3)
+    pieces = train_sentencepiece([TEXT] * 50, vocab_size=20)
+    with pytest.raises(UserError, match="sentencepiece"):
+        steering.wish(pieces, LENGTH, {}, length=3)
+    with pytest.raises(UserError, match="sentencepiece"):
+        steering.parse(pieces, "the ___")
+
+
+def test_an_empty_folder_is_no_classifier(bundle, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         bundle.with_classifier(tmp_path)

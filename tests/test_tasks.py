@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Control tasks: targets that were never trained on, scores that junk cannot win."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,10 +12,10 @@ from configs import smoke
 from dlm_jax import (
     checkpoint,
     classifier,
-    data,
     generate,
     grammar,
     labels,
+    targets,
     tasks,
     train,
 )
@@ -38,7 +39,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def judge(config):
-    return tasks.judge_of(config, None)
+    return targets.judge_of(config, "pos", None)
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +73,10 @@ def score(task, text, target, judge):
     return next(iter(TASKS[task].score(text, target, judge).values()))
 
 
-def test_targets_are_held_out_and_do_not_change(config):
-    found = tasks.sentences(config, "semantic", 50)
-    assert found == tasks.sentences(config, "semantic", 50)
-    train_texts = data.load_texts(config.data, "train")
-    assert [s.text for s in found] != train_texts[:50]
-    assert [s.text for s in found] != data.load_texts(config.data, "valid")[:50]
-    assert all(grammar.accepts(s.text) for s in found)
-    assert found[0].tags == grammar.tags(found[0].text)
-
-
 @pytest.mark.parametrize("task", [name for name in TASKS if "+" not in name])
 def test_a_target_is_met_by_its_own_text_and_missed_by_others(task, config, judge):
     rng = np.random.default_rng(0)
-    for sentence in tasks.sentences(config, task, 20):
+    for sentence in targets.sentences(config, task, 20):
         target = TASKS[task].target(sentence, rng)
         assert score(task, sentence.text, target, judge) == 1
         assert score(task, "pub pub", target, judge) < 0.3
@@ -134,13 +125,13 @@ def test_two_tasks_score_apart(judge):
 
 
 def test_every_task_runs_and_a_row_is_measured_once(bundle, workdir, config, capsys):
-    judge = tasks.judge_of(config, None)
+    judge = targets.judge_of(config, "pos", None)
     for name, task in TASKS.items():
         rng = np.random.default_rng(0)
-        targets = [task.target(s, rng) for s in tasks.sentences(config, name, 2)]
+        wanted = [task.target(s, rng) for s in targets.sentences(config, name, 2)]
         plan = tasks.PLANS["tuned"][name]
         row = tasks.measure(
-            bundle, task, targets, judge, plan, samples=2, seeds=2, calls=3
+            bundle, task, wanted, judge, plan, samples=2, seeds=2, calls=3
         )
         assert len(row["success"]) >= 1
         assert all(0 <= mean <= 1 for mean, _ in row["success"].values())
@@ -160,11 +151,36 @@ def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
     assert written["step"] == bundle.step
     path.write_text(json.dumps(written | {"accepted": 0.123}))
     assert tasks.run(bundle, str(workdir))[0]["accepted"] == 0.123
+    for section, change in (("control", {"n": 3}), ("sample", {"clamp": -1.0})):
+        bundle.config[section].update(change)  # another experiment is another row
+        assert tasks.run(bundle, str(workdir))[0]["accepted"] != 0.123
+    assert len(list((workdir / "control").glob("*.json"))) == 3
+
+
+def test_a_row_names_its_classifiers(bundle):
+    about = tasks._about(bundle, "span", 3)
+    assert set(about["classifiers in use"]) == {"tree"}
+    tree = bundle.guides["tree"]
+    moved = tree._replace(params=jax.tree.map(lambda x: x + 1, tree.params))
+    other = dataclasses.replace(bundle, guides={**bundle.guides, "tree": moved})
+    assert tasks._about(other, "span", 3) != about
+    assert tasks._about(other, "pos", 3) == tasks._about(bundle, "pos", 3)
+
+
+def test_nothing_can_be_said_of_texts_outside_the_language(judge):
+    assert tasks.fluency(["pub pub", "a a"], judge)["nats/token"] is None
+    silent = judge._replace(nats=lambda texts: np.full(len(texts), np.nan))
+    assert tasks.fluency([TEXT], silent)["accepted"] is None
+    known = tasks.fluency([TEXT, "pub pub"], judge)
+    assert known["accepted"] == 0.5
+    exact = -grammar.log_prob(TEXT) / (len(TEXT.split()) + 1)
+    assert known["nats/token"] == pytest.approx(exact)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"task": "length", "calls": [0]}, r"config\.control\.calls: 0 must be 1"),
         ({"task": "mood"}, r"config\.control\.task='mood': choose all"),
         ({"task": "tree"}, r"config\.control\.classifiers: none of task tree"),
         ({"preset": "best"}, r"config\.control\.preset='best'"),
@@ -176,30 +192,3 @@ def test_bad_options(workdir, change, message):
     bundle.config["control"].update(change)
     with pytest.raises(UserError, match=message):
         tasks.run(bundle, str(workdir))
-
-
-def test_published_targets(tmp_path):
-    (tmp_path / "target_attribute.json").write_text(
-        '["customer", "rating", ":", "low"]\n'
-    )
-    row = {
-        "pos": ["START", "NOUN", "VERB", "INTJ", "END"],
-        "words_": ["START", "dogs", "sleep", "\n", "END"],
-    }
-    (tmp_path / "target_pos.json").write_text(json.dumps(row))
-    (semantic,) = tasks.published(tmp_path, "semantic")
-    assert semantic.fields == {"customer rating": "low"}
-    (pos,) = tasks.published(tmp_path, "pos")
-    assert (pos.text, pos.tags) == ("dogs sleep", ["NOUN", "VERB"])
-    sizes = [len(s.text.split()) for s in tasks.published(tmp_path, "length")]
-    assert (min(sizes), max(sizes)) == (8, 38)
-    with pytest.raises(UserError, match="no published ones of tree"):
-        tasks.published(tmp_path, "tree")
-    with pytest.raises(UserError, match=r"target_pos\.json"):
-        tasks.published(tmp_path / "nothing", "pos")
-
-
-def test_the_published_files(data_folder):
-    folder = data_folder / "control_target"
-    assert len(tasks.published(folder, "semantic")) == 79
-    assert len(tasks.published(folder, "pos")) == 200

@@ -2,6 +2,7 @@
 """Classifiers by the command: they learn, resume exactly, and their push is felt."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -22,6 +23,16 @@ LENGTH, STEPS = 8, 120
 ANIMALS = {"land": ["cat", "dog", "cow"], "sea": ["cod", "eel", "ray"]}
 
 
+def smoke_of(folder):
+    """The model's config."""
+    config = smoke.get_config()
+    path = str(folder / "texts.jsonl")
+    config.data.update(source="jsonl", path=path, length=LENGTH)
+    config.model.update(layers=1, width=32, ff=32, dim=8, positions=LENGTH)
+    config.train.update(total_steps=60, batch=32, valid_steps=0, sample_steps=0)
+    return config
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of sentences whose label is the animals' home, trained for a moment."""
@@ -33,11 +44,7 @@ def folder(tmp_path_factory):
         rows.append({"text": f"a {a} sees the {b} now", "label": home})
     path = folder / "texts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    config = smoke.get_config()
-    config.data.update(source="jsonl", path=str(path), length=LENGTH)
-    config.model.update(layers=1, width=32, ff=32, dim=8, positions=LENGTH)
-    config.train.update(total_steps=60, batch=32, valid_steps=0, sample_steps=0)
-    train.run(config, str(folder / "model"))
+    train.run(smoke_of(folder), str(folder / "model"))
     return folder
 
 
@@ -95,7 +102,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
 def log_probs(bundle, wanted, plan, n=64):
     """log p(label | text) of each of n texts, at the least noise, and the texts."""
     guide = bundle.guides["label"]
-    row = labels.asked({"label": wanted}, guide.names)
+    row = labels.ASKED["label"]({"label": wanted}, guide.names)
     wishes = steering.Wishes(labels={"label": np.repeat(row[None], n, 0)})
     drawn = bundle.draw(n, seed=0, steps=16, batch=n, wishes=wishes, plan=plan)
     of = classifier.log_prob(
@@ -130,10 +137,43 @@ def test_guidance_raises_the_log_probability(folder, trained, home):
 def test_bad_beginnings(folder, trained, tmp_path):
     with pytest.raises(UserError, match=r"config\.classifier\.model: name the run"):
         command.run(config_of(folder, **{"classifier.model": ""}), str(tmp_path))
-    with pytest.raises(UserError, match="records"):
-        command.run(config_of(folder, **{"classifier.task": "semantic"}), str(tmp_path))
+    for change, message in (
+        ({"classifier.task": "semantic"}, "records"),
+        ({"loss.times": "importance"}, "importance"),
+        ({"loss.truncate": 0.1}, "truncate"),
+        ({"model.self_cond": True}, r"take configs/classifier\.py"),
+        ({"data.path": "nothing.csv", "data.source": "csv"}, r"nothing\.csv"),
+        ({"classifier.texts": -1}, r"config\.classifier\.texts=-1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.run(config_of(folder, **change), str(tmp_path))
     with pytest.raises(UserError, match=r"was begun with config\.model\.width=32"):
         command.run(config_of(folder, **{"model.width": 64}), str(trained))
+
+
+def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9)
+    changes = {"data.source": "csv", "data.path": str(path), "train.total_steps": 2}
+    command.run(config_of(folder, **changes), str(tmp_path / "run"))
+    guide = steering.load(tmp_path / "run", dlm_jax.load(folder / "model").ema.table)
+    assert guide.names.classes == {"label": ["x", "y"]}
+
+
+def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    changes = {"classifier.model": str(model), "train.total_steps": 2}
+    command.run(config_of(folder, **changes), str(tmp_path / "run"))
+    run = train.Run(smoke_of(folder), str(model))
+    moved = jax.tree.map(lambda x: x + 1, (run.state.params, run.state.ema))
+    step = run.state.step + 1
+    run.state = run.state._replace(step=step, params=moved[0], ema=moved[1])
+    writer = checkpoint.manager(model, keep=2)
+    run.save(writer)
+    writer.close()
+    with pytest.raises(UserError, match="model's embedding is not the one"):
+        command.run(config_of(folder, **changes), str(tmp_path / "run"))
 
 
 def test_of_another_table_or_no_classifier(folder, trained):

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What control is measured by: held-out sentences with their notes, and a judge.
+
+Sentences of the grammar are drawn from a seed that nothing was trained on; those of E2E
+are of its validation split, or the published targets.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlm_jax import data, grammar, labels
+from dlm_jax.generate import Bundle
+from dlm_jax.labels import Fields, Spans
+from dlm_jax.types import UserError
+
+TARGET_SEED = 2_000_003  # added to the seed of the data: never trained or validated on
+
+
+class Sentence(NamedTuple):
+    """A held-out text, and what it says; None where that is not known."""
+
+    text: str
+    fields: Fields | None = None
+    tags: list[str] | None = None
+    spans: Spans | None = None
+
+
+def contained(value: str, text: str) -> bool:
+    """Whether the words of the value stand in the text, one after the other."""
+    return f" {value} " in f" {text} "
+
+
+class Judge(NamedTuple):
+    """How texts are read: tags; constituents of a parse, and of parts that parse.
+
+    nats(texts) gives -log p of each, not finite outside the language: exact for the
+    grammar, else the teacher's.
+    """
+
+    tags: Callable[[str], list[str]]
+    spans: Callable[[str], Spans]
+    derived: Callable[[str], set]
+    nats: Callable[[list[str]], np.ndarray]
+
+
+EDGES = ("START", "END", "\n")  # of the published targets
+
+
+def annotate(tree: Any) -> Sentence:
+    """A derivation of the grammar as a sentence with all its notes."""
+    notes = (labels.NOTES[name](tree) for name in ("semantic", "pos", "tree"))
+    return Sentence(" ".join(tree.leaves()), *notes)
+
+
+def sentences(config: Any, task: str, n: int) -> list[Sentence]:
+    """Up to n held-out sentences with what the task needs to know of them; UserError."""
+    if config.data.source == "grammar":
+        return list(map(annotate, grammar.trees(config.data.seed + TARGET_SEED, n)))
+    if config.control.targets and task != "unguided":
+        return published(Path(config.control.targets), task)[:n]
+    texts = data.load_texts(config.data, "valid")
+    fields: list[Any] = [None] * len(texts)
+    if config.data.source == "e2e":
+        texts, fields = data.e2e_records(config.data, "valid")
+    rows = np.random.default_rng(0).permutation(len(texts))[:n]
+    tags = _tagger(config) if "pos" in task else lambda text: None
+    spans = _parser(config) if task in TREES else lambda text: None
+    found = [
+        Sentence(texts[i], fields[i], tags(texts[i]), spans(texts[i])) for i in rows
+    ]
+    if "semantic" in task:
+        if config.data.source != "e2e":
+            raise UserError(f"config.control.task={task}: this text has no records")
+        found = [s for s in found if stated(s)]
+    return found
+
+
+TREES = ("tree", "span", "semantic+tree")
+
+
+def stated(sentence: Sentence) -> Fields:
+    """The fields whose value is words of the text."""
+    assert sentence.fields is not None
+    told = sentence.fields.items()
+    return {field: value for field, value in told if contained(value, sentence.text)}
+
+
+PUBLISHED = {
+    "semantic": "target_attribute.json",
+    "pos": "target_pos.json",
+    "span": "target_spans.json",
+    "semantic+pos": "target_compose_pos_attr.json",
+}
+
+
+def published(folder: Path, task: str) -> list[Sentence]:
+    """The published targets; of length 10 to 40 tokens, START and END counted."""
+    if task == "length":
+        return [Sentence(" ".join(["word"] * n)) for n in range(8, 39)]
+    if task not in PUBLISHED:
+        raise UserError(
+            f"config.control.targets: none published of {task}; there are length, "
+            f"{', '.join(PUBLISHED)}"
+        )
+    path = folder / PUBLISHED[task]
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.control.targets: {path}: {error}") from error
+    return [_published(row) for row in rows]
+
+
+def _published(row: Any) -> Sentence:
+    """A row of one of the files: a field; or words, with tags, a field or a span."""
+    if isinstance(row, list):
+        field, value = " ".join(row).split(" : ")
+        return Sentence(value, {field: value})
+    words = row["words_"]
+    kept = [i for i, word in enumerate(words) if word not in EDGES]
+    text = " ".join(words[i] for i in kept)
+    fields = tags = spans = None
+    if "attr" in row:
+        field, value = " ".join(row["attr"]).split(" : ")
+        fields = {field: value}
+    if "pos" in row:
+        tags = [row["pos"][i] for i in kept]
+    if "spans" in row:
+        spans = [(first, last, label) for first, last, label in row["spans"]]
+    return Sentence(text, fields, tags, spans)
+
+
+# --- the judge
+
+
+def judge_of(config: Any, task: str, teacher: Bundle | None) -> Judge:
+    """The grammar; or the tagger and the parser, where the task asks, and the teacher."""
+    if config.data.source == "grammar":
+        return Judge(_word_tags, _parsed, grammar.derived, _exact_nats)
+    tags = _tagger(config) if "pos" in task else lambda text: []
+    spans = _parser(config) if task in TREES else lambda text: []
+    return Judge(tags, spans, lambda text: set(spans(text)), _teacher_nats(teacher))
+
+
+def _word_tags(text: str) -> list[str]:
+    return [grammar.word_tags().get(word, "") for word in text.split()]
+
+
+def _parsed(text: str) -> Spans:
+    return grammar.spans_of(grammar.parse(text)) if grammar.accepts(text) else []
+
+
+def _exact_nats(texts: list[str]) -> np.ndarray:
+    return -np.array([grammar.log_prob(text) for text in texts])
+
+
+def _tagger(config: Any) -> Callable[[str], list[str]]:
+    tagger = labels.train_tagger(config.classifier.conllu)
+    return lambda text: labels.tags_of(tagger, text)
+
+
+def _parser(config: Any) -> Callable[[str], Spans]:
+    parser = labels.load_parser(config.classifier.parser)
+    return lambda text: labels.parsed(parser, text) if text else []
+
+
+def _teacher_nats(teacher: Bundle | None) -> Callable[[list[str]], np.ndarray]:
+    if teacher is None:
+        return lambda texts: np.full(len(texts), math.nan)
+    return lambda texts: np.asarray(teacher.nll(teacher.encode(texts)).total())

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets: held out, unchanging, with the notes that a task needs or one clear line."""
+
+import json
+
+import nltk
+import pytest
+
+from configs import smoke
+from dlm_jax import data, grammar, labels, targets
+from dlm_jax.types import UserError
+
+RECORD = "name : Aromi | food : Italian | area : riverside"
+
+
+@pytest.fixture
+def config():
+    return smoke.get_config()
+
+
+def test_targets_are_held_out_and_do_not_change(config):
+    found = targets.sentences(config, "semantic", 50)
+    assert found == targets.sentences(config, "semantic", 50)
+    train_texts = data.load_texts(config.data, "train")
+    assert [s.text for s in found] != train_texts[:50]
+    assert [s.text for s in found] != data.load_texts(config.data, "valid")[:50]
+    assert all(grammar.accepts(s.text) for s in found)
+    assert found[0].tags == grammar.tags(found[0].text)
+
+
+def test_published_targets(tmp_path):
+    (tmp_path / "target_attribute.json").write_text(
+        '["customer", "rating", ":", "low"]\n'
+    )
+    row = {
+        "pos": ["START", "NOUN", "VERB", "INTJ", "END"],
+        "words_": ["START", "dogs", "sleep", "\n", "END"],
+    }
+    (tmp_path / "target_pos.json").write_text(json.dumps(row))
+    (semantic,) = targets.published(tmp_path, "semantic")
+    assert semantic.fields == {"customer rating": "low"}
+    (pos,) = targets.published(tmp_path, "pos")
+    assert (pos.text, pos.tags) == ("dogs sleep", ["NOUN", "VERB"])
+    sizes = [len(s.text.split()) for s in targets.published(tmp_path, "length")]
+    assert (min(sizes), max(sizes)) == (8, 38)
+    with pytest.raises(UserError, match="none published of tree; there are length"):
+        targets.published(tmp_path, "tree")
+    with pytest.raises(UserError, match=r"target_pos\.json"):
+        targets.published(tmp_path / "nothing", "pos")
+
+
+def test_the_published_files(data_folder):
+    folder = data_folder / "control_target"
+    assert len(targets.published(folder, "semantic")) == 79
+    assert len(targets.published(folder, "pos")) == 200
+    assert len(targets.published(folder, "span")) == 200
+    both = targets.published(folder, "semantic+pos")[0]
+    assert both.fields == {"food": "English"}
+    assert both.tags[:3] == ["PROPN", "AUX", "DET"]
+
+
+@pytest.fixture
+def e2e(tmp_path, config):
+    """E2E's validation split of one text, many times."""
+    line = f"{RECORD}||Aromi serves Italian food by the river ."
+    for split in ("train", "valid"):
+        (tmp_path / f"src1_{split}.txt").write_text(f"{line}\n" * 30)
+    config.data.update(source="e2e", path=str(tmp_path))
+    return config
+
+
+def test_records_and_tags_of_e2e(e2e, tmp_path):
+    (sentence, *_) = targets.sentences(e2e, "semantic", 5)
+    assert targets.stated(sentence) == {"name": "Aromi", "food": "Italian"}
+    assert sentence.tags is None
+    with pytest.raises(UserError, match=r"config\.classifier\.conllu=''"):
+        targets.sentences(e2e, "pos", 5)
+    rows = [
+        f"1\t{w}\t{w}\t{t}" + "\t_" * 6
+        for w, t in (("Aromi", "PROPN"), ("food", "NOUN"))
+    ]
+    (tmp_path / "bank.conllu").write_text("\n\n".join(rows * 20))
+    e2e.classifier.conllu = str(tmp_path / "bank.conllu")
+    tagged = targets.sentences(e2e, "pos", 2)[0].tags
+    assert tagged == targets.judge_of(e2e, "pos", None).tags(sentence.text)
+    assert tagged[0] == "PROPN"
+    e2e.data.update(source="text", path=str(tmp_path / "src1_valid.txt"))
+    with pytest.raises(UserError, match="has no records"):
+        targets.sentences(e2e, "semantic", 2)
+
+
+class Parser:
+    """Stands in for benepar."""
+
+    def parse(self, words):
+        return nltk.Tree("S", [nltk.Tree("X", [w]) for w in words])
+
+
+def test_trees_of_e2e_need_a_parser(e2e, monkeypatch):
+    with pytest.raises(UserError, match="needs a parser"):
+        targets.sentences(e2e, "tree", 5)
+    monkeypatch.setattr(labels, "load_parser", lambda name: Parser())
+    found = targets.sentences(e2e, "span", 3)[0]
+    assert found.spans == [(0, 7, "S")]
+    judge = targets.judge_of(e2e, "span", None)
+    assert judge.derived("a b") == {(0, 1, "S")}
+    assert judge.spans("") == []
+
+
+def test_without_a_teacher_there_are_no_nats(e2e):
+    judge = targets.judge_of(e2e, "length", None)
+    assert not (judge.nats(["a b"]) > 0).any()
