@@ -5,7 +5,6 @@ Scores are those of arXiv:2205.14217 section 6 (REFERENCE 1.9); beside each stan
 fluency. Targets come from `targets`.
 """
 
-import functools
 import json
 import math
 import time
@@ -28,15 +27,16 @@ from dlm_jax.types import UNK, UserError
 
 
 class Task(NamedTuple):
-    """target(sentence, rng): what is asked for, of a held-out sentence; wish(target,
-    bundle): the row of wishes; score(text, target, judge): named shares, the first of
-    which are its success; needs: classifiers."""
+    """A task: what is asked for, how, and how well it was done.
+
+    target(sentence, rng): of a held-out sentence. wish(target, bundle): the row of
+    wishes. score(text, target, judge): named shares. needs: classifiers.
+    """
 
     target: Callable[[Sentence, Any], Any]
     wish: Callable[[Any, Bundle], Wishes]
     score: Callable[[str, Any, Judge], dict[str, float]]
     needs: tuple[str, ...] = ()
-    successes: int = 1
 
 
 # --- targets
@@ -135,14 +135,10 @@ def _both(first: Task, second: Task) -> Task:
         return {**one, **second.score(text, target[1], judge)}
 
     return Task(
-        lambda sentence, rng: (
-            first.target(sentence, rng),
-            second.target(sentence, rng),
-        ),
+        lambda s, rng: (first.target(s, rng), second.target(s, rng)),
         wish,
         score,
         first.needs + second.needs,
-        successes=2,
     )
 
 
@@ -203,17 +199,14 @@ def measure(
             lambda *x: np.repeat(np.concatenate(x), samples, 0), *rows
         )
     scores, texts, seconds = [], [], []
-    run = functools.partial(bundle.draw, n, steps=calls, wishes=wishes, plan=plan)
     for seed in range(seeds):
         began = time.monotonic()
-        drawn = run(seed=seed).texts
+        drawn = bundle.draw(n, seed=seed, steps=calls, wishes=wishes, plan=plan).texts
         seconds.append(time.monotonic() - began)
         texts += drawn
         if task is not None:
-            found = [
-                task.score(x, targets[i // samples], judge) for i, x in enumerate(drawn)
-            ]
-            scores.append(found)
+            pairs = zip(drawn, np.repeat(np.arange(len(targets)), samples), strict=True)
+            scores.append([task.score(x, targets[i], judge) for x, i in pairs])
     return {
         "success": summaries(scores, samples),
         **fluency(texts, judge),
@@ -251,7 +244,7 @@ def fluency(texts: list[str], judge: Judge) -> dict[str, float | None]:
     return {
         "accepted": None if np.isnan(nats).all() else float(good.mean()),
         "nats/token": float(nats[good].sum() / tokens[good].sum())
-        if any(good)
+        if good.any()
         else None,
         "unigram entropy": measures.unigram_entropy(texts),
     }
