@@ -5,6 +5,7 @@ Trained by the same loop (objective "ar"); it scores texts, and is the baseline 
 likelihood: its nats are exact. The first token of a row, START, is given.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from dlm_jax import denoiser, rounding
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import embed
 from dlm_jax.model import Params
-from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PRNGKeys
+from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PerExample, PRNGKeys
 
 Prefix = Int[Array, "b k"]
 
@@ -65,6 +66,37 @@ def sample(
         drawn = jax.vmap(jax.random.categorical)(here, scores)
         drawn = jnp.where(_over(ids[:, i - 1]), PAD, drawn)
         return ids.at[:, i].set(jnp.where(given[:, i], ids[:, i], drawn)), None
+
+    return jax.lax.scan(step, start, jnp.arange(1, length))[0]
+
+
+def fudge(
+    keys: PRNGKeys,
+    params: Params,
+    cfg: DenoiserConfig,
+    length: int,
+    log_prob: Callable[[Ids], PerExample],
+    *,
+    weight: float = 1.0,
+    top: int = 20,
+) -> Ids:
+    """Ids [b length], each token by p(w | before) p(c | before, w)^weight.
+
+    log_prob: of the condition given the tokens so far, PAD after them, nats [b]. Of the
+    `top` likeliest tokens alone (FUDGE, arXiv:2104.05218).
+    """
+    start, _ = _begin(keys.shape[0], length, None)
+    b = keys.shape[0]
+
+    def step(ids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        scores = hidden(params, cfg, ids, head=True)[:, i - 1]
+        nats, words = jax.lax.top_k(jax.nn.log_softmax(scores), top)
+        tried = jnp.repeat(ids[:, None], top, 1).at[:, :, i].set(words)
+        wanted = log_prob(tried.reshape(b * top, length)).reshape(b, top)
+        here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
+        place = jax.vmap(jax.random.categorical)(here, nats + weight * wanted)
+        drawn = jnp.take_along_axis(words, place[:, None], 1)[:, 0]
+        return ids.at[:, i].set(jnp.where(_over(ids[:, i - 1]), PAD, drawn)), None
 
     return jax.lax.scan(step, start, jnp.arange(1, length))[0]
 

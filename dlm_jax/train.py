@@ -171,7 +171,9 @@ def _gradients(key, state, ids, recipe, first):
         i, rows = inputs
         start = first + i * rows.shape[0]
         if recipe.truncate:
-            rows = losses.truncate(k_cut, rows, recipe.truncate, first=start)
+            size = rows.shape[1] - recipe.work.labels
+            cut = losses.truncate(k_cut, rows[:, :size], recipe.truncate, first=start)
+            rows = jnp.concatenate([cut, rows[:, size:]], -1)
         draws = make_draws(k_draw, rows, recipe, start, state.moments)
         k = jax.random.fold_in(k_drop, start) if dropout else None
         value = jax.value_and_grad(loss_fn, has_aux=True)

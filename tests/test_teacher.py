@@ -143,3 +143,28 @@ def test_search_finds_the_likeliest(params):
         assert row.tolist() == best(first)[1].tolist()
     one = jax.jit(lambda: teacher.search(params, CFG, 4, prefix=prefix, beams=1))()
     assert (np.asarray(one)[:, :2] == prefix).all()
+
+
+def test_fudge_is_bayes_rule_on_the_next_token(params):
+    """Of a condition that the second token decides, counted over many samples."""
+    n, wanted = 4000, jnp.log(jnp.array([0.1, 0.9, 0.2, 0.3, 0.8, 0.05]))
+    keys = jax.random.split(jax.random.key(0), n)
+
+    def log_prob(ids):
+        return wanted[ids[:, 1]]
+
+    def draw(weight):
+        run = jax.jit(
+            lambda k: teacher.fudge(
+                k, params, CFG, 3, log_prob, weight=weight, top=VOCAB
+            )
+        )
+        return np.bincount(np.asarray(run(keys))[:, 1], minlength=VOCAB) / n
+
+    rows = np.array([[START, w, PAD] for w in range(VOCAB)])
+    p = np.exp(-_nll(params, rows)[:, 1])
+    for weight in (0.0, 1.0, 2.0):
+        exact = p * np.exp(weight * np.asarray(wanted))
+        exact /= exact.sum()
+        error = np.sqrt(exact * (1 - exact) / n)
+        assert (np.abs(draw(weight) - exact) < 5 * error + 1e-3).all()

@@ -15,7 +15,7 @@ from configs import smoke
 from dlm_jax import checkpoint, classifier, labels, metrics, steering, train
 from dlm_jax import train_classifier as command
 from dlm_jax.steering import Plan
-from dlm_jax.types import UserError
+from dlm_jax.types import PAD, UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -99,6 +99,28 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_cut_text_keeps_its_labels(folder, tmp_path):
+    """Classifiers of prefixes (FUDGE): the ids end early, the labels stand."""
+    run = command.ClassifierRun(
+        config_of(folder, **{"loss.truncate": 1.0}), str(tmp_path)
+    )
+    seen = []
+
+    def terms(key, params, rows, draws, recipe):
+        seen.append(rows)
+        return run.recipe.work.terms(key, params, rows, draws, recipe)
+
+    recipe = run.recipe._replace(work=run.recipe.work._replace(terms=terms))
+    rows = np.asarray(run.batch(0))[0]
+    with jax.disable_jit():
+        train.train_step(jax.random.key(0), run.state, rows, recipe=recipe)
+    got = np.asarray(seen[0])
+    assert (got[:, LENGTH:] == rows[:, LENGTH:]).all()
+    cut = got[:, :LENGTH] != rows[:, :LENGTH]
+    assert cut.any()
+    assert (got[:, :LENGTH][cut] == PAD).all()
+
+
 def log_probs(bundle, wanted, plan, n=64):
     """log p(label | text) of each of n texts, at the least noise, and the texts."""
     guide = bundle.guides["label"]
@@ -140,7 +162,6 @@ def test_bad_beginnings(folder, trained, tmp_path):
     for change, message in (
         ({"classifier.task": "semantic"}, "records"),
         ({"loss.times": "importance"}, "importance"),
-        ({"loss.truncate": 0.1}, "truncate"),
         ({"model.self_cond": True}, r"take configs/classifier\.py"),
         ({"data.path": "nothing.csv", "data.source": "csv"}, r"nothing\.csv"),
         ({"classifier.texts": -1}, r"config\.classifier\.texts=-1"),
