@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control without diffusion: the teacher trained on "control, text", sampled or searched.
+"""Control without diffusion, as in arXiv:2205.14217 section 6, on the grammar.
 
     python benchmarks/control_baselines.py --out docs/control_baselines.json
 
-FT-sample and FT-search of arXiv:2205.14217 section 6 on the grammar: the same blocks,
-causal, trained from scratch by the same command for as many steps as the quickstart, on
-the control's words, a bar, and the text. Targets and scores are those of `dlm_jax.tasks`.
+FT-sample, FT-search: the same blocks, causal, trained from scratch by the same command
+for as many steps as the quickstart, on the control's words, a bar, and the text. FUDGE:
+the plain teacher (configs/grammar.py:teacher), each token weighed by a classifier of
+prefixes, which is trained as the others are. Targets and scores: `dlm_jax.tasks`.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -24,10 +26,15 @@ from nltk import Tree
 
 import dlm_jax
 from configs import grammar as grammar_config
-from dlm_jax import grammar, targets, tasks, teacher
+from dlm_jax import classifier, generate, grammar, targets, tasks, teacher
+from dlm_jax.embedding import embed
 from dlm_jax.types import PAD, START
 
 BAR = "||"
+METHODS = ("FT-sample", "FT-search", "FUDGE")
+# lambda of the paper; of length it would need a classifier of its own
+FUDGE = {"semantic": 8.0, "pos": 20.0, "tree": 20.0, "span": 20.0}
+TOP = 20  # tokens that FUDGE weighs; the paper's 10 to 200
 TRAIN, LENGTH = 50_000, {"tree": 160, "pos": 64}  # positions; of the others 48
 
 
@@ -63,68 +70,137 @@ def pairs(task: str, seed: int, n: int) -> list[tuple[Any, str, str]]:
     return found
 
 
-def train(task: str, folder: Path, steps: int) -> Path:
-    """The teacher on "control || text", by the command; resumes what is there."""
+def command(config: str, workdir: Path, **options: Any) -> Path:
+    """Runs the command, which resumes what is there."""
+    mode = "train_classifier" if "classifier" in config else "train"
+    line = [sys.executable, "-m", "dlm_jax.main", "--mode", mode, "--config", config]
+    line += [f"--config.{n.replace('__', '.')}={v}" for n, v in options.items()]
+    subprocess.run([*line, "--workdir", str(workdir)], check=True)
+    return workdir
+
+
+def fine_tuned(task: str, steps: int) -> generate.Bundle:
+    """The teacher on "control || text"."""
+    folder, length = Path("runs/baselines") / task, LENGTH.get(task, 48)
     folder.mkdir(parents=True, exist_ok=True)
-    path, length = folder / "texts.txt", LENGTH.get(task, 48)
+    path = folder / "texts.txt"
     path.write_text(
         "\n".join(f"{words} {BAR} {text}" for _, words, text in pairs(task, 0, TRAIN))
     )
-    options = {
-        "data.source": "text",
-        "data.path": path,
-        "data.length": length,
-        "data.min_count": 0,
-        "data.too_long": "drop",
-        "model.positions": length,
-        "train.total_steps": steps,
-        "train.valid_steps": 0,
-        "train.sample_steps": 0,
-    }
-    command = [sys.executable, "-m", "dlm_jax.main", "--config"]
-    command += ["configs/grammar.py:teacher", "--workdir", str(folder / "run")]
-    command += [f"--config.{name}={value}" for name, value in options.items()]
-    subprocess.run(command, check=True)
-    return folder / "run"
+    run = command(
+        "configs/grammar.py:teacher",
+        folder / "run",
+        data__source="text",
+        data__path=path,
+        data__length=length,
+        data__min_count=0,
+        data__too_long="drop",
+        model__positions=length,
+        train__total_steps=steps,
+        train__valid_steps=0,
+        train__sample_steps=0,
+    )
+    return dlm_jax.load(run)
 
 
-def texts(bundle: Any, words: list[str], seed: int, *, search: bool) -> list[str]:
+def guided(task: str, steps: int) -> generate.Bundle:
+    """The plain teacher, and the classifier of prefixes that the task needs."""
+    folder = Path("runs/baselines")
+    teacher_run = command(
+        "configs/grammar.py:teacher", folder / "teacher", train__total_steps=steps
+    )
+    (need,) = tasks.TASKS[task].needs
+    run = command(
+        f"configs/classifier.py:{need}",
+        folder / f"fudge_{need}",
+        classifier__model=teacher_run,
+        loss__truncate=1.0,
+    )
+    return dlm_jax.load(teacher_run).with_classifier(run)
+
+
+def after_words(
+    bundle: generate.Bundle, words: list[str], seed: int, *, search: bool
+) -> list[str]:
     """What the teacher says after each control."""
     rows = [[START, *bundle.tokenizer.encode(f"{w} {BAR}")] for w in words]
     width = max(map(len, rows))
     prefix = np.array([row + [PAD] * (width - len(row)) for row in rows])
+    model = (bundle.ema, bundle.cfg)
 
-    @jax.jit
     def run(key: jax.Array, prefix: jax.Array) -> Any:
         if search:
-            return teacher.search(
-                bundle.ema, bundle.cfg, bundle.length, prefix=prefix, beams=4
-            )
+            return teacher.search(*model, bundle.length, prefix=prefix, beams=4)
         keys = jax.random.split(key, len(prefix))
-        return teacher.sample(
-            keys, bundle.ema, bundle.cfg, bundle.length, prefix=prefix
-        )
+        return teacher.sample(keys, *model, bundle.length, prefix=prefix)
 
-    parts, size = [], 250
-    for first in range(0, len(prefix), size):
-        rows = jnp.asarray(prefix[first : first + size])
-        parts.append(np.asarray(run(jax.random.key(seed * 1000 + first), rows)))
-    said = [bundle.tokenizer.decode(row) for row in np.concatenate(parts)]
+    said = _in_slices(bundle, run, prefix, seed)
     return [text.rpartition(f" {BAR} ")[2] for text in said]
 
 
+def by_fudge(
+    bundle: generate.Bundle, task: str, wanted: list, samples: int, seed: int
+) -> list[str]:
+    """What the teacher says where a classifier weighs each token."""
+    rows = [tasks.TASKS[task].wish(target, bundle) for target in wanted]
+    (need,) = tasks.TASKS[task].needs
+    asked = np.repeat(np.concatenate([r.labels[need] for r in rows]), samples, 0)
+    guide = bundle.guides[need]
+
+    def run(key: jax.Array, asked: jax.Array) -> Any:
+        def log_prob(ids: Any) -> Any:
+            of = classifier.log_prob(
+                guide.params,
+                guide.cfg,
+                guide.names.layout,
+                jnp.repeat(asked, TOP, 0),
+                bundle.schedule,
+            )
+            return of(embed(bundle.ema.table, ids), jnp.zeros(len(ids)))
+
+        keys = jax.random.split(key, len(asked))
+        return teacher.fudge(
+            keys,
+            bundle.ema,
+            bundle.cfg,
+            bundle.length,
+            log_prob,
+            weight=FUDGE[task],
+            top=TOP,
+        )
+
+    return _in_slices(bundle, run, asked, seed)
+
+
+def _in_slices(
+    bundle: generate.Bundle, run: Callable, rows: np.ndarray, seed: int
+) -> list[str]:
+    """Texts of all rows, some at a time, in one compilation; the last slice is full."""
+    size, found, run = min(100, len(rows)), [], jax.jit(run)
+    for first in range(0, len(rows), size):
+        here = jnp.asarray(rows[np.arange(first, first + size) % len(rows)])
+        found.append(np.asarray(run(jax.random.key(seed * 1000 + first), here)))
+    ids = np.concatenate(found)[: len(rows)]
+    return [bundle.tokenizer.decode(row) for row in ids]
+
+
 def measure(
-    task: str, bundle: Any, args: argparse.Namespace, *, search: bool
+    method: str, task: str, bundle: generate.Bundle, args: argparse.Namespace
 ) -> dict[str, Any]:
     """A row as `tasks.measure` gives it."""
     config = grammar_config.get_config()
     found = pairs(task, config.data.seed + targets.TARGET_SEED, args.n)
-    samples = 1 if search else args.samples
-    wanted, words, _ = zip(*found, strict=True)
+    wanted, words, _ = (list(part) for part in zip(*found, strict=True))
+    once = method == "FT-search"  # it has one answer
+    samples, seeds = (1, 1) if once else (args.samples, args.seeds)
     judge = targets.judge_of(config, task, None)
     scores, said, began = [], [], time.monotonic()
-    for seed in range(1 if search else args.seeds):
-        drawn = texts(bundle, np.repeat(words, samples).tolist(), seed, search=search)
+    for seed in range(seeds):
+        if method == "FUDGE":
+            drawn = by_fudge(bundle, task, wanted, samples, seed)
+        else:
+            all_words = [w for w in words for _ in range(samples)]
+            drawn = after_words(bundle, all_words, seed, search=once)
         score = tasks.TASKS[task].score
         pair = zip(drawn, [t for t in wanted for _ in range(samples)], strict=True)
         scores.append([score(text, target, judge) for text, target in pair])
@@ -132,10 +208,10 @@ def measure(
     seconds = (time.monotonic() - began) / len(said) * 50
     return {
         "task": task,
-        "method": "FT-search" if search else "FT-sample",
+        "method": method,
         "targets": args.n,
         "samples": samples,
-        "seeds": len(scores),
+        "seeds": seeds,
         "success": tasks.summaries(scores, samples),
         **tasks.fluency(said, judge),
         "seconds per 50": seconds,
@@ -151,17 +227,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="*", default=list(WORDS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--out", default="docs/control_baselines.json")
     args = parser.parse_args()
     out = Path(args.out)
     rows = json.loads(out.read_text()) if out.exists() else []
-    for task in args.tasks:
-        if any(row["task"] == task for row in rows):
+    done = {(row["task"], row["method"]) for row in rows}
+    for task, method in itertools.product(args.tasks, args.methods):
+        if (task, method) in done or (method == "FUDGE" and task not in FUDGE):
             continue
-        bundle = dlm_jax.load(train(task, Path("runs/baselines") / task, args.steps))
-        for search in (False, True):
-            rows.append(measure(task, bundle, args, search=search))
-            print(rows[-1]["method"], task, rows[-1]["success"], flush=True)
+        make = guided if method == "FUDGE" else fine_tuned
+        rows.append(measure(method, task, make(task, args.steps), args))
+        print(method, task, rows[-1]["success"], flush=True)
         out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
