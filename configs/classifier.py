@@ -10,8 +10,13 @@ from typing import Any
 from configs import default
 
 
+TASKS = ("semantic", "pos", "tree", "label")
+
+
 def get_config(task: str = "semantic") -> Any:
     """Two layers of width 128; text, noise and words come from the model."""
+    if task not in TASKS:
+        raise ValueError(f"task {task!r}: choose one of {', '.join(TASKS)}")
     cfg = default.get_config()
     cfg.seed = 1
     cfg.classifier.task = task

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import default, e2e, e2e_small, grammar, smoke, stories
+from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main, parallel, train
 from dlm_jax.types import UserError
 
@@ -62,6 +62,19 @@ COMMANDS = {
     ),
     "nothing to sample": (
         ("--mode", "sample", "--workdir", "{}/run"),
+        "no checkpoint",
+        {},
+    ),
+    "classifier of no model": (
+        (
+            *("--mode", "train_classifier", "--config", "configs/classifier.py:pos"),
+            *("--workdir", "{}/run"),
+        ),
+        "config.classifier.model: name the run",
+        {},
+    ),
+    "nothing to control": (
+        ("--mode", "control", *SMOKE, "--workdir", "{}/run"),
         "no checkpoint",
         {},
     ),
@@ -198,6 +211,7 @@ VARIANTS = {
     default: ((),),
     smoke: ((),),
     e2e: [(v,) for v in ("pad", "block", "modern", "teacher")],
+    classifier: [(v,) for v in classifier.TASKS],
     **{module: [(v,) for v in SMALL] for module in (grammar, e2e_small, stories)},
 }
 
