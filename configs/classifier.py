@@ -9,7 +9,6 @@ from typing import Any
 
 from configs import default
 
-
 TASKS = ("semantic", "pos", "tree", "label")
 
 
