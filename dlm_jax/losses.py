@@ -7,7 +7,7 @@ arXiv:2205.14217 section 4.1 and appendix A; REFERENCE 1.3 for what the code com
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -402,7 +402,7 @@ def end_to_end(
     return OBJECTIVES[objective](done, **options)
 
 
-def sigma_0(objective: str, schedule: Schedule) -> float:
+def sigma_0(objective: str, schedule: Schedule) -> Any:
     """Standard deviation of x_0 around EMB(w) in training: 0 where words are scored."""
     return 0.0 if objective in ("nelbo", "ce", "ar") else schedule.sigma_0
 

@@ -42,9 +42,10 @@ class Schedule(NamedTuple):
         return None if self.table is None else self.table.shape[0]
 
     @property
-    def sigma_0(self) -> float:
+    def sigma_0(self) -> Any:
         """Standard deviation of x_0 around EMB(w): sqrt(1 - alpha_bar(0))."""
-        return float(np.sqrt(-np.expm1(self._log(np.zeros(()))[0])))
+        _, sigma = self.alpha_sigma(np.zeros(()))
+        return float(sigma) if isinstance(sigma, np.generic | np.ndarray) else sigma
 
     def _log(self, t: Any) -> tuple[Any, Any]:
         """L(t) as (high, low): float32 pairs keep the differences of table entries."""

@@ -144,6 +144,18 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
 
 
+@pytest.mark.parametrize("objective", ["x0", "eps"])
+def test_regression_follows_it_too(objective, tmp_path):
+    """Whose x_0 is noisy: its sigma_0 is that of the schedule as it now is."""
+    config = _config("warp", predicts="x0", self_cond=False, output_prior=False)
+    config.loss.update(objective=objective, self_cond=0.0)
+    config.train.update(total_steps=2, ckpt_steps=2)
+    train.run(config, str(tmp_path))
+    bundle = generate.load(tmp_path)
+    assert isinstance(bundle.schedule.sigma_0, float)
+    assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
+
+
 def test_needs_a_curve():
     with pytest.raises(UserError, match="adaptive='warp' needs steps=0"):
         schedule.named("sqrt", 100, adaptive="warp")
