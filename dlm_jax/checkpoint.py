@@ -172,11 +172,19 @@ def _read(workdir: str | Path, step: int, **parts: Any) -> Any:
         raise _damaged(workdir, step, reason) from error
 
 
+def crc(tree: PyTree) -> int:
+    """One checksum of all the arrays of a tree, in their order."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.asarray(leaf).tobytes(), total)
+    return total
+
+
 def claim(workdir: str | Path, config: dict) -> None:
     """Makes the run directory this config's: <workdir>/config.json is its identity."""
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        _write_json(Path(workdir) / "config.json", config)
+        write_json(Path(workdir) / "config.json", config)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: cannot write ({error.strerror}); choose another"
@@ -210,10 +218,10 @@ def check(workdir: str | Path, config: dict) -> None:
         )
 
 
-def _write_json(path: Path, record: dict) -> None:
+def write_json(path: Path, record: dict) -> None:
     """Replaces the file at once, so that a kill leaves the old or the new one."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, sort_keys=True))
+    part.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False))
     part.replace(path)
 
 

@@ -4,7 +4,6 @@
 A wish is an array with a row for each text, so one compilation serves every target.
 """
 
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ def load(workdir: str | Path, table: Table) -> Guide:
         raise UserError(
             f"{workdir} is no classifier: train one, --mode train_classifier"
         )
-    if words["table"] != zlib.crc32(np.asarray(table).tobytes()):
+    if words["table"] != checkpoint.crc(table):
         raise UserError(
             f"{workdir} was trained on another embedding table than this model's: "
             "train a classifier with config.classifier.model set to this run"
@@ -343,10 +342,8 @@ def wish(
     label) of all constituents, counted in words; span: of one. These by a classifier;
     without one, a semantic value is a phrase to contain. Raises UserError.
     """
-    words, phrases = (
-        asked.pop("length", None),
-        list(_several(asked.pop("contains", []))),
-    )
+    words = asked.pop("length", None)
+    phrases = _several(asked.pop("contains", []))
     lacks = _several(asked.pop("lacks", []))
     if "semantic" in asked and "semantic" not in guides:
         phrases += _fields(asked.pop("semantic")).values()

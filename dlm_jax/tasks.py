@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax import generate, measures, parallel, steering
+from dlm_jax import checkpoint, generate, measures, parallel, steering
 from dlm_jax.generate import Bundle
 from dlm_jax.labels import Fields, Spans
 from dlm_jax.steering import Plan, Wishes
@@ -271,7 +271,9 @@ def run(bundle: Bundle, workdir: str) -> list[dict]:
         about = _about(bundle, name, calls)
         path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
         if not path.exists():
-            _write(path, about | _row(bundle, config, name, calls, teacher))
+            row = _row(bundle, config, name, calls, teacher)
+            path.parent.mkdir(exist_ok=True)
+            checkpoint.write_json(path, about | row)
         rows.append(json.loads(path.read_text()))
     print(table(rows))
     return rows
@@ -288,8 +290,8 @@ def _about(bundle: Bundle, name: str, calls: int) -> dict[str, Any]:
         "task": name,
         "calls": calls,
         "step": bundle.step,
-        "model": _crc_of(bundle.ema),
-        "classifiers in use": {task: _crc_of(w) for task, w in weights.items()},
+        "model": checkpoint.crc(bundle.ema),
+        "classifiers in use": {task: checkpoint.crc(w) for task, w in weights.items()},
         "control": options,
         "sample": bundle.config["sample"],
         "data": bundle.config["data"],
@@ -300,13 +302,6 @@ def _about(bundle: Bundle, name: str, calls: int) -> dict[str, Any]:
 
 def _crc(record: Any) -> str:
     return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
-
-
-def _crc_of(weights: Any) -> int:
-    crc = 0
-    for leaf in jax.tree.leaves(weights):
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-    return crc
 
 
 def _row(
@@ -331,13 +326,6 @@ def _row(
 def _can_say(bundle: Bundle, name: str, sentence: Sentence) -> bool:
     """Whether the model knows the words that a template would hold."""
     return name != "infilling" or UNK not in bundle.tokenizer.encode(sentence.text)
-
-
-def _write(path: Path, row: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(row, indent=1, ensure_ascii=False))
-    part.replace(path)
 
 
 def _equipped(bundle: Bundle, options: Any, names: list[str]) -> Bundle:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of a classifier on a model's frozen embeddings, by the loop of `train`."""
 
-import zlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import classifier, generate, labels, train
+from dlm_jax import checkpoint, classifier, generate, labels, train
 from dlm_jax.labels import Names
 from dlm_jax.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.train import Work
@@ -102,8 +101,7 @@ def corpus_of(config: Any, base: generate.Bundle) -> tuple[Names, train.Corpus]:
     def rows(texts: list[str], notes: list) -> np.ndarray:
         return np.concatenate([base.encode(texts), labels.encode(notes, names)], -1)
 
-    table = np.asarray(base.ema.table)
-    about = {"names": names.to_dict(), "table": zlib.crc32(table.tobytes())}
+    about = {"names": names.to_dict(), "table": checkpoint.crc(base.ema.table)}
     return names, train.Corpus(rows(*train_part), rows(*valid_part), tok, about)
 
 
