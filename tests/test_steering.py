@@ -42,6 +42,15 @@ def ids_of(bundle, text):
     return bundle.tokenizer.encode(text)
 
 
+def test_known_tokens_are_in_the_sample_not_only_in_the_output(bundle):
+    """Without a list of allowed words it is infilling alone that puts them there."""
+    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
+    drawn = bundle.draw(6, wishes=wishes._replace(allowed=None), clamp=False)
+    clean, known = np.asarray(bundle.ema.table)[wishes.ids], wishes.known
+    np.testing.assert_allclose(drawn.latents[known], clean[known], atol=1e-6)
+
+
 @pytest.mark.parametrize("solver", sorted(samplers.SOLVERS))
 @pytest.mark.parametrize("noised", [True, False])
 def test_known_tokens_come_back_exactly(bundle, solver, noised):
