@@ -89,6 +89,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory):
     """Every command's end and folder; two at a time."""
+    tmp_path_factory.getbasetemp()  # two threads may not make it at once
 
     def run(item):
         name, (flags, _, env) = item
