@@ -87,7 +87,7 @@ def _chart(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
     return pair @ head["kernel"] + head["bias"]
 
 
-PAIR = 128  # width of a chart's pairs
+PAIR = 32  # width of a chart's pairs
 
 
 def _shapes(layout: Layout, h: int) -> dict[str, tuple[int, ...]]:

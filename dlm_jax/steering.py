@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     between: tuple[float, float] = (0.05, 1.0)
     lean: float = 0.0
     weight: float = 1.0
-    noised: bool = True
+    noised: bool = False
 
 
 def load(workdir: str | Path, table: Table) -> Guide:
