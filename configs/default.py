@@ -58,6 +58,7 @@ def get_config() -> Any:
             "times": "uniform",  # uniform | antithetic | low_discrepancy | importance
             "mask_pad": False,
             "truncate": 0.0,  # the share of texts cut at a random length, then PAD
+            "known": 0.0,  # the share given some of their tokens: infilling is learned
             "self_cond": 0.0,  # the share of batches that feed their estimate back
         }
     )

@@ -7,7 +7,7 @@ noisy sample (`guide`, by a classifier) or of the model's own words (`steer`, by
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Bool, Float, Int
 
 from dlm_jax.embedding import embed
-from dlm_jax.model import Denoise, Read
+from dlm_jax.model import Denoise, Read, give
 from dlm_jax.rounding import Allowed, project
 from dlm_jax.samplers import State, Step, Times, noise
 from dlm_jax.schedule import Schedule, expand, on, posterior
@@ -64,39 +64,50 @@ def clamp(
     return clamped
 
 
-def given(denoise: Denoise, table: Table, ids: Ids, known: Known) -> Denoise:
-    """Tells the network the known tokens: clean vectors, at time 0.
+def given(model: Denoise | Read, table: Table, ids: Ids, known: Known) -> Any:
+    """The model told the known tokens: clean vectors, at time 0.
 
-    For models trained on texts that are clean in part; the configs here train none yet.
+    For models trained on texts that are known in part: config.loss.known.
     """
-    clean, keep = embed(table, ids), jnp.asarray(known)
+    clean = embed(table, ids)
+    return lambda x_t, t, x0_prev: model(*give(clean, known, x_t, t), x0_prev)
+
+
+def classifier_free(
+    conditional: Denoise | Read, unconditional: Denoise | Read, *, weight: float
+) -> Any:
+    """x0 + weight (x0_conditional - x0), and so the log-probabilities of a Read.
+
+    Classifier-free guidance, arXiv:2207.12598: weight 1 is the conditional model, more
+    exaggerates the condition.
+    """
+
+    def mix(without: Array, within: Array) -> Array:
+        return without + weight * (within - without)
+
+    return lambda *x: jax.tree.map(mix, unconditional(*x), conditional(*x))
+
+
+def token_times(denoise: Denoise, log_prob: LogProb, *, share: float) -> Denoise:
+    """Tells the network that tokens which log p(c | x_t) hangs on are less noisy.
+
+    Their time falls, by the size of their slope among those of the text, to share t at
+    the least, so that what guidance wrote there is kept. After arXiv:2510.26200; share 1
+    changes nothing.
+    """
 
     def told(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
-        t = jnp.asarray(t)
-        each = jnp.broadcast_to(t if t.ndim == 2 else t[:, None], keep.shape)
-        here = (clean, jnp.where(keep, 0.0, each))
-        return denoise(jnp.where(keep[..., None], here[0], x_t), here[1], x0_prev)
+        each = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+        slope = jax.grad(lambda x: jnp.sum(log_prob(x, each)))(x_t)
+        size = jnp.linalg.norm(slope, axis=-1)
+        size = size / jnp.maximum(jnp.max(size, -1, keepdims=True), 1e-30)
+        return denoise(x_t, each[:, None] * (1 - (1 - share) * size), x0_prev)
 
     return told
 
 
-def classifier_free(
-    conditional: Denoise, unconditional: Denoise, *, weight: float
-) -> Denoise:
-    """x0 + weight (x0_conditional - x0): classifier-free guidance, arXiv:2207.12598.
-
-    weight 1 is the conditional model, more exaggerates the condition.
-    """
-
-    def guided(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
-        without = unconditional(x_t, t, x0_prev)
-        return without + weight * (conditional(x_t, t, x0_prev) - without)
-
-    return guided
-
-
-def only(read: Read, table: Table, allowed: Allowed) -> Read:
-    """The model's words given that each position's is an allowed one.
+def only(read: Read, table: Table, allowed: Allowed | bool) -> Read:
+    """The model's words given that each position's is an allowed one (True: any).
 
     Exact for one position, whose posterior is renormalised; the others hear of it at the
     next step.

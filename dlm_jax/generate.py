@@ -113,6 +113,11 @@ class Bundle:
         """Positions of a sequence."""
         return self.config["data"]["length"]
 
+    @property
+    def given(self) -> bool:
+        """Whether the model learned to be given tokens: config.loss.known."""
+        return "known" in self.config["loss"] and self.config["loss"]["known"] > 0
+
     def sample(self, n: int, **settings: Any) -> list[str]:
         """n texts without specials; `draw` lists the settings."""
         return self.draw(n, **settings).texts
@@ -160,6 +165,11 @@ class Bundle:
         if self.cfg.causal and jax.tree.leaves(wishes):
             raise UserError("a teacher writes from left to right: it grants no wishes")
         _known("plan.rule", control.RULES, plan.rule)
+        if plan.scale != 1 and not self.given:
+            raise UserError(
+                f"plan.scale={plan.scale}: this model did not learn to be given tokens; "
+                "train one with config.loss.known over 0"
+            )
         key = jax.random.key(self._default("seed", seed))
         size = min(_positive("batch", self._default("batch", batch)), _power(n))
         parts = []
@@ -332,7 +342,7 @@ class Bundle:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
             denoise = steering.denoiser(
-                params, self.cfg, schedule, wishes, guides, plan
+                params, self.cfg, schedule, wishes, guides, plan, given=self.given
             )
             if s.clamp >= 0:
                 options = {"below": s.clamp, "allowed": wishes.allowed}

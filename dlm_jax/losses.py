@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dlm_jax import model, rounding
 from dlm_jax.denoiser import DenoiserConfig
@@ -32,7 +32,8 @@ class Draws(NamedTuple):
     """Everything random about a batch, but dropout.
 
     t: times, index / steps; eps_0, eps_t: the noise of x_0 and of x_t; weight [b]:
-    importance weights; self_cond [b]: 1 where the first estimate is fed back.
+    importance weights; self_cond [b]: 1 where the first estimate is fed back; known
+    [b l]: tokens that the network is given, clean and at time 0, and is not asked.
     """
 
     t: Time
@@ -40,6 +41,7 @@ class Draws(NamedTuple):
     eps_t: Latent
     weight: PerExample | None = None
     self_cond: PerExample | None = None
+    known: Bool[Array, "b l"] | None = None
 
 
 class Terms(NamedTuple):
@@ -99,13 +101,15 @@ def draw(
     times: str = "uniform",
     steps: int | None = None,
     self_cond: float = 0.0,
+    known: float = 0.0,
     moments: Moments | None = None,
 ) -> Draws:
     """Draws for rows first .. first + b - 1 of a global batch of `total` rows.
 
     Keyed by the row's global number, so that devices and processes do not matter.
     steps: T of a discretised schedule (times then fall on indices), None for a curve.
-    self_cond: the probability that this batch feeds its first estimate back.
+    self_cond: the probability that this batch feeds its first estimate back. known: the
+    share of rows some of whose tokens are given.
     """
     b, l, d = shape
     k_time, k_noise, k_self = jax.random.split(key, 3)
@@ -122,7 +126,29 @@ def draw(
 
     eps = jax.vmap(noise)(index)
     feed = jax.random.uniform(k_self) < self_cond
-    return Draws(t, eps[:, 0], eps[:, 1], weight, jnp.full(b, feed, jnp.float32))
+    feed = jnp.full(b, feed, jnp.float32)
+    told = _known(jax.random.fold_in(key, 3), index, l, known) if known else None
+    return Draws(t, eps[:, 0], eps[:, 1], weight, feed, told)
+
+
+def _known(key: PRNGKey, index: Array, length: int, share: float) -> Array:
+    """Tokens given [b l]: all but an interval, or each at a rate of its row's own.
+
+    Half of the intervals reach the end: a prefix. Source: RECIPES T8, arXiv:2211.15089.
+    """
+    place = jnp.arange(length)
+
+    def one(i: Array) -> Array:
+        keys = jax.random.split(jax.random.fold_in(key, i), 3)
+        u = jax.random.uniform(keys[0], (4,))
+        first, size = u[1] * length, u[2] * length
+        last = jnp.where(u[3] < 0.5, length, first + size)
+        apart = (place < first) | (place >= last)
+        rate, kind = jax.random.uniform(keys[1], (2,))
+        scattered = jax.random.uniform(keys[2], (length,)) < rate
+        return (u[0] < share) & jnp.where(kind < 0.5, apart, scattered)
+
+    return jax.vmap(one)(index)
 
 
 def init_moments(steps: int) -> Moments:
@@ -196,11 +222,12 @@ class _Pass(NamedTuple):
     cfg: DenoiserConfig
     schedule: Schedule
     mask: Float[Array, "b l"]
+    places: PerExample
 
     def mean(self, value: Array) -> PerExample:
-        """The mean over positions that count, and over d if there is one [b]."""
+        """Per position that counts, known ones adding 0, and per d if there is one [b]."""
         value = jnp.mean(value, -1) if value.ndim == 3 else value
-        return jnp.sum(value * self.mask, -1) / jnp.maximum(jnp.sum(self.mask, -1), 1)
+        return jnp.sum(value * self.mask, -1) / jnp.maximum(self.places, 1)
 
     def split(self, error: Array, at_zero: Array) -> tuple[PerExample, PerExample]:
         """(diffusion, t0): the second replaces the first where t is index 0."""
@@ -376,7 +403,10 @@ def end_to_end(
     x_t = add_noise(x_0, t, jnp.asarray(draws.eps_t), schedule)
     if objective == "ar":
         t, x_t = jnp.zeros_like(t), clean
-    x0_prev = _first_estimate(params, cfg, schedule, x_t, t, draws)
+    told = t
+    if draws.known is not None:
+        x_t, told = model.give(clean, draws.known, x_t, t)
+    x0_prev = _first_estimate(params, cfg, schedule, x_t, told, draws)
     scored = jnp.asarray(ids)
     if objective == "ar":  # the next one
         scored = jnp.roll(scored, -1, 1)
@@ -387,17 +417,28 @@ def end_to_end(
             raw = rounding.nll(raw, ids)
         return x0_hat, raw
 
-    rows = (x_t, t, scored)
+    rows = (x_t, told, scored)
     x0_hat, raw = model.apply(
-        params, cfg, x_t, t, x0_prev, schedule=schedule, key=key, read=read, rows=rows
+        params,
+        cfg,
+        x_t,
+        told,
+        x0_prev,
+        schedule=schedule,
+        key=key,
+        read=read,
+        rows=rows,
     )
     mask = (
         jnp.where(jnp.asarray(ids) == PAD, 0.0, 1.0)
         if mask_pad
         else jnp.ones(ids.shape)
     )
+    places = jnp.sum(mask, -1)
+    if draws.known is not None:
+        mask = jnp.where(draws.known, 0.0, mask)
     done = _Pass(
-        clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask
+        clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask, places
     )
     return OBJECTIVES[objective](done, **options)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from dlm_jax import denoiser, rounding
 from dlm_jax.denoiser import DenoiserConfig
@@ -104,6 +105,15 @@ def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree
         return jax.tree.map(lambda y: y[0], f(*(x[None] for x in row)))
 
     return jax.lax.map(one, rows)
+
+
+def give(
+    clean: Latent, known: Bool[Array, "b l"], x_t: Latent, t: Time
+) -> tuple[Latent, Float[Array, "b l"]]:
+    """(x_t, times) as the network is told known tokens: clean vectors, at time 0."""
+    known, t = jnp.asarray(known), jnp.asarray(t)
+    each = jnp.broadcast_to(t if t.ndim == 2 else t[:, None], known.shape)
+    return jnp.where(known[..., None], clean, x_t), jnp.where(known, 0.0, each)
 
 
 def noise_time(schedule: Schedule, t: Time) -> Time:

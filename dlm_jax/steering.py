@@ -50,7 +50,9 @@ class Wishes(NamedTuple):
 class Plan(NamedTuple):
     """How wishes are granted, the same for all texts: see `control`.
 
-    lean: weight of the classifiers on the estimate; weight: of the model's own words.
+    lean: weight of the classifiers on the estimate; weight: of the model's own words;
+    scale: of the known tokens, for a model that learned to be given some; share: of the
+    time that tokens under guidance keep.
     """
 
     rule: str = "sign"
@@ -60,6 +62,8 @@ class Plan(NamedTuple):
     between: tuple[float, float] = (0.05, 1.0)
     lean: float = 0.0
     weight: float = 1.0
+    scale: float = 1.0
+    share: float = 1.0
     noised: bool = False
 
 
@@ -109,24 +113,42 @@ def denoiser(
     wishes: Wishes,
     guides: Mapping[str, Guide],
     plan: Plan,
+    *,
+    given: bool = False,
 ) -> Denoise:
-    """The model's estimate given the wishes about words, and leaning to the labels."""
+    """The model's estimate given the wishes about words, and leaning to the labels.
+
+    given: it learned to be given tokens.
+    """
     denoise = model.bind(params, cfg, schedule=schedule)
     about_words = [(control.contains(phrase), 1.0) for phrase in wishes.phrases]
     if wishes.lacking is not None:
         about_words.append((control.lacks(wishes.lacking), 1.0))
-    if wishes.allowed is not None or about_words:
+    tells = given and wishes.known is not None
+    if tells or wishes.allowed is not None or about_words:
         read = model.bind_words(params, cfg, schedule=schedule)
-        if wishes.allowed is not None:
-            read = control.only(read, params.table, wishes.allowed)
+        if tells:
+            read = _told(read, params.table, wishes, plan)
+        allowed = True if wishes.allowed is None else wishes.allowed
+        read = control.only(read, params.table, allowed)
         denoise = control.spoken(read)
         if about_words:
             wish = control.every(*about_words)
             denoise = control.steer(read, wish, schedule, weight=plan.weight)
+    of = log_prob(wishes, guides, schedule)
+    if wishes.labels and plan.share < 1:
+        denoise = control.token_times(denoise, of, share=plan.share)
     if wishes.labels and plan.lean:
-        of = log_prob(wishes, guides, schedule)
         denoise = control.lean(denoise, of, schedule, weight=plan.lean)
     return denoise
+
+
+def _told(read: model.Read, table: Table, wishes: Wishes, plan: Plan) -> model.Read:
+    """The model told the known tokens, plan.scale times as much as it makes of them."""
+    told = control.given(read, table, wishes.ids, wishes.known)
+    if plan.scale == 1:
+        return told
+    return control.classifier_free(told, read, weight=plan.scale)
 
 
 def step(

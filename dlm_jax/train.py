@@ -97,6 +97,7 @@ class Recipe(NamedTuple):
     mask_pad: bool = False
     self_cond: float = 0.0
     truncate: float = 0.0
+    known: float = 0.0
     adaptive: str = ""
     normalize: bool = False
     frozen: bool = False
@@ -143,6 +144,7 @@ def make_draws(
         times="uniform" if importance else recipe.times,
         steps=recipe.schedule.steps,
         self_cond=recipe.self_cond,
+        known=recipe.known,
         moments=moments if importance else None,
     )
 
@@ -276,6 +278,8 @@ def recipe_of(config: Any) -> Recipe:
         )
     if config.loss.self_cond and not cfg.self_cond:
         raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
+    if config.loss.known and cfg.causal:
+        raise UserError("config.loss.known > 0: a teacher is given what stands before")
     parallel.check_batch(config.train.batch, config.optim.accumulate)
     return Recipe(
         cfg=cfg,
@@ -310,7 +314,7 @@ RANGES = {
         "ema": RATE,
         "accumulate": COUNT,
     },
-    "loss": dict.fromkeys(("self_cond", "truncate"), RATE),
+    "loss": dict.fromkeys(("self_cond", "truncate", "known"), RATE),
     "data": {"seed": ZERO_OR_MORE, "valid_fraction": RATE},
 }
 
@@ -389,7 +393,7 @@ class Validation:
 
     def _batch(self, params: PyTree, number: Array, ids: Ids, mask: Array) -> PyTree:
         key = jax.random.fold_in(jax.random.key(0), number)
-        draws = make_draws(key, ids, self.recipe, 0, ())
+        draws = make_draws(key, ids, self.recipe._replace(known=0.0), 0, ())
         _, terms = loss_fn(params, ids, draws, self.recipe)
         named = {"loss": terms.total(), **terms._asdict()}
         del named["weight"]

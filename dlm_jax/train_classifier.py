@@ -66,8 +66,10 @@ def borrow(config: Any, base: generate.Bundle) -> Any:
     """
     if not config.classifier.task or config.model.causal or config.model.self_cond:
         raise UserError("--config: take configs/classifier.py, or one like it")
-    if config.loss.times == "importance":
-        raise UserError("config.loss.times='importance': a classifier takes it not")
+    if config.loss.times == "importance" or config.loss.known:
+        raise UserError(
+            "config.loss.times='importance', config.loss.known: a classifier takes neither"
+        )
     theirs = base.config["data"]
     if theirs["mode"] != "pad":
         raise UserError(

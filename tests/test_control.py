@@ -91,6 +91,34 @@ def test_classifier_free_is_a_line_through_both():
         np.testing.assert_allclose(mixed(X, T, X), factor * X, rtol=1e-6)
 
 
+def test_classifier_free_mixes_words_too():
+    def certain(x_t, t, x0_prev):
+        return x_t, jax.nn.log_softmax(3.0 * exact_read(x_t, t, x0_prev)[1])
+
+    x0_hat, log_p = control.classifier_free(certain, exact_read, weight=2.0)(X, T, X)
+    np.testing.assert_allclose(x0_hat, 2 * X - exact_read(X, T, X)[0], rtol=1e-5)
+    want = 2 * certain(X, T, X)[1] - exact_read(X, T, X)[1]
+    np.testing.assert_allclose(log_p, want, rtol=1e-5)
+
+
+def test_tokens_under_guidance_are_told_less_noise():
+    weights = np.array([0.0, 1.0, 2.0, 0.5, 4.0], np.float32)[:, None]
+
+    def of(x, t):
+        return jnp.sum(weights * x, (1, 2))
+
+    def times(x_t, t, x0_prev):
+        return jnp.broadcast_to(t[..., None], x_t.shape)
+
+    told = control.token_times(times, of, share=0.6)(X, T, X)[..., 0]
+    size = weights[:, 0] / 4
+    np.testing.assert_allclose(told, T[:, None] * (1 - 0.4 * size), rtol=1e-5)
+    same = control.token_times(times, of, share=1.0)(X, T, X)[..., 0]
+    np.testing.assert_allclose(same, np.broadcast_to(T[:, None], (3, 5)), rtol=1e-6)
+    flat = control.token_times(times, lambda x, t: 0.0 * of(x, t), share=0.6)(X, T, X)
+    np.testing.assert_allclose(flat[..., 0], same)
+
+
 def exact_read(x_t, t, x0_prev):
     """Bayes for words drawn uniformly and alone: p(w | x_t) by N(alpha E_w, sigma^2)."""
     raw = model.prior_logits(TABLE, jnp.asarray(x_t), t, NOISE)

@@ -27,6 +27,7 @@ PARAMS = Params(TABLE, RNG.normal(size=6).astype(np.float32), {"w": jnp.ones(())
 EPS_0, EPS_T = RNG.normal(size=(2, 3, 3, 4)).astype(np.float32)
 T = np.array([0, 1, 12], np.float32) / 20
 CLEAN = TABLE[IDS]
+RAW = RNG.normal(size=(3, 3, 6)).astype(np.float32)
 X_0 = CLEAN + np.float32(T20.sigma_0) * EPS_0
 
 
@@ -215,6 +216,47 @@ def test_ce_is_cross_entropy(network):
     log_p = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
     want = -np.take_along_axis(log_p, IDS[..., None], -1).mean((1, 2))
     np.testing.assert_allclose(terms.total(), want, rtol=1e-5)
+
+
+def test_known_tokens_are_told_and_not_asked(network):
+    """Clean, at time 0; what is known and what is open add up to the whole."""
+    seen = []
+
+    def scores(weights, x_t, t, x0_prev):
+        seen.append((x_t, t))
+        return RAW
+
+    network(scores)
+    known = np.array([[True, False, False], [False, False, False], [True, True, True]])
+    plain = losses.Draws(T, EPS_0, EPS_T)
+    whole, some, rest = (
+        run("ce", predicts="logits", noise=CURVE, draws=plain._replace(known=k)).total()
+        for k in (None, known, ~known)
+    )
+    np.testing.assert_allclose(some + rest, whole, rtol=1e-6)
+    assert some[2] == 0
+    assert some[0] < whole[0]
+    assert some[1] == whole[1]
+    (noisy, _), (told, times) = seen[:2]
+    np.testing.assert_array_equal(told, np.where(known[..., None], CLEAN, noisy))
+    np.testing.assert_array_equal(times, np.where(known, 0, T[:, None]))
+
+
+def test_what_is_known():
+    """A share of the rows; prefixes, gaps and single tokens; by the row's number."""
+    first, rest, shared = (
+        losses.draw(jax.random.key(0), (b, 12, 1), first=i, total=2000, known=0.8).known
+        for i, b in ((0, 1500), (1500, 500), (0, 2000))
+    )
+    np.testing.assert_array_equal(np.concatenate([first, rest]), shared)
+    some = shared[shared.any(-1)]
+    assert 0.7 < len(some) / len(shared) < 0.8  # and a few of which nothing is known
+    steps = np.abs(np.diff(some.astype(int), axis=-1)).sum(-1)
+    prefix = (steps == 1) & some[:, 0]
+    gap = (steps == 2) & some[:, 0] & some[:, -1]
+    for share in (prefix, gap, steps > 2):
+        assert share.mean() > 0.08
+    assert losses.draw(jax.random.key(0), (4, 12, 1)).known is None
 
 
 def test_normalize_is_the_loss_of_the_unit_table(network):

@@ -253,6 +253,45 @@ def test_a_teacher_and_pieces_grant_no_wishes(bundle):
         steering.parse(pieces, "the ___")
 
 
+def test_a_model_that_learned_to_be_given_tokens(bundle):
+    """It hears of them in every call, and scale makes more of them."""
+    template = "the ___ saw [...]"
+    config = bundle.config | {"loss": bundle.config["loss"] | {"known": 0.9}}
+    ema = jax.tree.map(lambda x: x + 0.1, bundle.ema)  # a fresh one ignores context
+    bundle = dataclasses.replace(bundle, ema=ema, compiled={})
+    told = dataclasses.replace(bundle, config=config, compiled={})
+    options = {"n": 8, "seed": 1, "steps": 6, "clamp": False}
+    given = told.infill(template, **options)
+    assert given != bundle.infill(template, **options)
+    assert all(text.startswith("the ") and text.split()[2] == "saw" for text in given)
+    scaled = told.infill(template, plan=Plan(scale=3.0), **options)
+    assert scaled != given
+    parts = steering.parse(bundle.tokenizer, template)
+    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 8, 1)
+    args = (bundle.ema, bundle.cfg, bundle.schedule)
+    x, t = np.zeros((8, LENGTH, 8), np.float32), np.full(8, 0.7, np.float32)
+    plain = steering.denoiser(*args, wishes, {}, Plan())(x, t, x)
+    nothing, once = (
+        steering.denoiser(*args, wishes, {}, Plan(scale=scale), given=True)(x, t, x)
+        for scale in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(nothing, plain, atol=1e-5)
+    assert np.abs(once - plain).max() > 1e-4
+    with pytest.raises(UserError, match="did not learn to be given tokens"):
+        bundle.infill(template, plan=Plan(scale=3.0))
+
+
+def test_tokens_under_guidance_keep_a_share_of_their_time(bundle):
+    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
+    rows = jax.tree.map(lambda x: np.repeat(x, 8, 0), asked)
+    options = {"seed": 3, "wishes": rows, "clamp": False}
+    whole, part = (
+        bundle.draw(8, plan=Plan(lr=0.0, share=share), **options).latents
+        for share in (1.0, 0.5)
+    )
+    assert np.abs(whole - part).max() > 1e-4
+
+
 def test_an_empty_folder_is_no_classifier(bundle, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         bundle.with_classifier(tmp_path)
