@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentence infilling as in arXiv:2205.14217 section 6.3, on stories: the middle of three.
+
+    python benchmarks/anlg.py --data tinystories.lower.4MB.txt --out docs/anlg.json
+
+A model is trained on windows of three sentences, nine of ten with some words known; it
+writes the middle sentence of held-out stories from its neighbours, candidates of several
+lengths, and minimum Bayes risk chooses. BLEU-4 (sacrebleu) and ROUGE-L (rouge-score)
+against the true one, beside: the same weights with the known words only written into
+the sample, a copy of either neighbour, and a sentence of another story.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from nltk.tokenize import wordpunct_tokenize
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+
+import dlm_jax
+from configs import stories as stories_config
+from dlm_jax import mbr, measures, steering, train
+from dlm_jax.generate import Bundle
+from dlm_jax.types import UNK
+
+LENGTH = 64
+Window = tuple[str, str, str]
+
+
+def windows(path: str) -> tuple[list[Window], list[Window]]:
+    """Three sentences in a row that fit in LENGTH; the last twentieth of the stories.
+
+    A story ends at a single newline; of a held-out one, windows do not overlap.
+    """
+    found = re.split(r"(?<!\n)\n(?!\n)", Path(path).read_text("utf-8").lower())
+    parts = [[" ".join(wordpunct_tokenize(s)) for s in _sentences(x)] for x in found]
+    last = len(parts) * 19 // 20
+
+    def rows(stories: list[list[str]], stride: int) -> list[Window]:
+        threes = (
+            (s[i], s[i + 1], s[i + 2])
+            for s in stories
+            for i in range(0, len(s) - 2, stride)
+        )
+        return [w for w in threes if len(" ".join(w).split()) <= LENGTH - 2]
+
+    return rows(parts[:last], 1), rows(parts[last:], 3)
+
+
+def _sentences(story: str) -> list[str]:
+    return [s for s in re.split(r'(?<=[.!?])"?\s+', story) if s.strip()]
+
+
+def trained(
+    workdir: str, steps: int, train_rows: list[Window], valid_rows: list[Window]
+) -> Bundle:
+    """The model; a run that is there is resumed."""
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train_rows), ("valid", valid_rows)):
+        (folder / f"{name}.txt").write_text("\n".join(map(" ".join, rows)), "utf-8")
+    config = stories_config.get_config()
+    config.data.update(
+        path=str(folder / "train.txt"),
+        valid_path=str(folder / "valid.txt"),
+        tokenizer="word",
+        min_count=3,
+        mode="pad",
+        length=LENGTH,
+    )
+    config.loss.known, config.train.total_steps = 0.9, steps
+    config.train.sample_steps, config.sample.batch = 0, 32
+    train.run(config, str(folder / "run"))
+    return dlm_jax.load(folder / "run")
+
+
+def candidates(
+    bundle: Bundle, rows: list[Window], lengths: list[int], n: int, **options: Any
+) -> list[list[str]]:
+    """n middles of each window, their lengths drawn from those of the training text."""
+    rng, wishes, sizes = np.random.default_rng(0), [], []
+    vocab = bundle.tokenizer.vocab_size
+    for i, (first, _, last) in enumerate(rows):
+        template = steering.parse(bundle.tokenizer, f"{first} [...] {last}")
+        room = bundle.length - 1 - template.size
+        for j in range(n):
+            width = min(int(rng.choice(lengths)), room)
+            made = {"words": template.size - 1 + width}
+            seed = i * n + j
+            wishes.append(
+                steering.of_template(template, bundle.length, vocab, 1, seed, **made)
+            )
+            sizes.append((len(first.split()), width))
+    together = jax.tree.map(lambda *x: np.concatenate(x), *wishes)
+    texts = bundle.draw(len(wishes), wishes=together, **options).texts
+    middles = [
+        " ".join(text.split()[start : start + width])
+        for text, (start, width) in zip(texts, sizes, strict=True)
+    ]
+    return [middles[i : i + n] for i in range(0, len(middles), n)]
+
+
+def scores(said: list[str], true: list[str]) -> dict[str, float]:
+    """Corpus BLEU-4, mean ROUGE-L (F), both of 100; entropy against copying one text."""
+    bleu = BLEU(tokenize="none").corpus_score(said, [true]).score
+    scorer = RougeScorer(["rougeL"])
+    rouge = [
+        scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(true, said, strict=True)
+    ]
+    return {
+        "BLEU-4": bleu,
+        "ROUGE-L": 100 * float(np.mean(rouge)),
+        "unigram entropy": measures.unigram_entropy(said),
+        "distinct": len(set(said)) / len(said),
+    }
+
+
+def main() -> None:
+    """Trains what is not there yet, and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="stories, a line or lines each")
+    parser.add_argument("--workdir", default="runs/anlg")
+    parser.add_argument("--train-steps", type=int, default=3000)
+    parser.add_argument("--n", type=int, default=300)
+    parser.add_argument("--candidates", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--out", default="docs/anlg.json")
+    args = parser.parse_args()
+    train_rows, valid_rows = windows(args.data)
+    bundle = trained(args.workdir, args.train_steps, train_rows, valid_rows)
+    tok = bundle.tokenizer
+    rows = [w for w in valid_rows if UNK not in tok.encode(" ".join((w[0], w[2])))]
+    rows = rows[: args.n]
+    lengths = [len(middle.split()) for _, middle, _ in train_rows]
+    true = [middle for _, middle, _ in rows]
+    others = np.random.default_rng(1).permutation(len(train_rows))[: len(rows)]
+    said = {
+        "copy of the first": [first for first, _, _ in rows],
+        "copy of the last": [last for _, _, last in rows],
+        "a sentence of another story": [train_rows[i][1] for i in others],
+    }
+    unaware = bundle.config | {"loss": bundle.config["loss"] | {"known": 0.0}}
+    for name, config in (("told", bundle.config), ("written in only", unaware)):
+        model = dlm_jax.generate.from_parts(
+            bundle.cfg, bundle.params, tok, config, ema=bundle.ema, noise=bundle.noise
+        )
+        drawn = candidates(model, rows, lengths, args.candidates, steps=args.steps)
+        said[f"{name}, one sample"] = [texts[0] for texts in drawn]
+        said[f"{name}, by minimum Bayes risk"] = [mbr.choose(texts) for texts in drawn]
+    found = {
+        "windows": len(rows),
+        "candidates": args.candidates,
+        "calls": args.steps,
+        "step": bundle.step,
+        "held-out": measures.unigram_entropy(true),
+        "scores": {name: scores(texts, true) for name, texts in said.items()},
+        "texts": [
+            {"window": window, **{name: texts[i] for name, texts in said.items()}}
+            for i, window in enumerate(rows[:5])
+        ],
+    }
+    Path(args.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    for name, row in found["scores"].items():
+        print(f"{name:40s}", *(f"{k} {v:.2f}" for k, v in row.items()))
+
+
+if __name__ == "__main__":
+    main()

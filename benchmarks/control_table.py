@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table and the picture of docs/control.md, from the rows of `--mode control`.
+
+    python benchmarks/control_table.py --rows runs/quickstart/control \\
+        --baselines docs/control_baselines.json --out docs/control.json
+
+Rows that --out holds and --rows does not are kept.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dlm_jax import tasks
+
+ORDER = ["unguided", *tasks.TASKS]
+# the paper's own success on E2E, by the score it is closest to, arXiv:2205.14217 table 2
+PAPER = {
+    "value": 0.812,
+    "tags": 0.900,
+    "tree F1": 0.860,
+    "span": 0.938,
+    "exact length": 0.999,
+}
+COLOURS = ("#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
+
+
+def key(row: dict) -> tuple:
+    """What makes a row another one."""
+    control = row["control"]
+    return (row["task"], row["calls"], control["preset"], row["model"])
+
+
+def gather(folder: Path, out: Path) -> list[dict]:
+    """The rows of the folder and those of out, in the tasks' order, without configs."""
+    old = json.loads(out.read_text()) if out.exists() else []
+    new = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = {key(row): row for row in [*old, *new]}
+    for row in found.values():
+        row.pop("config", None)
+        # where the classifiers lay says nothing; their checksums stand beside
+        row["control"].pop("classifiers", None)
+    return sorted(found.values(), key=lambda r: (ORDER.index(r["task"]), -r["calls"]))
+
+
+def table(rows: list[dict], baselines: list[dict]) -> str:
+    """Markdown: ours by calls, then the baselines."""
+    head = "| task | method | targets x samples x seeds | success | accepted | nats/token | s per 50 |"
+    lines = [head, "|---" * 7 + "|"]
+    for row in rows:
+        sizes = (row["targets"], row["control"]["samples"], row["control"]["seeds"])
+        lines.append(_line(row, f"{row['calls']} calls", sizes))
+    for row in baselines:
+        sizes = (row["targets"], row["samples"], row["seeds"])
+        lines.append(_line(row, row["method"], sizes))
+    return "\n".join(lines)
+
+
+def _line(row: dict, method: str, sizes: tuple[int, int, int]) -> str:
+    shares = [f"{n} {100 * m:.1f} ± {100 * e:.1f}" for n, (m, e) in _scores(row)]
+    nats = row["nats/token"]
+    cells = [
+        row["task"],
+        method,
+        " x ".join(map(str, sizes)),
+        ", ".join(shares),
+        f"{100 * row['accepted']:.1f}",
+        "-" if nats is None else f"{nats:.3f}",
+        f"{row['seconds per 50']:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _scores(row: dict) -> list[tuple[str, tuple[float, float]]]:
+    return sorted(row["success"].items(), key=lambda s: s[0] not in PAPER)
+
+
+def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
+    """Bars by task and method: success, and the share of texts in the language."""
+    single = [name for name in tasks.TASKS if "+" not in name]
+    methods: dict[str, dict] = {}
+    for row in rows:
+        methods.setdefault(f"{row['calls']} calls", {})[row["task"]] = row
+    for row in baselines:
+        methods.setdefault(row["method"], {})[row["task"]] = row
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    success, accepted = figure.subplots(2, 1, sharex=True)
+    success.set(ylabel="success", ylim=(0, 1))
+    accepted.set(ylabel="in the language", ylim=(0, 1))
+    _bars(success, methods, single, lambda row: _scores(row)[0][1][0])
+    _bars(accepted, methods, single, lambda row: row["accepted"])
+    for place, name in enumerate(single):
+        if name == "infilling":
+            continue
+        goal = next(PAPER[score] for score in _of(rows, name) if score in PAPER)
+        success.plot([place - 0.45, place + 0.45], [goal, goal], ":", color="#111111")
+    for row in (r for r in rows if r["task"] == "unguided"):
+        accepted.axhline(row["accepted"], color="#a8a8a8", lw=0.8)
+        accepted.text(
+            len(single) - 0.5, row["accepted"], f"free, {row['calls']}", size=7
+        )
+    success.plot([], [], ":", color="#111111", label="the paper, on E2E")
+    figure.legend(frameon=False, ncols=6, fontsize=8, loc="outside upper center")
+    accepted.set_xticks(range(len(single)), single)
+    figure.savefig(path, dpi=130)
+
+
+def _of(rows: list[dict], name: str) -> dict[str, Any]:
+    return next(row["success"] for row in rows if row["task"] == name)
+
+
+def _bars(axes: Any, methods: dict, single: list[str], value: Callable) -> None:
+    width = 0.9 / len(methods)
+    for i, (method, by_task) in enumerate(methods.items()):
+        found = [(p, by_task[n]) for p, n in enumerate(single) if n in by_task]
+        places = [p + (i - (len(methods) - 1) / 2) * width for p, _ in found]
+        heights = [value(row) for _, row in found]
+        colour = COLOURS[i % len(COLOURS)]
+        axes.bar(places, heights, width, color=colour, label=method)
+
+
+def main() -> None:
+    """Gathers, prints, draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default="runs/quickstart/control")
+    parser.add_argument("--baselines", default="docs/control_baselines.json")
+    parser.add_argument("--out", default="docs/control.json")
+    args = parser.parse_args()
+    out, peers = Path(args.out), Path(args.baselines)
+    rows = gather(Path(args.rows), out)
+    out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    baselines = json.loads(peers.read_text()) if peers.exists() else []
+    print(table(rows, baselines))
+    plot(rows, baselines, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
