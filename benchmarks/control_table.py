@@ -104,7 +104,8 @@ def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
             len(single) - 0.5, row["accepted"], f"free, {row['calls']}", size=7
         )
     success.plot([], [], ":", color="#111111", label="the paper, on E2E")
-    figure.legend(frameon=False, ncols=6, fontsize=8, loc="outside upper center")
+    named = success.get_legend_handles_labels()
+    figure.legend(*named, frameon=False, ncols=6, loc="outside upper center")
     accepted.set_xticks(range(len(single)), single)
     figure.savefig(path, dpi=130)
 

@@ -391,10 +391,18 @@ def wish(
 
 
 def words_of(asked: Mapping[str, Any]) -> int | None:
-    """How many words are wished, by number or by their tags."""
-    if "length" in asked:
-        return asked["length"]
-    return len(asked["pos"]) if "pos" in asked else None
+    """How many words are wished, by number, by their tags or by the tree."""
+    return next(iter(_sizes(asked).values()), None)
+
+
+def _sizes(asked: Mapping[str, Any]) -> dict[str, int]:
+    """How many words each wish says there are."""
+    sizes = {name: asked[name] for name in ("length",) if name in asked}
+    if "pos" in asked:
+        sizes["pos"] = len(asked["pos"])
+    if "tree" in asked:
+        sizes["tree"] = 1 + max((s[1] for s in asked["tree"]), default=-1)
+    return {name: size for name, size in sizes.items() if size}
 
 
 def _guide(name: str, guides: Mapping[str, Guide]) -> Guide:
@@ -421,10 +429,7 @@ def _check(
         by_words(tok, "length")
         if not isinstance(words, int | np.integer) or not 1 <= words <= most:
             raise UserError(f"length={words}: must be from 1 to {most} words")
-    sizes = {"pos": len(asked.get("pos", ()))}
-    sizes["tree"] = 1 + max((s[1] for s in asked.get("tree", ())), default=-1)
-    sizes["length"] = int(words or 0)
-    said = {name: size for name, size in sizes.items() if size}
+    said = _sizes(asked) | ({} if words is None else {"length": words})
     if len(set(said.values())) > 1:
         told = ", ".join(f"{name} {size}" for name, size in said.items())
         raise UserError(f"wishes disagree on how many words there are: {told}")

@@ -139,6 +139,8 @@ def test_a_template_of_a_given_length(bundle):
         bundle.infill("the ___", n=1, length=5)
     with pytest.raises(UserError, match="length=1: the template needs 2 words"):
         bundle.infill("the ___", n=1, pos=["NOUN"])
+    assert steering.words_of({"tree": [(0, 0, "DET"), (0, 3, "S")]}) == 4
+    assert steering.words_of({"pos": []}) is None
     with pytest.raises(
         UserError, match="'the' is both in the template and to be lacked"
     ):
