@@ -38,14 +38,15 @@ def contained(value: str, text: str) -> bool:
 class Judge(NamedTuple):
     """How texts are read: tags; constituents of a parse, and of parts that parse.
 
-    nats(texts) gives -log p of each, not finite outside the language: exact for the
-    grammar, else the teacher's.
+    nats(texts) gives -log p of each: exact for the grammar, and not finite outside the
+    language; else the teacher's.
     """
 
     tags: Callable[[str], list[str]]
     spans: Callable[[str], Spans]
     derived: Callable[[str], set]
     nats: Callable[[list[str]], np.ndarray]
+    exact: bool = False
 
 
 EDGES = ("START", "END", "\n")  # of the published targets
@@ -140,7 +141,7 @@ def _published(row: Any) -> Sentence:
 def judge_of(config: Any, task: str, teacher: Bundle | None) -> Judge:
     """The grammar; or the tagger and the parser, where the task asks, and the teacher."""
     if config.data.source == "grammar":
-        return Judge(_word_tags, _parsed, grammar.derived, _exact_nats)
+        return Judge(_word_tags, _parsed, grammar.derived, _exact_nats, True)
     tags = _tagger(config) if "pos" in task else lambda text: []
     spans = _parser(config) if task in TREES else lambda text: []
     return Judge(tags, spans, lambda text: set(spans(text)), _teacher_nats(teacher))

@@ -236,13 +236,14 @@ def _summary(scores: list[list[float]], samples: int) -> tuple[float, float]:
 def fluency(texts: list[str], judge: Judge) -> dict[str, float | None]:
     """accepted: the share of texts in the language; nats/token of these; entropy.
 
-    None where nothing can be said: no text is in the language, or there is no teacher.
+    None where nothing can be said: there is no grammar, no teacher, or no text in the
+    language.
     """
     nats = judge.nats(texts)
     good = np.isfinite(nats)
     tokens = np.array([len(text.split()) + 1 for text in texts])
     return {
-        "accepted": None if np.isnan(nats).all() else float(good.mean()),
+        "accepted": float(good.mean()) if judge.exact else None,
         "nats/token": float(nats[good].sum() / tokens[good].sum())
         if good.any()
         else None,

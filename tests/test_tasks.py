@@ -169,8 +169,11 @@ def test_a_row_names_its_classifiers(bundle):
 
 def test_nothing_can_be_said_of_texts_outside_the_language(judge):
     assert tasks.fluency(["pub pub", "a a"], judge)["nats/token"] is None
-    silent = judge._replace(nats=lambda texts: np.full(len(texts), np.nan))
-    assert tasks.fluency([TEXT], silent)["accepted"] is None
+    silent = judge._replace(nats=lambda texts: np.full(len(texts), np.nan), exact=False)
+    assert tasks.fluency([TEXT], silent)["nats/token"] is None
+    heard = judge._replace(nats=lambda texts: np.ones(len(texts)), exact=False)
+    assert tasks.fluency(["pub pub"], heard)["accepted"] is None
+    assert tasks.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(1 / 3)
     known = tasks.fluency([TEXT, "pub pub"], judge)
     assert known["accepted"] == 0.5
     exact = -grammar.log_prob(TEXT) / (len(TEXT.split()) + 1)
