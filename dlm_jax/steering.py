@@ -218,6 +218,24 @@ def by_words(tok: Tokenizer, what: str) -> None:
         )
 
 
+def stack(rows: Iterable[Wishes]) -> Wishes:
+    """Wishes of the same kinds as one batch; phrases are filled up to the widest."""
+    rows = list(rows)
+
+    def together(*phrases: np.ndarray) -> np.ndarray:
+        width = max(p.shape[1] for p in phrases)
+        fill = {"mode": "constant", "constant_values": -1}
+        return np.concatenate(
+            [np.pad(p, ((0, 0), (0, width - p.shape[1])), **fill) for p in phrases]
+        )
+
+    phrases = tuple(
+        together(*p) for p in zip(*(row.phrases for row in rows), strict=True)
+    )
+    bare = [row._replace(phrases=()) for row in rows]
+    return jax.tree.map(lambda *x: np.concatenate(x), *bare)._replace(phrases=phrases)
+
+
 BLANK, GAP = "___", "[...]"
 WIDEST = 10  # words of a gap, as published
 

@@ -75,6 +75,13 @@ def _asked(name: str) -> Callable[[Any, Bundle], Wishes]:
     return wish
 
 
+def _said(target: Fields, bundle: Bundle) -> Wishes:
+    """The fields, by the classifier; and their words, by the model's own."""
+    words = [bundle.tokenizer.encode(value) for value in target.values()]
+    phrases = [steering.spaced([-1] if UNK in ids else ids) for ids in words]
+    return _asked("semantic")(target, bundle)._replace(phrases=tuple(phrases))
+
+
 def _template(target: str, bundle: Bundle) -> Wishes:
     parts = steering.parse(bundle.tokenizer, target)
     return steering.of_template(parts, bundle.length, bundle.tokenizer.vocab_size, 1, 0)
@@ -128,7 +135,8 @@ def _both(first: Task, second: Task) -> Task:
 
     def wish(target: Any, bundle: Bundle) -> Wishes:
         one, two = first.wish(target[0], bundle), second.wish(target[1], bundle)
-        return Wishes(labels={**one.labels, **two.labels})
+        labels = {**one.labels, **two.labels}
+        return Wishes(phrases=one.phrases + two.phrases, labels=labels)
 
     def score(text: str, target: Any, judge: Judge) -> dict[str, float]:
         one = first.score(text, target[0], judge)
@@ -143,7 +151,7 @@ def _both(first: Task, second: Task) -> Task:
 
 
 TASKS: dict[str, Task] = {
-    "semantic": Task(_one_field, _asked("semantic"), _value, ("semantic",)),
+    "semantic": Task(_one_field, _said, _value, ("semantic",)),
     "pos": Task(lambda s, rng: s.tags, _asked("pos"), _tags, ("pos",)),
     "tree": Task(lambda s, rng: s.spans, _asked("tree"), _tree, ("tree",)),
     "span": Task(_one_span, _asked("span"), _has_span, ("tree",)),
@@ -157,19 +165,18 @@ TASKS["semantic+pos"] = _both(TASKS["semantic"], TASKS["pos"])
 PLANS = {
     "tuned": {
         **dict.fromkeys(["unguided", *TASKS], Plan()),
-        "semantic": Plan(lr=0.3),
         "span": Plan(fluency=0.001),
     },
     "published": {  # REFERENCE 1.7: coefficient and step of the code, no push at t < .05
         "unguided": Plan(),
-        "semantic": Plan(lr=0.1, fluency=0.01),
+        "semantic": Plan(lr=0.1, fluency=0.01, weight=0.0),
         "pos": Plan(lr=0.1, fluency=0.0001),
         "tree": Plan(lr=0.1, fluency=0.0005),
         "span": Plan(lr=0.1, fluency=0.1),
         "length": Plan(noised=False),
         "infilling": Plan(noised=False),
-        "semantic+tree": Plan(lr=0.1, fluency=0.0005),
-        "semantic+pos": Plan(lr=0.1, fluency=0.0001),
+        "semantic+tree": Plan(lr=0.1, fluency=0.0005, weight=0.0),
+        "semantic+pos": Plan(lr=0.1, fluency=0.0001, weight=0.0),
     },
 }
 
@@ -195,9 +202,7 @@ def measure(
     n, wishes = len(targets) * samples, steering.FREE
     if task is not None:
         rows = [task.wish(target, bundle) for target in targets]
-        wishes = jax.tree.map(
-            lambda *x: np.repeat(np.concatenate(x), samples, 0), *rows
-        )
+        wishes = jax.tree.map(lambda x: np.repeat(x, samples, 0), steering.stack(rows))
     scores, texts, seconds = [], [], []
     for seed in range(seeds):
         began = time.monotonic()

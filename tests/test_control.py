@@ -182,6 +182,11 @@ def test_a_phrase_at_any_place_by_enumeration():
     np.testing.assert_allclose(found, [np.log(wanted)], rtol=1e-5)
 
 
+def test_no_phrase_is_no_wish():
+    found = control.contains(np.array([[-1, -1]]))(one_text([1, 2, 3]))
+    np.testing.assert_array_equal(found, [0])
+
+
 def test_every_wish_at_once():
     log_p = one_text([1, 2, 3])
     a, b = control.contains(np.array([[2]])), control.contains(np.array([[6]]))

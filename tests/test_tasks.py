@@ -15,8 +15,10 @@ from dlm_jax import (
     generate,
     grammar,
     labels,
+    steering,
     targets,
     tasks,
+    tokenizer,
     train,
 )
 from dlm_jax.denoiser import DenoiserConfig
@@ -122,6 +124,26 @@ def test_two_tasks_score_apart(judge):
     target = ({"food": "Italian"}, grammar.tags(TEXT))
     found = task.score(TEXT, target, judge)
     assert (found["value"], found["tags"]) == (0, 1)
+
+
+def test_a_field_is_wished_by_classifier_and_by_word(bundle):
+    tok = bundle.tokenizer
+    near, cheap = {"near": "Café Sicilia"}, {"price": "cheap"}
+    rows = [TASKS["semantic"].wish(target, bundle) for target in (near, cheap)]
+    both = steering.stack(rows)
+    (phrase,) = both.phrases
+    assert phrase.tolist() == [tok.encode("Café Sicilia"), [*tok.encode("cheap"), -1]]
+    assert both.labels["semantic"].shape[0] == 2
+    assert (both.labels["semantic"] == rows[1].labels["semantic"]).all(1).tolist() == [
+        False,
+        True,
+    ]
+    few = tok.to_dict() | {"words": [w for w in tok.to_dict()["words"] if w != "cheap"]}
+    ignorant = dataclasses.replace(bundle, tokenizer=tokenizer.from_dict(few))
+    assert TASKS["semantic"].wish(cheap, ignorant).phrases[0].tolist() == [[-1]]
+    composed = TASKS["semantic+pos"].wish((cheap, ["NOUN"]), bundle)
+    assert set(composed.labels) == {"semantic", "pos"}
+    assert len(composed.phrases) == 1
 
 
 def test_every_task_runs_and_a_row_is_measured_once(bundle, workdir, config, capsys):
