@@ -7,7 +7,7 @@
 
 from typing import Any
 
-from configs import default
+from configs import default, grammar
 
 TASKS = ("semantic", "pos", "tree", "label")
 
@@ -30,15 +30,7 @@ def get_config(task: str = "semantic") -> Any:
         attention_dropout=0.0,
     )
     cfg.loss.times = "low_discrepancy"
-    cfg.optim.update(
-        name="muon",
-        lr=5e-3,
-        decay="cosine",
-        warmup=50,
-        b2=0.98,
-        clip=1.0,
-        ema=0.99,
-    )
+    cfg.optim.update(grammar.MUON, warmup=50)
     cfg.train.update(
         total_steps=800, batch=64, ckpt_steps=400, log_steps=50, valid_steps=200
     )

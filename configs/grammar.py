@@ -13,6 +13,17 @@ from typing import Any
 from configs import default
 
 
+MUON = {
+    "name": "muon",
+    "lr": 5e-3,
+    "decay": "cosine",
+    "warmup": 100,
+    "b2": 0.98,
+    "clip": 1.0,
+    "ema": 0.99,
+}
+
+
 def _modern(cfg: Any) -> None:
     """Cross-entropy, normalised table, self-conditioning, output prior, warp, Muon."""
     cfg.model.update(
@@ -28,15 +39,7 @@ def _modern(cfg: Any) -> None:
     cfg.embedding.normalize = True
     cfg.schedule.update(name="logistic", steps=0, mean=2.0, scale=1.2, adaptive="warp")
     cfg.loss.update(objective="ce", times="low_discrepancy", self_cond=0.5)
-    cfg.optim.update(
-        name="muon",
-        lr=5e-3,
-        decay="cosine",
-        warmup=100,
-        b2=0.98,
-        clip=1.0,
-        ema=0.99,
-    )
+    cfg.optim.update(MUON)
     cfg.sample.update(steps=64, solver="marginal", rounding="nearest")
 
 
