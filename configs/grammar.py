@@ -12,7 +12,6 @@ from typing import Any
 
 from configs import default
 
-
 MUON = {
     "name": "muon",
     "lr": 5e-3,
