@@ -237,12 +237,12 @@ def flatten(record: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
-    """What differs; a section that the old one has none of came with a later version."""
+    """What differs; a section, or an option that is off, came with a later version."""
     a, b = flatten(old), flatten(new)
     found = []
     for name in a.keys() | b.keys():
         section = name.partition(".")[0]
-        if section not in old:
+        if section not in old or (name not in a and not b[name]):
             continue
         if a.get(name) == b.get(name) or name in FREE or section in FREE:
             continue

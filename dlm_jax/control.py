@@ -79,7 +79,8 @@ def classifier_free(
     """x0 + weight (x0_conditional - x0), and so the log-probabilities of a Read.
 
     Classifier-free guidance, arXiv:2207.12598: weight 1 is the conditional model, more
-    exaggerates the condition.
+    exaggerates the condition. The mixed log-probabilities do not add up to 1: `only`
+    makes them.
     """
 
     def mix(without: Array, within: Array) -> Array:
@@ -106,8 +107,8 @@ def token_times(denoise: Denoise, log_prob: LogProb, *, share: float) -> Denoise
     return told
 
 
-def only(read: Read, table: Table, allowed: Allowed | bool) -> Read:
-    """The model's words given that each position's is an allowed one (True: any).
+def only(read: Read, table: Table, allowed: Allowed) -> Read:
+    """The model's words given that each position's is an allowed one.
 
     Exact for one position, whose posterior is renormalised; the others hear of it at the
     next step.

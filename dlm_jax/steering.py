@@ -129,8 +129,8 @@ def denoiser(
         read = model.bind_words(params, cfg, schedule=schedule)
         if tells:
             read = _told(read, params.table, wishes, plan)
-        allowed = True if wishes.allowed is None else wishes.allowed
-        read = control.only(read, params.table, allowed)
+        if wishes.allowed is not None:
+            read = control.only(read, params.table, wishes.allowed)
         denoise = control.spoken(read)
         if about_words:
             wish = control.every(*about_words)
@@ -415,11 +415,11 @@ def words_of(asked: Mapping[str, Any]) -> int | None:
 
 def _sizes(asked: Mapping[str, Any]) -> dict[str, int]:
     """How many words each wish says there are."""
-    sizes = {name: asked[name] for name in ("length",) if name in asked}
-    if "pos" in asked:
-        sizes["pos"] = len(asked["pos"])
-    if "tree" in asked:
-        sizes["tree"] = 1 + max((s[1] for s in asked["tree"]), default=-1)
+    sizes = {
+        "length": asked.get("length"),
+        "pos": len(asked.get("pos", ())),
+        "tree": 1 + max((s[1] for s in asked.get("tree", ())), default=-1),
+    }
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -447,7 +447,7 @@ def _check(
         by_words(tok, "length")
         if not isinstance(words, int | np.integer) or not 1 <= words <= most:
             raise UserError(f"length={words}: must be from 1 to {most} words")
-    said = _sizes(asked) | ({} if words is None else {"length": words})
+    said = _sizes(asked | {"length": words})
     if len(set(said.values())) > 1:
         told = ", ".join(f"{name} {size}" for name, size in said.items())
         raise UserError(f"wishes disagree on how many words there are: {told}")

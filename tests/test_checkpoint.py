@@ -329,6 +329,20 @@ def test_intervals_and_sampling_may_change(texts, start):
     checkpoint.check(start, json.loads(changed.to_json_best_effort()))
 
 
+def test_a_run_of_before_an_option_existed_is_resumed(texts, tmp_path):
+    """As long as the option is off."""
+    record = json.loads(_config(texts).to_json_best_effort())
+    before = record | {
+        "loss": {n: v for n, v in record["loss"].items() if n != "known"}
+    }
+    del before["control"]
+    checkpoint.claim(tmp_path, before)
+    (checkpoint.folder(tmp_path) / "1").mkdir(parents=True)
+    checkpoint.check(tmp_path, record)
+    record["loss"]["known"] = 0.9
+    _fails("config.loss.known=None, not 0.9", checkpoint.check, tmp_path, record)
+
+
 def test_total_steps_grow_only_at_a_constant_rate(texts, tmp_path):
     def check(steps):
         config = _config(texts, optim__decay="constant", train__total_steps=steps)

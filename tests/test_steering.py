@@ -184,7 +184,7 @@ def test_bad_templates(bundle, template, message):
         ),
         ({"contains": "cat " * 9}, "a phrase of 9 words, and room for 8"),
         ({"contains": "cat", "lacks": "cat"}, "'cat' is both wished and to be lacked"),
-        ({"pos": ["NOUN"], "length": 2}, "disagree on how many words.*pos 1, length 2"),
+        ({"pos": ["NOUN"], "length": 2}, "disagree on how many words.*length 2, pos 1"),
         ({"pos": ["VERB"]}, "pos 'VERB': not seen"),
         ({"tree": [(0, 1, "NP")]}, "tree: needs a classifier"),
         ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
