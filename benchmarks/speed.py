@@ -87,10 +87,9 @@ def measure(path: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
 
 
 def _training(key, state, ids, recipe, repeats) -> dict[str, Any]:
-    step = parallel.map_step(
-        partial(train.train_step, recipe=recipe, axis=parallel.AXIS)
-    )
-    rows, holder = parallel.shard(ids), [state]
+    one = partial(train.train_step, recipe=recipe, axis=parallel.AXIS)
+    step = parallel.PMAP.step(one, state)
+    rows, holder = parallel.PMAP.rows(ids[None]), [state]
 
     def run():
         holder[0], metrics = step(key, holder[0], rows)

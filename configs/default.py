@@ -33,6 +33,7 @@ def get_config() -> Any:
             "dropout": 0.1,
             "attention_dropout": 0.1,
             "dtype": "float32",  # of the trunk's products: float32 | bfloat16
+            "remat": False,  # compute layers anew in the backward pass: less memory
         }
     )
     cfg.embedding = ConfigDict(
@@ -74,6 +75,9 @@ def get_config() -> Any:
             "valid_batches": 20,
             "sample_steps": 10_000,
         }
+    )
+    cfg.parallel = ConfigDict(
+        {"mode": "pmap"}  # pmap: each device holds all | fsdp: the state is split
     )
     cfg.sample = ConfigDict(
         {

@@ -3,7 +3,7 @@
 
 Saves are asynchronous and atomic: a step directory appears under its plain integer when
 it is complete. config and tokenizer are JSON; nothing here is ever unpickled. sums are
-CRC-32s of all that is saved, as Orbax's compression does not notice a flipped bit.
+checksums of all that is saved, as Orbax's compression does not notice a flipped bit.
 """
 
 import contextlib
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from dlm_jax.types import PyTree, UserError
 
 FOLDER = "checkpoints"
+SUMMED = {"sums of": 2}  # what `sums` holds: `_positioned`'s; without this, CRC-32s
 # a run may be resumed with these changed: they do not touch the training itself
 FREE = {
     f"train.{name}"
@@ -33,7 +35,7 @@ FREE = {
         "valid_batches",
         "sample_steps",
     )
-} | {"sample", "evaluate", "control"}
+} | {"sample", "evaluate", "control", "parallel", "model.remat"}
 
 
 def folder(workdir: str | Path) -> Path:
@@ -62,13 +64,14 @@ def save(
 ) -> None:
     """Starts an asynchronous save of `step`; UserError if nothing would be written.
 
-    state: global arrays where there are several hosts (`parallel.to_global`).
+    state: global arrays where there are several hosts (`parallel.Layout.whole`).
     """
+    sums = SUMMED | _sums(state) | _json_sums(config, tokenizer)
     parts = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         config=ocp.args.JsonSave(config),
         tokenizer=ocp.args.JsonSave(tokenizer),
-        sums=ocp.args.JsonSave(_sums(state) | _json_sums(config, tokenizer)),
+        sums=ocp.args.JsonSave(sums),
     )
     if not writer.save(step, args=parts):
         raise UserError(
@@ -114,7 +117,8 @@ def restore_part(workdir: str | Path, step: int, like: dict[str, PyTree]) -> PyT
 
 def _state(workdir: str | Path, step: int, args: Any) -> PyTree:
     found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
-    _compare(workdir, step, _sums(found.state), found.sums)
+    sums = _sums if SUMMED.items() <= found.sums.items() else _crcs
+    _compare(workdir, step, sums(found.state), found.sums)
     return found.state
 
 
@@ -129,15 +133,37 @@ def read_json(workdir: str | Path, step: int) -> tuple[dict, dict]:
 
 
 def _sums(state: PyTree) -> dict[str, int]:
-    """CRC-32 of every leaf, by its path; a replica is read, not a global array."""
+    """A checksum of every leaf, by its path, made where it lies, split or not."""
+    return _by_path(jax.device_get(_positioned(state)))
 
-    def crc(x: Any) -> int:
-        x = x.addressable_data(0) if isinstance(x, jax.Array) else x
-        return zlib.crc32(np.asarray(x).tobytes())
 
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+@jax.jit
+def _positioned(tree: PyTree) -> PyTree:
+    """Of each leaf the sum of bits x an odd number of their place, modulo 2^32.
+
+    Any order of the additions gives the same; a flipped bit always shows.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        x = jnp.ravel(x)
+        unsigned = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
+        bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
+        bits = jnp.ravel(bits).astype(jnp.uint32)
+        place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761)
+        return jnp.sum(bits * (place | 1), dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def _crcs(state: PyTree) -> dict[str, int]:
+    """The checksums of version 0.1.0: CRC-32 of every leaf."""
+    return _by_path(jax.tree.map(lambda x: zlib.crc32(np.asarray(x).tobytes()), state))
+
+
+def _by_path(tree: PyTree) -> dict[str, int]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = jax.tree_util.keystr
-    return {name(path, simple=True, separator="/"): crc(x) for path, x in leaves}
+    return {name(path, simple=True, separator="/"): int(x) for path, x in leaves}
 
 
 def _json_sums(config: dict, tokenizer: dict) -> dict[str, int]:

@@ -28,7 +28,8 @@ class DenoiserConfig:
     last estimate is an input. output_prior: each position's own posterior is an input
     too, and the logits start from it (`model.prior_logits`). causal: a position sees
     none after it (`teacher`). noise_time: the time input is log-SNR, so that it keeps its
-    meaning while the schedule adapts.
+    meaning while the schedule adapts. remat: the backward pass computes each layer anew
+    instead of keeping what is inside it.
     """
 
     dim: int = 16
@@ -47,6 +48,7 @@ class DenoiserConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     dtype: str = "float32"
+    remat: bool = False
 
 
 def time_features(t: Time, dim: int) -> Float[Array, "*t {dim}"]:
@@ -215,8 +217,10 @@ class Trunk(nn.Module):
         if post:
             x = _layer_norm("norm", cfg.dtype)(x + time)
         x = nn.Dropout(cfg.dropout)(x, deterministic)
+        block = BLOCKS[cfg.trunk]
+        block = nn.remat(block, static_argnums=(3,)) if cfg.remat else block
         for i in range(cfg.layers):
-            x = BLOCKS[cfg.trunk](cfg, name=f"layer_{i}")(x, time, deterministic)
+            x = block(cfg, name=f"layer_{i}")(x, time, deterministic)
         if post:
             return jnp.tanh(_dense(h, h, "out", cfg.dtype)(x))
         two = _dense(2 * h, h, "modulation", cfg.dtype, zero=True)(time)

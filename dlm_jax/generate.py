@@ -180,8 +180,9 @@ class Bundle:
             )
             heads = {task: self.guides[task].params for task in wishes.labels}
             run = self._run(settings, size, plan)
+            index, rows = parallel.spread((index, rows))
             done = run(key, self.ema, self.noise, index, rows, heads)
-            parts.append(jax.device_get(done))
+            parts.append(parallel.fetch(done))
         latents, ids = (np.concatenate([p[i] for p in parts])[:n] for i in (0, 1))
         traces = np.concatenate([p[2] for p in parts])[:n] if trace else None
         texts = [self.tokenizer.decode(row) for row in ids]
@@ -239,9 +240,9 @@ class Bundle:
             self.compiled["nll", draws] = jax.jit(self._nll(draws))
         run, parts = self.compiled["nll", draws], []
         for i, (rows, mask) in enumerate(data.batches(np.asarray(ids), size)):
-            terms = run(jax.random.fold_in(key, i), self.ema, rows)
+            terms = run(jax.random.fold_in(key, i), self.ema, parallel.spread(rows))
             parts.append(
-                jax.tree.map(lambda x, m=mask: x[m > 0], jax.device_get(terms))
+                jax.tree.map(lambda x, m=mask: x[m > 0], parallel.fetch(terms))
             )
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -268,7 +269,8 @@ class Bundle:
             )
         parts, run = [], self.compiled["features"]
         for rows, mask in data.batches(np.asarray(ids), min(len(ids), 256)):
-            parts.append(np.asarray(run(self.ema, rows))[mask > 0])
+            found = run(self.ema, parallel.spread(rows))
+            parts.append(parallel.fetch(found)[mask > 0])
         return np.concatenate(parts)
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -429,8 +431,7 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     parts = {"params": like, "ema": like}
     if config["schedule"].get("adaptive"):
         parts["noise"] = jax.eval_shape(lambda: adaptive.init(noise))
-    parts = checkpoint.restore_part(workdir, step, parallel.global_like(parts))
-    found = parallel.to_local(parts)
+    found = checkpoint.restore_part(workdir, step, parallel.global_like(parts))
     return from_parts(cfg, found.pop("params"), tok, config, step=step, **found)
 
 

@@ -20,7 +20,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("step", None, "the checkpoint to use (the newest)")
 flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
-flags.DEFINE_integer("processes", 1, "number of hosts")
+flags.DEFINE_integer("num_processes", 1, "number of hosts")
 flags.DEFINE_integer("process_id", 0, "this host's number")
 
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{argv[1]}: not a flag; see --help")
         if not FLAGS.workdir:
             raise UserError("--workdir: name the run's directory, such as runs/first")
-        parallel.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
+        parallel.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
     except UserError as error:
         _fail(error)

@@ -1,35 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: data parallelism by pmap, placement, multi-host start; the one such file.
+"""Devices: how a run lies on them, multi-host start, signals; the one such file.
 
-pmap is used without a leading device axis for the state (in_axes=None, out_axes=None):
-the same TrainState serves jit, pmap, evaluation, sampling and checkpoints.
+Two layouts. `pmap`: every device holds the whole state (in_axes=None, out_axes=None, so
+no leading device axis). `fsdp`: parameters, average and optimiser state are split over
+all devices by jit. Sampling and evaluation split their rows in both (`spread`).
 """
 
+import glob
+import importlib.util
+import os
+import signal
+import threading
 from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax.types import PyTree, UserError
 
 AXIS = "data"
+SMALL = 2**12  # elements of a leaf that is not worth splitting
+HEARTBEAT, START, END = (
+    30,
+    300,
+    60,
+)  # seconds: until a host counts as lost, and the like
+
+
+# --- hosts
 
 
 def start(coordinator: str, processes: int, process: int) -> None:
-    """Joins the other hosts, before any device is touched; a no-op for one host."""
-    if processes == 1:
+    """Joins the other hosts, before any device is touched; a no-op for one alone.
+
+    Without a coordinator the cluster says who they are: Slurm, Open MPI or Cloud TPU.
+    """
+    alone = processes == 1 and not coordinator
+    if alone and not in_cluster(os.environ):
         return
-    if not coordinator or not 0 <= process < processes:
+    if not alone and (not coordinator or not 0 <= process < processes):
         raise UserError(
-            f"--processes={processes} --process_id={process} "
+            f"--num_processes={processes} --process_id={process} "
             f"--coordinator={coordinator!r}: give host:port of process 0 and a number "
-            "from 0 up to processes"
+            "from 0 up to num_processes"
         )
+    named = (
+        {}
+        if alone
+        else {
+            "coordinator_address": coordinator,
+            "num_processes": processes,
+            "process_id": process,
+        }
+    )
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(
+            **named,
+            initialization_timeout=START,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=END,
+        )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--coordinator={coordinator}: {error}") from error
+        where = f"--coordinator={coordinator}" if coordinator else "this cluster"
+        raise UserError(f"{where}: {error}") from error
+
+
+def in_cluster(env: Any) -> bool:
+    """Whether this process is one of a cluster's, by what the cluster sets."""
+    several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    if any(int(env[name]) > 1 for name in several if name in env):
+        return True
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips and importlib.util.find_spec("libtpu"))
 
 
 def hosts() -> tuple[int, int]:
@@ -46,6 +92,187 @@ def describe() -> str:
     )
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process at once: JAX's own exit waits for hosts that may be gone."""
+    os._exit(status)
+
+
+class Preemption:
+    """Whether to save and stop: SIGTERM, as preemption and maintenance send it.
+
+    Asked once a step by every host; a signal to one stops all at the same step. With one
+    process Python's handler sees it, with several JAX's service does.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        main = threading.current_thread() is threading.main_thread()
+        self.handler = jax.process_count() == 1 and main
+        if self.handler:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() == 1:
+            return self.asked
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        """Gives the signal back."""
+        if self.handler:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+# --- layouts of a training run
+
+
+class Layout(NamedTuple):
+    """How state and rows lie on the devices; its parts go together.
+
+    axis: the mapped axis of the step, None where jit sees the global batch. begin(init,
+    key): the first state. like(shapes): what a checkpoint is restored into, and
+    loaded(tree) makes the state of it. whole(state): global arrays, for checkpoints and
+    for `spread` rows. step(fn, state): fn compiled. parts(accumulate), rows: the host's
+    rows of a step, read in that many parts and put on its devices.
+    """
+
+    axis: str | None
+    begin: Callable[[Callable, jax.Array], PyTree]
+    like: Callable[[PyTree], PyTree]
+    loaded: Callable[[PyTree], PyTree]
+    whole: Callable[[PyTree], PyTree]
+    step: Callable[[Callable, PyTree], Callable]
+    parts: Callable[[int], int]
+    rows: Callable[[np.ndarray], Any]
+
+
+def _mesh() -> Mesh:
+    """All devices of all hosts, each host's together."""
+    found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(found), (AXIS,))
+
+
+def _everywhere() -> NamedSharding:
+    return NamedSharding(_mesh(), PartitionSpec())
+
+
+def _here() -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
+
+
+def place(tree: PyTree) -> PyTree:
+    """Copies onto all local devices; donation needs this before the first step."""
+    return jax.device_put(tree, _here())
+
+
+def to_global(tree: PyTree) -> PyTree:
+    """Host-local replicas as global arrays without a copy: Orbax refuses the former."""
+    return tree if jax.process_count() == 1 else _renamed(tree, _everywhere())
+
+
+def to_local(tree: PyTree) -> PyTree:
+    """The inverse of `to_global`: global arrays as this host's replicas."""
+    return place(tree) if jax.process_count() == 1 else _renamed(tree, _here())
+
+
+def _renamed(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    def convert(x: jax.Array) -> jax.Array:
+        parts = [s.data for s in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+    return jax.tree.map(convert, tree)
+
+
+def global_like(tree: PyTree) -> PyTree:
+    """Shapes and dtypes with the replicated sharding over all devices, to restore."""
+    sharding = _everywhere()
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def _mapped(step: Callable, state: PyTree) -> Callable:
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=1,
+    )
+
+
+def _by_device(rows: np.ndarray) -> np.ndarray:
+    """This host's rows [1 b l] as [local devices, b / devices, l]."""
+    return rows[0].reshape(jax.local_device_count(), -1, *rows.shape[2:])
+
+
+PMAP = Layout(
+    axis=AXIS,
+    begin=lambda init, key: place(jax.jit(init)(key)),
+    like=global_like,
+    loaded=to_local,
+    whole=to_global,
+    step=_mapped,
+    parts=lambda accumulate: 1,
+    rows=_by_device,
+)
+
+
+def split(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+    """The longest axis that the devices divide; a small leaf stays whole."""
+    axes = [i for i, size in enumerate(shape) if size % devices == 0]
+    if not axes or np.prod(shape) < SMALL:
+        return PartitionSpec()
+    longest = max(axes, key=lambda i: shape[i])
+    return PartitionSpec(*(AXIS if i == longest else None for i in range(len(shape))))
+
+
+def _split_like(tree: PyTree) -> PyTree:
+    mesh = _mesh()
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, split(x.shape, mesh.size))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)
+
+
+def _shardings(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _begin_split(init: Callable, key: jax.Array) -> PyTree:
+    """No device ever holds the whole."""
+    like = _split_like(jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=_shardings(like))(key)
+
+
+def _jitted(step: Callable, state: PyTree) -> Callable:
+    out = (_shardings(state), _everywhere())
+    return jax.jit(step, donate_argnums=1, out_shardings=out)
+
+
+def _by_part(rows: np.ndarray) -> jax.Array:
+    """This host's rows [parts b l] as the global array, b split over all devices."""
+    sharding = NamedSharding(_mesh(), PartitionSpec(None, AXIS))
+    return jax.make_array_from_process_local_data(sharding, rows)
+
+
+FSDP = Layout(
+    axis=None,
+    begin=_begin_split,
+    like=_split_like,
+    loaded=lambda tree: tree,
+    whole=lambda tree: tree,
+    step=_jitted,
+    parts=lambda accumulate: accumulate,
+    rows=_by_part,
+)
+LAYOUTS = {"pmap": PMAP, "fsdp": FSDP}
+
+
 def check_batch(batch: int, accumulate: int = 1) -> None:
     """UserError unless the devices and the microbatches divide the batch."""
     count = jax.device_count() * accumulate
@@ -57,59 +284,31 @@ def check_batch(batch: int, accumulate: int = 1) -> None:
         )
 
 
-def map_step(step: Callable) -> Callable:
-    """(key, state, ids [devices b l]) -> (state, metrics), the state donated."""
-    return jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(None, None, 0),
-        out_axes=None,
-        donate_argnums=1,
-    )
+# --- rows that all hosts know, as in sampling and evaluation
 
 
-def shard(ids: np.ndarray) -> np.ndarray:
-    """This host's rows [b l] as [local devices, b / devices, l]."""
-    return ids.reshape(jax.local_device_count(), -1, *ids.shape[1:])
+def spread(rows: PyTree) -> PyTree:
+    """Rows, the same on every host, split over all devices that divide their number."""
+    if jax.device_count() == 1:
+        return rows
+    mesh = _mesh()
+
+    def one(x: Any) -> jax.Array:
+        even = x.shape[0] % mesh.size == 0
+        sharding = NamedSharding(mesh, PartitionSpec(AXIS if even else None))
+        return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+    return jax.tree.map(one, rows)
 
 
-def place(tree: PyTree) -> PyTree:
-    """Copies onto all local devices; donation needs this before the first step."""
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def to_global(tree: PyTree) -> PyTree:
-    """Host-local replicas as global arrays without a copy: Orbax refuses the former."""
+def fetch(tree: PyTree) -> PyTree:
+    """Arrays of all hosts as NumPy's, on every host."""
     if jax.process_count() == 1:
-        return tree
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
-
-    def convert(x: jax.Array) -> jax.Array:
-        parts = [s.data for s in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
-
-    return jax.tree.map(convert, tree)
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def global_like(tree: PyTree) -> PyTree:
-    """Shapes and dtypes with the replicated sharding over all devices, to restore."""
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
-
-
-def to_local(tree: PyTree) -> PyTree:
-    """The inverse of `to_global`: global arrays as this host's replicas."""
-    if jax.process_count() == 1:
-        return place(tree)
-    sharding = NamedSharding(
-        Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()
-    )
-
-    def convert(x: jax.Array) -> jax.Array:
-        parts = [s.data for s in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
-
-    return jax.tree.map(convert, tree)
+@jax.jit
+def finite(tree: PyTree) -> jax.Array:
+    """Whether all of the numbers are, wherever they lie."""
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))

@@ -83,7 +83,7 @@ def load(workdir: str | Path, table: Table) -> Guide:
     names, cfg = Names(**words["names"]), DenoiserConfig(**config["model"])
     like = jax.eval_shape(lambda: classifier.init(jax.random.key(0), cfg, names.layout))
     found = checkpoint.restore_part(workdir, step, parallel.global_like({"ema": like}))
-    return Guide(parallel.to_local(found)["ema"], cfg, names)
+    return Guide(found["ema"], cfg, names)
 
 
 def log_prob(

@@ -388,7 +388,7 @@ class Validation:
         self.size = min(recipe.batch, len(ids))
         self.recipe = recipe._replace(batch=self.size, times="low_discrepancy")
         rows = itertools.islice(data.batches(ids, self.size), batches)
-        self.batches = list(rows)
+        self.batches = [parallel.spread(row) for row in rows]
         self.run = jax.jit(self._batch)
 
     def _batch(self, params: PyTree, number: Array, ids: Ids, mask: Array) -> PyTree:
@@ -412,6 +412,8 @@ class Run:
 
     def __init__(self, config: Any, workdir: str):
         self.config, self.workdir = config, Path(workdir)
+        layouts, mode = parallel.LAYOUTS, config.parallel.mode
+        self.layout = optim.choose("parallel.mode", layouts, mode)
         self.recipe = self._recipe()
         self.host, self.hosts = parallel.hosts()
         self.record = json.loads(config.to_json_best_effort())
@@ -451,49 +453,52 @@ class Run:
             return init_state(key, self.recipe, vocab, table)
 
         if not self.resumed:
-            return parallel.place(jax.jit(init)(key))
+            return self.layout.begin(init, key)
         like = jax.eval_shape(init, key)
         step = checkpoint.latest(self.workdir)
-        found = checkpoint.restore(self.workdir, step, parallel.global_like(like))
-        return parallel.to_local(found)
+        found = checkpoint.restore(self.workdir, step, self.layout.like(like))
+        return self.layout.loaded(found)
 
     def _bundle(self) -> generate.Bundle | None:
-        p, noise = self.state.ema, self.state.noise
+        p, noise = self.layout.whole((self.state.ema, self.state.noise))
         tok, cfg = self.corpus.tokenizer, self.recipe.cfg
         bundle = generate.from_parts(cfg, p, tok, self.record, noise=noise)
         bundle.settings()  # a mistake in config.sample shows before the training
         return bundle
 
-    def batch(self, step: int) -> np.ndarray:
-        """This host's rows of a step, by device [devices b l]."""
-        rows = data.batch_ids(
-            self.corpus.train,
-            seed=self.config.seed,
-            step=step,
-            batch=self.recipe.batch,
-            host=self.host,
-            hosts=self.hosts,
-        )
-        return parallel.shard(rows)
+    def batch(self, step: int) -> Any:
+        """This host's rows of a step, on its devices."""
+        parts = self.layout.parts(self.recipe.accumulate)
+        rows = [
+            data.batch_ids(
+                self.corpus.train,
+                seed=self.config.seed,
+                step=step * parts + part,
+                batch=self.recipe.batch // parts,
+                host=self.host,
+                hosts=self.hosts,
+            )
+            for part in range(parts)
+        ]
+        return self.layout.rows(np.stack(rows))
 
     def save(self, writer: Any) -> None:
         """A checkpoint of the present step, if its weights are numbers."""
-        weights = jax.tree.leaves((self.state.params, self.state.ema))
-        if not all(np.isfinite(x).all() for x in jax.device_get(weights)):
+        state, words = self.layout.whole(self.state), self.corpus.record()
+        if not parallel.finite((state.params, state.ema)):
             raise UserError(
                 f"weights are not finite at step {int(self.state.step)}: stopped, none "
                 "saved; take a fresh --workdir and a lower config.optim.lr"
             )
-        state, words = parallel.to_global(self.state), self.corpus.record()
         checkpoint.save(writer, int(self.state.step), state, self.record, words)
 
     def show(self, progress: Progress, step: int) -> None:
         """Writes samples/<step>.txt and shows a few of them."""
+        assert self.bundle is not None
+        ema, noise = self.layout.whole((self.state.ema, self.state.noise))
+        texts = dataclasses.replace(self.bundle, ema=ema, noise=noise).sample(16)
         if self.host:
             return
-        assert self.bundle is not None
-        now = {"ema": self.state.ema, "noise": self.state.noise}
-        texts = dataclasses.replace(self.bundle, **now).sample(16)
         path = self.workdir / "samples" / f"{step}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(texts) + "\n")
@@ -528,9 +533,9 @@ def run(config: Any, workdir: str, make: type[Run] = Run) -> None:
 
 
 def _loop(task: Run, progress: Progress, writer: Any, start: int, total: int) -> None:
-    step_fn = parallel.map_step(
-        functools.partial(train_step, recipe=task.recipe, axis=parallel.AXIS)
-    )
+    layout = task.layout
+    one = functools.partial(train_step, recipe=task.recipe, axis=layout.axis)
+    step_fn = layout.step(one, task.state)
     key, every, before = jax.random.key(task.config.seed), task.config.train, None
     for step in range(start, total):
         task.state, metrics = step_fn(key, task.state, task.batch(step))
@@ -544,7 +549,9 @@ def _loop(task: Run, progress: Progress, writer: Any, start: int, total: int) ->
             before = None
             task.save(writer)
         if due["valid_steps"] or last:
-            progress.record(done, task.valid(task.state.ema), kind="valid")
+            progress.record(
+                done, task.valid(layout.whole(task.state.ema)), kind="valid"
+            )
         if due["sample_steps"] or last:
             task.show(progress, done)
 

@@ -79,7 +79,7 @@ COMMANDS = {
         {},
     ),
     "no coordinator": (
-        (*SMOKE, "--workdir", "{}/run", "--processes", "2"),
+        (*SMOKE, "--workdir", "{}/run", "--num_processes", "2"),
         "--coordinator",
         {},
     ),

@@ -295,7 +295,7 @@ def _train_by_command(config, workdir, processes, devices):
     flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
     flags = [f"--config.{name}={value}" for name, value in flat.items()]
     command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
-    command += [*flags, "--workdir", str(workdir), "--processes", str(processes)]
+    command += [*flags, "--workdir", str(workdir), "--num_processes", str(processes)]
     command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
     env = os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)}
     kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

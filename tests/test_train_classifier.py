@@ -78,10 +78,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     config, other = config_of(folder), str(folder / "again")
     config.train.ckpt_steps = 60
     halved = command.ClassifierRun(config, other)
-    step_fn = train.parallel.map_step(
+    step_fn = halved.layout.step(
         lambda key, state, rows: train.train_step(
-            key, state, rows, recipe=halved.recipe, axis=train.parallel.AXIS
-        )
+            key, state, rows, recipe=halved.recipe, axis=halved.layout.axis
+        ),
+        halved.state,
     )
     for step in range(60):
         halved.state, _ = step_fn(
