@@ -74,6 +74,7 @@ def get_config() -> Any:
             "valid_steps": 2000,
             "valid_batches": 20,
             "sample_steps": 10_000,
+            "on_nonfinite": "stop",  # stop | skip the update | rollback, past its data
         }
     )
     cfg.parallel = ConfigDict(

@@ -11,7 +11,9 @@ import io
 import json
 import logging
 import os
+import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dlm_jax.types import PyTree, UserError
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read; path: its folder."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(
+            f"{path}: damaged or not of this model ({reason}); start with "
+            "--allow_fallback to go on from the one before, or use another step"
+        )
+        self.path = path
+
 
 FOLDER = "checkpoints"
 SUMMED = {"sums of": 2}  # what `sums` holds: `_positioned`'s; without this, CRC-32s
@@ -34,6 +48,7 @@ FREE = {
         "valid_steps",
         "valid_batches",
         "sample_steps",
+        "on_nonfinite",
     )
 } | {"sample", "evaluate", "control", "parallel", "model.remat"}
 
@@ -46,7 +61,9 @@ def folder(workdir: str | Path) -> Path:
 def manager(workdir: str | Path, *, keep: int) -> ocp.CheckpointManager:
     """The writer of a run: it keeps the newest `keep` steps."""
     _quiet()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+    )
     return ocp.CheckpointManager(folder(workdir), options=options)
 
 
@@ -73,11 +90,44 @@ def save(
         tokenizer=ocp.args.JsonSave(tokenizer),
         sums=ocp.args.JsonSave(sums),
     )
-    if not writer.save(step, args=parts):
+    with _saving(writer, step):
+        done = writer.save(step, args=parts)
+    if not done:
         raise UserError(
             f"{writer.directory}: step {step} was not saved, as step "
             f"{writer.latest_step()} is there; take a fresh --workdir"
         )
+
+
+def finish(writer: ocp.CheckpointManager) -> None:
+    """Waits until what was last saved is complete."""
+    with _saving(writer, "last"):
+        writer.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _saving(writer: ocp.CheckpointManager, step: int | str) -> Iterator[None]:
+    """A disk that is full, read-only or gone is one line."""
+    try:
+        yield
+    except Exception as error:  # Orbax and its storage raise many kinds
+        there = steps(Path(writer.directory).parent)
+        raise UserError(
+            f"{writer.directory}: step {step} cannot be saved ({_reason(error)}); the last "
+            f"complete checkpoint is {there[-1] if there else 'none'}: make room or mend "
+            "the folder, and start again to go on from it"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of it, out of a storage library's lines."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = re.search(
+        r"No space left on device|Read-only file system|Permission denied|"
+        r"No such file or directory|File too large|Disk quota exceeded",
+        text,
+    )
+    return known.group() if known else text[:200]
 
 
 def steps(workdir: str | Path) -> list[int]:
@@ -178,11 +228,23 @@ def _compare(workdir: str | Path, step: int, sums: dict, saved: dict) -> None:
             raise _damaged(workdir, step, f"{name} has another checksum")
 
 
-def _damaged(workdir: str | Path, step: int, reason: str) -> UserError:
-    return UserError(
-        f"{folder(workdir) / str(step)}: damaged or not of this model ({reason}); "
-        "use another step, or move this one away to fall back on the one before"
-    )
+def _damaged(workdir: str | Path, step: int, reason: str) -> Damaged:
+    return Damaged(folder(workdir) / str(step), reason)
+
+
+def set_aside(damaged: Damaged, workdir: str | Path) -> Path:
+    """Moves a damaged checkpoint of this run away, so that the one before is newest.
+
+    Raises the error itself where that is another run's or there is no other step.
+    """
+    step, path = damaged.path.name, Path(workdir) / "damaged" / damaged.path.name
+    if damaged.path.parent != folder(workdir) or steps(workdir)[1:] == []:
+        raise damaged
+    while path.exists():
+        path = path.with_name(f"{path.name}_")
+    path.parent.mkdir(exist_ok=True)
+    (folder(workdir) / step).rename(path)
+    return path
 
 
 def _read(workdir: str | Path, step: int, **parts: Any) -> Any:
@@ -194,8 +256,7 @@ def _read(workdir: str | Path, step: int, **parts: Any) -> Any:
         with silent, ocp.CheckpointManager(folder(workdir), options=options) as reader:
             return reader.restore(step, args=ocp.args.Composite(**parts))
     except Exception as error:  # Orbax raises many kinds for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _damaged(workdir, step, reason) from error
+        raise _damaged(workdir, step, _reason(error)) from error
 
 
 def crc(tree: PyTree) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data: texts from files, TFDS or the grammar -> ids [n l] -> batches, seeded by step.
 
-`load_texts` reads `config.data`, `encode` makes the one array of ids, and `batch_ids`
+`load_texts` reads `config.data`, `encode` makes the one array of ids, and `batch_index`
 is a pure function of (seed, step), so that a run resumes without saving a position.
 """
 
@@ -408,16 +408,16 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed % 2**64, epoch)).permutation(n)
 
 
-def batch_ids(
-    ids: Int32[np.ndarray, "n l"],
+def batch_index(
+    n: int,
     *,
     seed: int,
     step: int,
     batch: int,
     host: int = 0,
     hosts: int = 1,
-) -> Int32[np.ndarray, "b l"]:
-    """Rows of the global batch of `step` that belong to `host`: batch // hosts of them.
+) -> np.ndarray:
+    """Of n rows, those of the batch of `step` that belong to `host`: batch // hosts.
 
     A pure function of (seed, step). Each epoch has its own order, and a batch may run
     across its end: every row comes once an epoch and none is dropped. Host h takes the
@@ -429,12 +429,12 @@ def batch_ids(
             f"set the batch size to a multiple of {hosts}"
         )
     share = batch // hosts
-    epochs, index = np.divmod(step * batch + host * share + np.arange(share), len(ids))
+    epochs, index = np.divmod(step * batch + host * share + np.arange(share), n)
     rows = [
-        _permutation(seed, epoch, len(ids))[index[epochs == epoch]]
+        _permutation(seed, epoch, n)[index[epochs == epoch]]
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
     ]
-    return ids[np.concatenate(rows)]
+    return np.concatenate(rows)
 
 
 def batches(

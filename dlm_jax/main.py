@@ -2,6 +2,7 @@
 """The command: python -m dlm_jax.main --config configs/grammar.py --workdir runs/x."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-FLAGS = flags.FLAGS
+FLAGS, RESTART = flags.FLAGS, 75
 config_flags.DEFINE_config_file("config", None, "a file of configs/, as FILE[:variant]")
 flags.DEFINE_string("workdir", None, "the run's directory")
 flags.DEFINE_enum(
@@ -19,6 +20,11 @@ flags.DEFINE_enum(
     "what to do",
 )
 flags.DEFINE_integer("step", None, "the checkpoint to use (the newest)")
+flags.DEFINE_bool(
+    "allow_fallback",
+    False,
+    "train: set a damaged newest checkpoint aside, go on before",
+)
 flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
 flags.DEFINE_integer("num_processes", 1, "number of hosts")
 flags.DEFINE_integer("process_id", 0, "this host's number")
@@ -35,13 +41,15 @@ def _needed(config: Any, example: str) -> Any:
 def _train(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax import train
 
-    train.run(_needed(config, "configs/grammar.py"), workdir)
+    config = _needed(config, "configs/grammar.py")
+    train.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax import train_classifier
 
-    train_classifier.run(_needed(config, "configs/classifier.py"), workdir)
+    config = _needed(config, "configs/classifier.py")
+    train_classifier.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
@@ -59,8 +67,11 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     bundle = _load(config, workdir, step)
-    for text in bundle.sample(bundle.config["sample"]["n"]):
-        print(text)
+    from dlm_jax import parallel
+
+    texts = bundle.sample(bundle.config["sample"]["n"])
+    if parallel.hosts()[0] == 0:
+        print("\n".join(texts))
 
 
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:
@@ -76,8 +87,11 @@ def _control(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import viz
+    from dlm_jax import parallel, viz
+    from dlm_jax.types import UserError
 
+    if parallel.hosts()[1] > 1:
+        raise UserError("--mode plot: pictures are drawn by one host; start it alone")
     for path in viz.run(_load(config, workdir, step), workdir):
         print(path)
 
@@ -93,9 +107,12 @@ MODES: dict[str, Callable] = {
 
 
 def main(argv: list[str]) -> None:
-    """Runs a mode; a user's mistake ends in one line and status 2."""
+    """Runs a mode; a user's mistake ends in one line and status 2.
+
+    Status 75 (sysexits' "temporary failure"): the same command goes on from what is saved.
+    """
     from dlm_jax import parallel
-    from dlm_jax.types import UserError
+    from dlm_jax.types import Stopped, UserError
 
     try:
         if len(argv) > 1:
@@ -106,15 +123,26 @@ def main(argv: list[str]) -> None:
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
     except UserError as error:
         _fail(error)
+    except Stopped as error:
+        _fail(error, status=RESTART)
     except OSError as error:
         _fail(f"--workdir {FLAGS.workdir}: {error}; choose one that can be written")
+    except Exception as error:
+        if not parallel.lost(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        _fail(f"another host is lost ({reason}): start all again", status=RESTART)
 
 
-def _fail(error: object) -> NoReturn:
+def _fail(error: object, status: int = 2) -> NoReturn:
+    """One line; hosts that wait for this one see it end at once."""
     line = " ".join(str(error).split())
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"{'error: ' if status == 2 else ''}{line}", file=sys.stderr, flush=True)
     sys.stderr = io.StringIO()  # threads that still read a damaged file stay silent
-    sys.exit(2)
+    if FLAGS.is_parsed() and FLAGS.coordinator:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def parse(argv: list[str]) -> list[str]:

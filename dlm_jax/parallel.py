@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +92,16 @@ def describe() -> str:
     )
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process at once: JAX's own exit waits for hosts that may be gone."""
-    os._exit(status)
+def lost(error: Exception) -> bool:
+    """Whether it tells of another host's end."""
+    signs = ("Gloo", "heartbeat", "coordination", "preempted", "UNAVAILABLE", "peer")
+    return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+
+
+def wait_for_all(name: str) -> None:
+    """Until every host has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 class Preemption:
@@ -131,15 +138,15 @@ class Preemption:
 class Layout(NamedTuple):
     """How state and rows lie on the devices; its parts go together.
 
-    axis: the mapped axis of the step, None where jit sees the global batch. begin(init,
-    key): the first state. like(shapes): what a checkpoint is restored into, and
+    axis: the mapped axis of the step, None where jit sees the global batch. begin(key,
+    init): the first state. like(shapes): what a checkpoint is restored into, and
     loaded(tree) makes the state of it. whole(state): global arrays, for checkpoints and
     for `spread` rows. step(fn, state): fn compiled. parts(accumulate), rows: the host's
     rows of a step, read in that many parts and put on its devices.
     """
 
     axis: str | None
-    begin: Callable[[Callable, jax.Array], PyTree]
+    begin: Callable[[jax.Array, Callable], PyTree]
     like: Callable[[PyTree], PyTree]
     loaded: Callable[[PyTree], PyTree]
     whole: Callable[[PyTree], PyTree]
@@ -210,7 +217,7 @@ def _by_device(rows: np.ndarray) -> np.ndarray:
 
 PMAP = Layout(
     axis=AXIS,
-    begin=lambda init, key: place(jax.jit(init)(key)),
+    begin=lambda key, init: place(jax.jit(init)(key)),
     like=global_like,
     loaded=to_local,
     whole=to_global,
@@ -243,7 +250,7 @@ def _shardings(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def _begin_split(init: Callable, key: jax.Array) -> PyTree:
+def _begin_split(key: jax.Array, init: Callable) -> PyTree:
     """No device ever holds the whole."""
     like = _split_like(jax.eval_shape(init, key))
     return jax.jit(init, out_shardings=_shardings(like))(key)

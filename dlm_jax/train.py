@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: a pure step, and the loop that drives it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,7 +35,7 @@ from dlm_jax.metrics import Progress
 from dlm_jax.model import Params
 from dlm_jax.schedule import Schedule
 from dlm_jax.tokenizer import Tokenizer, from_dict
-from dlm_jax.types import Array, Ids, PRNGKey, PyTree, UserError
+from dlm_jax.types import Array, Ids, PRNGKey, PyTree, Stopped, UserError
 
 
 class TrainState(NamedTuple):
@@ -103,6 +104,7 @@ class Recipe(NamedTuple):
     frozen: bool = False
     ema: float = 0.9999
     accumulate: int = 1
+    skip: bool = False  # an update whose loss or gradient is no number
     work: Work = LANGUAGE
 
     def at(self, noise: Any) -> "Recipe":
@@ -221,7 +223,15 @@ def train_step(
     ema = _constrain(optim.average(state.ema, params, recipe.ema), state.ema, recipe)
     moments = _remember(state.moments, terms, t, weight, axis)
     noise = _adapt(state.noise, terms, t, recipe, axis)
-    return TrainState(state.step + 1, params, ema, opt, moments, noise), metrics
+    new = TrainState(state.step + 1, params, ema, opt, moments, noise)
+    return _unless_bad(new, state, metrics) if recipe.skip else new, metrics
+
+
+def _unless_bad(new: TrainState, state: TrainState, metrics: dict) -> TrainState:
+    """The new state, or the old one where loss or gradient are no numbers."""
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
+    return kept._replace(step=new.step)
 
 
 def _constrain(params: Any, before: Any, recipe: Recipe) -> Any:
@@ -280,6 +290,7 @@ def recipe_of(config: Any) -> Recipe:
         raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
     if config.loss.known and cfg.causal:
         raise UserError("config.loss.known > 0: a teacher is given what stands before")
+    optim.choose("train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     parallel.check_batch(config.train.batch, config.optim.accumulate)
     return Recipe(
         cfg=cfg,
@@ -291,10 +302,12 @@ def recipe_of(config: Any) -> Recipe:
         ema=config.optim.ema,
         adaptive=config.schedule.adaptive,
         accumulate=config.optim.accumulate,
+        skip=config.train.on_nonfinite == "skip",
         **config.loss,
     )
 
 
+ON_NONFINITE: dict[str, Any] = dict.fromkeys(("stop", "skip", "rollback"))
 COUNT, ZERO_OR_MORE = (1, math.inf), (0, math.inf)
 RATE, BELOW_ONE = (0, 1), (0, 1 - 1e-9)
 RANGES = {
@@ -407,8 +420,30 @@ class Validation:
         return {name: value / n for name, value in total.items()}
 
 
+class NonFinite(UserError):
+    """A loss or gradient that is no number: its step, its rows, and what is saved."""
+
+    def __init__(self, run: "Run", step: int, name: str, value: float):
+        rows = " ".join(map(str, run.index(step - 1, hosts=1).ravel()))
+        there = checkpoint.steps(run.workdir)
+        super().__init__(
+            f"{name} is {value} at step {step}: stopped; the last checkpoint is "
+            f"{there[-1] if there else 'none'}; lower config.optim.lr, set "
+            "config.optim.clip, or config.train.on_nonfinite=skip or rollback; the rows "
+            f"of its batch, in the training data: {rows}"
+        )
+        self.step = step
+
+
+SKIPS, ROLLBACKS = 10, 3  # in a row, and from one checkpoint
+
+
 class Run:
-    """A training run in its directory: begins, resumes, saves, reports."""
+    """A training run in its directory: begins, resumes, saves, reports.
+
+    jumps: (step, batches) of each rollback: from that step on, the data is so many
+    batches further.
+    """
 
     def __init__(self, config: Any, workdir: str):
         self.config, self.workdir = config, Path(workdir)
@@ -419,10 +454,11 @@ class Run:
         self.record = json.loads(config.to_json_best_effort())
         checkpoint.check(workdir, self.record)
         self.resumed = bool(checkpoint.steps(workdir))
-        tokenizer, saved = None, {}
+        tokenizer, saved, self.skipped = None, {}, 0
         if self.resumed:
             _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
             tokenizer = from_dict(saved)
+        self.jumps = [tuple(jump) for jump in saved.get("jumps") or ()]
         self.corpus = self._corpus(tokenizer)
         record = self.corpus.record()
         for name, what in (("corpus", "text"), ("table", "model's embedding")):
@@ -452,10 +488,13 @@ class Run:
         def init(key: PRNGKey) -> TrainState:
             return init_state(key, self.recipe, vocab, table)
 
+        self.shapes = jax.eval_shape(init, key)
         if not self.resumed:
-            return self.layout.begin(init, key)
-        like = jax.eval_shape(init, key)
-        step = checkpoint.latest(self.workdir)
+            return self.layout.begin(key, init)
+        return self._restored(checkpoint.latest(self.workdir))
+
+    def _restored(self, step: int) -> TrainState:
+        like = self.shapes
         found = checkpoint.restore(self.workdir, step, self.layout.like(like))
         return self.layout.loaded(found)
 
@@ -468,23 +507,42 @@ class Run:
 
     def batch(self, step: int) -> Any:
         """This host's rows of a step, on its devices."""
+        return self.layout.rows(self.corpus.train[self.index(step, hosts=self.hosts)])
+
+    def index(self, step: int, *, hosts: int) -> np.ndarray:
+        """The training rows [parts b] of a step that are this one's of the hosts."""
         parts = self.layout.parts(self.recipe.accumulate)
+        step += sum(over for at, over in self.jumps if step >= at)
         rows = [
-            data.batch_ids(
-                self.corpus.train,
+            data.batch_index(
+                len(self.corpus.train),
                 seed=self.config.seed,
                 step=step * parts + part,
                 batch=self.recipe.batch // parts,
-                host=self.host,
-                hosts=self.hosts,
+                host=self.host % hosts,
+                hosts=hosts,
             )
             for part in range(parts)
         ]
-        return self.layout.rows(np.stack(rows))
+        return np.stack(rows)
+
+    def roll_back(self, error: NonFinite, writer: Any) -> str:
+        """To the newest checkpoint, past the batches that led to the error.
+
+        Raises it again where there is none, or that was tried ROLLBACKS times.
+        """
+        checkpoint.finish(writer)
+        step = (checkpoint.steps(self.workdir) or [None])[-1]
+        if step is None or [at for at, _ in self.jumps].count(step) == ROLLBACKS:
+            raise error
+        self.state = self._restored(step)
+        self.jumps.append((step, error.step - step))
+        return f"step {step}, past {error.step - step} batches"
 
     def save(self, writer: Any) -> None:
         """A checkpoint of the present step, if its weights are numbers."""
         state, words = self.layout.whole(self.state), self.corpus.record()
+        words |= {"jumps": self.jumps} if self.jumps else {}
         if not parallel.finite((state.params, state.ema)):
             raise UserError(
                 f"weights are not finite at step {int(self.state.step)}: stopped, none "
@@ -506,52 +564,92 @@ class Run:
             progress.say(f"  | {text}")
 
 
-def run(config: Any, workdir: str, make: type[Run] = Run) -> None:
-    """Trains to config.train.total_steps, resuming what lies in workdir."""
-    task = make(config, workdir)
+def run(
+    config: Any, workdir: str, make: type[Run] = Run, *, allow_fallback: bool = False
+) -> None:
+    """Trains to config.train.total_steps, resuming what lies in workdir.
+
+    allow_fallback: a damaged newest checkpoint is set aside for the one before it.
+    Raises UserError; Stopped after SIGTERM, with all of it saved.
+    """
+    try:
+        task = make(config, workdir)
+    except checkpoint.Damaged as error:
+        if not allow_fallback:
+            raise
+        _fall_back(error, workdir)
+        return run(config, workdir, make, allow_fallback=True)
     start, total = int(task.state.step), config.train.total_steps
     if start >= total:
         print(f"{workdir}: finished already, at step {start} of {total}")
         return
+    print(parallel.describe(), flush=True)
     progress = Progress(
         task.workdir / "metrics.jsonl", total=total, start=start, main=task.host == 0
     )
     count = model.count(task.state.params)
-    progress.say(f"{parallel.describe()}; {count:,} parameters; from step {start}")
+    progress.say(f"{count:,} parameters; from step {start}")
     writer = checkpoint.manager(workdir, keep=config.train.keep)
+    asked = parallel.Preemption()
     try:
-        _loop(task, progress, writer, start, total)
-        writer.wait_until_finished()
+        _loop(task, progress, writer, asked, total)
+        checkpoint.finish(writer)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: {error}; the last checkpoint is "
             f"{checkpoint.steps(workdir)[-1:] or 'none'}, start again to go on from it"
         ) from error
     finally:
+        asked.close()
         progress.close()
-        writer.close()
+        with contextlib.suppress(Exception):  # what is wrong with it was said above
+            writer.close()
 
 
-def _loop(task: Run, progress: Progress, writer: Any, start: int, total: int) -> None:
-    layout = task.layout
-    one = functools.partial(train_step, recipe=task.recipe, axis=layout.axis)
-    step_fn = layout.step(one, task.state)
+def _fall_back(error: checkpoint.Damaged, workdir: str) -> None:
+    """Every host comes here; the first moves the damaged step away."""
+    parallel.wait_for_all("damaged")
+    if parallel.hosts()[0] == 0:
+        print(f"{error}: moved to {checkpoint.set_aside(error, workdir)}", flush=True)
+    parallel.wait_for_all("set aside")
+
+
+def _loop(
+    task: Run, progress: Progress, writer: Any, asked: parallel.Preemption, total: int
+) -> None:
+    one = functools.partial(train_step, recipe=task.recipe, axis=task.layout.axis)
+    step_fn = task.layout.step(one, task.state)
+    while True:
+        try:
+            return _steps(task, step_fn, progress, writer, asked, total)
+        except NonFinite as error:
+            if task.config.train.on_nonfinite != "rollback":
+                raise
+            progress.say(f"{error}; going back to {task.roll_back(error, writer)}")
+
+
+def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) -> None:
     key, every, before = jax.random.key(task.config.seed), task.config.train, None
-    for step in range(start, total):
+    for step in range(int(task.state.step), total):
         task.state, metrics = step_fn(key, task.state, task.batch(step))
         if before is not None:
             _report(task, progress, step, before)  # of the step before: never waits
         before, done = metrics, step + 1
         due = {n: every[n] and done % every[n] == 0 for n in every if "_steps" in n}
-        last = done == total
-        if due["ckpt_steps"] or last:
+        last, stop = done == total, asked(done)
+        if due["ckpt_steps"] or last or stop:
             _report(task, progress, done, before)  # a bad state is never saved
             before = None
             task.save(writer)
-        if due["valid_steps"] or last:
-            progress.record(
-                done, task.valid(layout.whole(task.state.ema)), kind="valid"
+        if stop and not last:
+            checkpoint.finish(writer)
+            raise Stopped(
+                f"stopped by SIGTERM at step {done} of {total}, which is saved in "
+                f"{task.workdir}: the same command goes on from there"
             )
+        if due["valid_steps"] or last:
+            values = task.valid(task.layout.whole(task.state.ema))
+            progress.record(done, values, kind="valid")
         if due["sample_steps"] or last:
             task.show(progress, done)
 
@@ -560,13 +658,12 @@ def _report(task: Run, progress: Progress, step: int, metrics: PyTree) -> None:
     """Checks and records the metrics of `step`, waiting for them."""
     values = {name: float(x) for name, x in jax.device_get(metrics).items()}
     progress.advance(step)
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]):
-            there = checkpoint.steps(task.workdir)
-            raise UserError(
-                f"{name} is {values[name]} at step {step}: stopped; the last checkpoint "
-                f"is {there[-1] if there else 'none'}; lower config.optim.lr or set "
-                "config.optim.clip"
-            )
+    bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
+    task.skipped = task.skipped + 1 if bad else 0
+    if bad:
+        error = NonFinite(task, step, bad[0], values[bad[0]])
+        if task.config.train.on_nonfinite != "skip" or task.skipped > SKIPS:
+            raise error
+        progress.say(f"{error}; the update was skipped")
     if step % task.config.train.log_steps == 0 or step == 1:
         progress.record(step, values, kind="train")

@@ -107,6 +107,6 @@ def corpus_of(config: Any, base: generate.Bundle) -> tuple[Names, train.Corpus]:
     return names, train.Corpus(rows(*train_part), rows(*valid_part), tok, about)
 
 
-def run(config: Any, workdir: str) -> None:
+def run(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
     """Trains a classifier, resuming what lies in workdir."""
-    train.run(config, workdir, ClassifierRun)
+    train.run(config, workdir, ClassifierRun, allow_fallback=allow_fallback)

@@ -30,3 +30,7 @@ START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabular
 
 class UserError(ValueError):
     """A mistake of the user: one line with the file or flag, value and remedy."""
+
+
+class Stopped(Exception):
+    """A run that was told to end, or lost a host: the same command goes on with it."""

@@ -328,7 +328,7 @@ IDS = np.arange(46, dtype=np.int32).reshape(23, 2)
 
 
 def _rows(step, seed=0, batch=8, **host):
-    return data.batch_ids(IDS, seed=seed, step=step, batch=batch, **host)
+    return IDS[data.batch_index(len(IDS), seed=seed, step=step, batch=batch, **host)]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 23, 60])

@@ -80,7 +80,7 @@ def test_says_the_eight_sentences_and_no_other(recipe, steps):
     step_fn = functools.partial(train.train_step, recipe=recipe)
     step_fn = jax.jit(step_fn, donate_argnums=1)
     for step in range(steps):
-        rows = data.batch_ids(ids, seed=0, step=step, batch=32)
+        rows = ids[data.batch_index(len(ids), seed=0, step=step, batch=32)]
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
     bundle = generate.from_parts(

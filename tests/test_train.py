@@ -3,13 +3,6 @@
 
 import dataclasses
 import functools
-import json
-import os
-import socket
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +15,9 @@ from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-ROOT = Path(__file__).parent.parent
 BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 20
 STEPS = 6
 KEY = jax.random.key(5)
-QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 SMALL = {
     "data.length": LENGTH,
     "model.layers": 1,
@@ -277,77 +268,3 @@ def test_metrics_go_on_after_a_line_cut_short(cut, tmp_path):
     before = metrics.read(tmp_path / "metrics_before.jsonl", "train")
     assert [row["step"] for row in before] == ([1, 3] if cut else [1, 2, 3])
     assert before[0]["loss"] == 7  # both beginnings are there
-
-
-# --- the loop on several devices and hosts
-
-LAYOUTS = {"one": (1, 1), "eight": (1, 8), "hosts": (2, 2)}  # (processes, devices)
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _train_by_command(config, workdir, processes, devices):
-    """Runs the command on every host, and waits for all."""
-    flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
-    flags = [f"--config.{name}={value}" for name, value in flat.items()]
-    command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
-    command += [*flags, "--workdir", str(workdir), "--num_processes", str(processes)]
-    command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
-    env = os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    hosts = [
-        subprocess.Popen([*command, "--process_id", str(i)], cwd=ROOT, env=env, **kinds)
-        for i in range(processes)
-    ]
-    try:
-        ends = [host.communicate(timeout=240) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    for host, (_, stderr) in zip(hosts, ends, strict=True):
-        assert host.returncode == 0, stderr
-    return [stdout for stdout, _ in ends]
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory):
-    """(config, {layout: workdir}, {layout: what each host printed})."""
-    folder = tmp_path_factory.mktemp("layouts")
-    config = _run_config(folder)
-    with ThreadPoolExecutor(2) as pool:
-        printed = {
-            name: pool.submit(_train_by_command, config, folder / name, *layout)
-            for name, layout in LAYOUTS.items()
-        }
-        printed = {name: job.result() for name, job in printed.items()}
-    return config, {name: folder / name for name in LAYOUTS}, printed
-
-
-@pytest.mark.parametrize("layout", ["eight", "hosts"])
-def test_devices_and_hosts_train_the_same_model(layout, layouts):
-    """Eight devices, or two hosts of two, end where one device ends."""
-    config, workdirs, _ = layouts
-    one, many = (train.Run(config, str(workdirs[n])).state for n in ("one", layout))
-    assert int(many.step) == STEPS
-    _assert_close(one, many, atol=1e-4)
-    rows = [
-        metrics.read(workdirs[n] / "metrics.jsonl", "train") for n in ("one", layout)
-    ]
-    assert [row["step"] for row in rows[1]] == [1, 5]
-    np.testing.assert_allclose(*([row["loss"] for row in r] for r in rows), rtol=1e-4)
-
-
-def test_only_the_first_host_speaks(layouts):
-    _, workdirs, printed = layouts
-    first, second = printed["hosts"]
-    assert "process 0 of 2, 2 local of 4 devices" in first
-    said = [line for line in second.splitlines() if "peer ranks" not in line]
-    assert not said
-    lines = (workdirs["hosts"] / "metrics.jsonl").read_text().splitlines()
-    steps = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines]
-    assert len(steps) == len(set(steps))
-    assert (workdirs["hosts"] / "samples" / f"{STEPS}.txt").is_file()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices and hosts: however a run lies on them, it is the same run."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import smoke
+from dlm_jax import checkpoint, metrics, parallel, train
+from dlm_jax.parallel import AXIS
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+ROOT = Path(__file__).parent.parent
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+HALF, STEPS = 3, 6
+SMALL = {
+    "data.source": "text",
+    "data.length": 8,
+    "model.layers": 1,
+    "model.width": 64,
+    "model.ff": 128,
+    "model.positions": 8,
+    "train.batch": 16,
+    "train.total_steps": STEPS,
+    "train.ckpt_steps": HALF,
+    "train.log_steps": 1,
+    "train.valid_steps": HALF,
+    "train.sample_steps": HALF,
+    "sample.steps": 2,
+    "loss.self_cond": 1.0,
+    "loss.known": 0.5,
+    "optim.decay": "constant",
+    "optim.warmup": 0,
+    "optim.eps": 1e-3,  # else Adam turns rounding errors of tiny gradients into steps
+}
+
+
+def _config(folder, **changes):
+    path = folder / "texts.txt"
+    path.write_text("".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)))
+    config = smoke.get_config()
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict({**SMALL, "data.path": str(path), **dotted})
+    return config
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _start(config, workdir, processes=1, devices=1, mode="train"):
+    """The command on every host."""
+    flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
+    command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
+    command += [f"--config.{name}={value}" for name, value in flat.items()]
+    command += ["--workdir", str(workdir), "--mode", mode]
+    if processes > 1:
+        command += ["--num_processes", str(processes)]
+        command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
+    env = os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*command, "--process_id", str(i)], cwd=ROOT, env=env, **kinds)
+        for i in range(processes)
+    ]
+
+
+def _finish(hosts, status=0):
+    """What each host printed, once all have ended with that status."""
+    try:
+        ends = [host.communicate(timeout=240) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, (_, stderr) in zip(hosts, ends, strict=True):
+        assert host.returncode == status, stderr
+    return [stdout for stdout, _ in ends]
+
+
+# name: processes, devices of each, layout, begun by
+LAYOUTS = {
+    "one": (1, 1, "pmap", ""),
+    "half": (2, 2, "pmap", ""),
+    "then four hosts": (4, 1, "pmap", "half"),
+    "then split over eight": (1, 8, "fsdp", "half"),
+    "two hosts, split": (2, 2, "fsdp", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """(config, {layout: workdir}, {layout: what each host printed})."""
+    folder = tmp_path_factory.mktemp("layouts")
+    workdirs, printed = {name: folder / name for name in LAYOUTS}, {}
+    for name, (processes, devices, mode, begun) in LAYOUTS.items():
+        if begun:
+            shutil.copytree(workdirs[begun], workdirs[name])
+        total = HALF if name == "half" else STEPS
+        config = _config(folder, parallel__mode=mode, train__total_steps=total)
+        hosts = _start(config, workdirs[name], processes, devices)
+        printed[name] = _finish(hosts)
+    return _config(folder), workdirs, printed
+
+
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n not in ("one", "half")])
+def test_devices_and_hosts_train_the_same_model(layout, layouts):
+    """Also where a run of two hosts goes on with four, or with one and split."""
+    config, workdirs, _ = layouts
+    one, many = (train.Run(config, str(workdirs[n])).state for n in ("one", layout))
+    assert int(many.step) == STEPS
+    paths = jax.tree_util.tree_leaves_with_path(one)
+    for (path, x), y in zip(paths, jax.tree.leaves(many), strict=True):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4, err_msg=where)
+    for kind in ("train", "valid"):
+        rows = [
+            metrics.read(workdirs[n] / "metrics.jsonl", kind) for n in ("one", layout)
+        ]
+        assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
+        np.testing.assert_allclose(
+            *([row["loss"] for row in r] for r in rows), rtol=1e-4
+        )
+
+
+def test_all_hosts_name_their_devices_and_the_first_says_the_rest(layouts):
+    _, workdirs, printed = layouts
+    first, second = printed["half"]
+    assert "process 0 of 2, 2 local of 4 devices" in first
+    said = [line for line in second.splitlines() if "peer ranks" not in line]
+    assert said == ["process 1 of 2, 2 local of 4 devices (cpu)"]
+    lines = (workdirs["half"] / "metrics.jsonl").read_text().splitlines()
+    steps = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines]
+    assert len(steps) == len(set(steps))
+    assert (workdirs["half"] / "samples" / f"{HALF}.txt").is_file()
+
+
+def test_hosts_share_the_sampling(layouts):
+    """The texts of one host, and only the first prints them."""
+    config, workdirs, _ = layouts
+    config.sample.n = 5
+    one, two = (
+        _finish(_start(config, workdirs["half"], hosts, devices, mode="sample"))
+        for hosts, devices in ((1, 1), (2, 2))
+    )
+    assert len(one[0].splitlines()) == 5
+    said = [line for line in two[0].splitlines() if "peer ranks" not in line]
+    assert said == one[0].splitlines()
+    assert [line for line in two[1].splitlines() if "peer ranks" not in line] == []
+
+
+# --- hosts that end
+
+
+def _wait(condition, hosts, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert all(host.poll() is None for host in hosts), hosts[0].communicate()
+        time.sleep(0.05)
+
+
+def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
+    """kill -9 to one of two; SIGTERM to one of two; then on to the very same bits."""
+    never, total = 10**6, 240
+    config = _config(
+        tmp_path,
+        train__total_steps=total,
+        train__ckpt_steps=20,
+        train__valid_steps=never,
+        train__sample_steps=never,
+    )
+    _finish(_start(config, tmp_path / "undisturbed", 2))
+    run = tmp_path / "run"
+    hosts = _start(config, run, 2)
+    _wait(lambda: checkpoint.steps(run), hosts)
+    hosts[1].kill()
+    began = time.monotonic()
+    _, said = hosts[0].communicate(timeout=120)
+    assert time.monotonic() - began < 60
+    assert hosts[0].returncode != 0
+    assert "another host is lost" in said or "heartbeat" in said.lower(), said
+    before = checkpoint.latest(run)
+    hosts = _start(config, run, 2)
+    _wait(lambda: checkpoint.latest(run) > before, hosts)
+    hosts[1].send_signal(signal.SIGTERM)
+    _finish(hosts, status=75)
+    stopped = checkpoint.latest(run)
+    assert before < stopped < total
+    _finish(_start(config, run, 2))
+    one, other = (
+        train.Run(config, str(tmp_path / n)).state for n in ("undisturbed", "run")
+    )
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# --- alone
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((64, 512), PartitionSpec(None, AXIS)),
+        ((821, 16), PartitionSpec(None, AXIS)),
+        ((821, 15), PartitionSpec()),
+        ((64,), PartitionSpec()),
+        ((8192,), PartitionSpec(AXIS)),
+    ],
+)
+def test_the_longest_axis_that_divides_is_split(shape, spec):
+    assert parallel.split(shape, 8) == spec
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_clusters_are_known_by_what_they_set(env, found):
+    assert parallel.in_cluster(env) == found
+
+
+def test_sigterm_is_noticed_and_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    asked = parallel.Preemption()
+    assert not asked(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked(2)
+    asked.close()
+    assert signal.getsignal(signal.SIGTERM) is before
