@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: a resumed run has the same bits, and nothing is lost or overwritten."""
 
+import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -293,6 +295,107 @@ def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     assert _digest(workdir) == before
     shutil.rmtree(checkpoint.folder(workdir) / "2")
     assert dlm_jax.load(workdir).step == 1
+
+
+def _run(*args, **options):
+    """A run of a few steps that saves each second one."""
+    changes = {"train__total_steps": 6, "train__ckpt_steps": 2}
+    config = _config(args[0], **changes, optim__decay="constant")
+    train.run(config, str(args[1]), *args[2:], **options)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_step_is_set_aside_on_request_only(texts, tmp_path, capsys):
+    """Then the run ends where it would have ended, and the damaged files are kept."""
+    whole, harmed = tmp_path / "whole", tmp_path / "harmed"
+    _run(texts, whole)
+    shutil.copytree(whole, harmed)
+    _truncate(checkpoint.folder(harmed) / "6" / "state" / "manifest.ocdbt")
+    damaged = _digest(checkpoint.folder(harmed) / "6")
+    _fails("--allow_fallback", _run, texts, harmed)
+    assert checkpoint.steps(harmed) == [4, 6]
+    capsys.readouterr()
+    _run(texts, harmed, allow_fallback=True)
+    said = capsys.readouterr().out.splitlines()
+    assert sum("damaged" in line for line in said) == 1
+    assert _digest(harmed / "damaged" / "6") == damaged
+    config = _config(texts, train__total_steps=6, optim__decay="constant")
+    _same_bits(*(train.Run(config, str(w)).state for w in (whole, harmed)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_is_set_aside_where_nothing_else_is_left(texts, tmp_path):
+    _saved(texts, tmp_path, (1,))
+    _truncate(checkpoint.folder(tmp_path) / "1" / "state" / "manifest.ocdbt")
+    before = _digest(tmp_path)
+    call = functools.partial(train.run, _config(texts), allow_fallback=True)
+    _fails("checkpoints/1: damaged", call, str(tmp_path))
+    assert _digest(tmp_path) == before
+
+
+def _no_room():
+    """No file may grow over 4 kB: what a full disk looks like, without one."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+HARMS = {
+    "no room": (lambda run: _no_room(), "File too large", 2),
+    "the folder is gone": (lambda run: shutil.rmtree(run), "No such file", None),
+    "a file in its place": (
+        lambda run: (shutil.rmtree(run), run.write_text("")),
+        "Not a directory",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path):
+    """The last good checkpoint is named, and stays."""
+    harm, says, left = HARMS[name]
+
+    class Harmed(train.Run):
+        def batch(self, step):
+            if step == 3:
+                while not checkpoint.steps(self.workdir):
+                    time.sleep(0.01)
+                harm(self.workdir)
+            return super().batch(step)
+
+    try:
+        _fails(says, _run, texts, tmp_path / "run", Harmed)
+    finally:
+        limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if left is not None:
+        assert checkpoint.steps(tmp_path / "run") == [left]
+        _run(texts, tmp_path / "run")
+        assert checkpoint.latest(tmp_path / "run") == 6
+
+
+def test_every_flipped_bit_changes_its_sum():
+    """Whatever the type; order, sharding and shape of the addition do not matter."""
+    rng = np.random.default_rng(0)
+    for kind in (np.float32, np.int32, np.float16, np.uint8):
+        x = rng.integers(0, 100, (7, 5)).astype(kind)
+        before = checkpoint._sums({"x": jax.numpy.asarray(x)})
+        raw = bytearray(x.tobytes())
+        for bit in rng.choice(8 * len(raw), 40, replace=False):
+            flipped = bytearray(raw)
+            flipped[bit // 8] ^= 1 << (bit % 8)
+            y = np.frombuffer(bytes(flipped), kind).reshape(x.shape)
+            assert checkpoint._sums({"x": jax.numpy.asarray(y)}) != before
+        assert checkpoint._sums({"x": jax.numpy.asarray(x[::-1])}) != before
+
+
+def test_sums_of_version_0_1_are_read(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_sums", checkpoint._crcs)
+    monkeypatch.setattr(checkpoint, "SUMMED", {})
+    _saved(texts, tmp_path, (1,))
+    monkeypatch.undo()
+    assert int(train.Run(_config(texts), str(tmp_path)).state.step) == 1
+    _flip(_data(tmp_path)[0])
+    _fails("checkpoints/1: damaged", train.Run, _config(texts), str(tmp_path))
 
 
 # --- another config

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import checkpoint, losses, metrics, train
+from dlm_jax import checkpoint, data, losses, metrics, parallel, train
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -211,10 +211,10 @@ def _run_config(folder, **changes):
     path = folder / "texts.txt"
     path.write_text("".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)))
     config = smoke.get_config()
-    data = {"data.source": "text", "data.path": str(path)}
-    data |= {"train.total_steps": STEPS, "train.ckpt_steps": 3}
+    options = {"data.source": "text", "data.path": str(path)}
+    options |= {"train.total_steps": STEPS, "train.ckpt_steps": 3}
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    config.update_from_flattened_dict(SMALL | X0 | data | dotted)
+    config.update_from_flattened_dict(SMALL | X0 | options | dotted)
     return config
 
 
@@ -248,6 +248,104 @@ def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
     run.state = run.state._replace(ema=jax.tree.map(lambda x: x / 0, run.state.ema))
     with pytest.raises(UserError, match="weights are not finite at step 0"):
         run.save(None)
+
+
+# --- losses that are no numbers
+
+
+BAD = 4  # the row of the training data that spoils its batch
+
+
+@pytest.fixture
+def spoilt(tmp_path, monkeypatch):
+    """config(**changes) of a run in which row BAD alone gives no number."""
+    draws = train.make_draws
+
+    def spoil(key, ids, recipe, first, moments):
+        found = draws(key, ids, recipe, first, moments)
+        bad = jnp.any(jnp.all(ids == row, -1))
+        return found._replace(eps_t=jnp.where(bad, jnp.nan, found.eps_t))
+
+    def config(**changes):
+        options = {"train__batch": 2, "train__total_steps": 14, "train__log_steps": 1}
+        options |= {"optim__decay": "constant", "train__valid_steps": 100}
+        config = _run_config(tmp_path, **options | changes)
+        lines = [f"w{i % 5} and w{i % 3} w{i}" for i in range(32)]
+        (tmp_path / "texts.txt").write_text("\n".join(lines))
+        config.data.min_count = 0
+        return config
+
+    row = train.corpus_of(config()).train[BAD]
+    monkeypatch.setattr(train, "make_draws", spoil)
+    return config
+
+
+def _rows_of(config, step):
+    rows = data.batch_index(30, seed=config.seed, step=step, batch=2)
+    return " ".join(map(str, rows))
+
+
+def _bad_step(config):
+    return next(i for i in range(14) if str(BAD) in _rows_of(config, i).split())
+
+
+def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
+    config = spoilt()
+    step = _bad_step(config)
+    says = f"loss is nan at step {step + 1}: .*training data: {_rows_of(config, step)}$"
+    with pytest.raises(train.NonFinite, match=says):
+        train.run(config, str(tmp_path / "run"))
+
+
+def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
+    config = spoilt(train__on_nonfinite="skip")
+    train.run(config, str(tmp_path / "run"))
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert len(said) == 1
+    assert _rows_of(config, _bad_step(config)) in said[0]
+    state = train.Run(config, str(tmp_path / "run")).state
+    assert int(state.step) == 14
+    assert parallel.finite(state._replace(step=()))
+
+
+def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
+    run = train.Run(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
+    step = jax.jit(functools.partial(train.train_step, recipe=run.recipe))
+    after, seen = step(KEY, run.state, run.corpus.train[[BAD, 0]])
+    assert np.isnan(seen["loss"])
+    assert int(after.step) == 1
+    same = run.state._replace(step=after.step)
+    for x, y in zip(*map(jax.tree.leaves, (after, same)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
+    spoilt, tmp_path, capsys
+):
+    """Stopped after the rollback and resumed: the bits of the one that was not."""
+    config = spoilt(train__on_nonfinite="rollback")
+    step = _bad_step(config)
+    assert 3 <= step < 11, "another seed: the test needs a checkpoint before and after"
+    train.run(config, str(tmp_path / "run"))
+    assert "going back to step" in capsys.readouterr().out
+    saved = step // 3 * 3
+    whole = train.Run(config, str(tmp_path / "run"))
+    assert whole.jumps == [(saved, step + 1 - saved)]
+    first = whole.index(saved, hosts=1)
+    assert " ".join(map(str, first.ravel())) == _rows_of(config, step + 1)
+    config = spoilt(train__on_nonfinite="rollback", train__total_steps=saved + 3)
+    train.run(config, str(tmp_path / "two"))
+    train.run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    two = train.Run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    assert two.jumps == whole.jumps
+    for x, y in zip(*map(jax.tree.leaves, (two.state, whole.state)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_nowhere_to_roll_back_to(spoilt, tmp_path):
+    config = spoilt(train__on_nonfinite="rollback", train__ckpt_steps=100)
+    with pytest.raises(train.NonFinite, match="last checkpoint is none"):
+        train.run(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("cut", [0, 15])
