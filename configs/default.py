@@ -137,7 +137,7 @@ def get_config() -> Any:
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "source": "grammar",  # grammar | text | e2e | csv | jsonl | tfds
+            "source": "grammar",  # grammar text e2e csv jsonl tfds prepared
             "path": "",  # a file, E2E's folder, or the TFDS name
             "valid_path": "",  # "": the last valid_fraction of the file
             "valid_fraction": 0.05,

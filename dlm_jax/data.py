@@ -9,17 +9,19 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from dlm_jax import grammar
+from dlm_jax import grammar, records
 from dlm_jax.tokenizer import TRAINERS, Tokenizer
 from dlm_jax.types import END, PAD, START, UserError
 
@@ -40,7 +42,7 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     return _non_empty(source(cfg, split), f"{split} split of {_describe(cfg)}")
 
 
-def train_tokenizer(cfg: Any, texts: list[str]) -> Tokenizer:
+def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
     """Trains the kind of tokenizer `cfg` names, with `min_count` or `vocab_size`."""
     train = _choose(TRAINERS, cfg.tokenizer, "tokenizer")
     option = {"word": "min_count", "sentencepiece": "vocab_size"}[cfg.tokenizer]
@@ -103,17 +105,22 @@ def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _hold_out(texts: list, cfg: Any, split: str) -> list:
+    return texts[slice(*part(len(texts), cfg, split))]
+
+
+def part(texts: int, cfg: Any, split: str) -> tuple[int, int]:
+    """(first, last) of a split among so many texts: the end is held out."""
     if not 0 <= cfg.valid_fraction < 1:
         raise UserError(
             f"config.data.valid_fraction={cfg.valid_fraction}: set it from 0 up to 1"
         )
-    held = round(len(texts) * cfg.valid_fraction)
+    held = round(texts * cfg.valid_fraction)
     if cfg.valid_fraction and texts:
         held = max(held, 1)
-    kept = texts[: len(texts) - held] if split == "train" else texts[-held or None :]
-    if not kept or (split == "valid" and not held):
+    kept = (0, texts - held) if split == "train" else (texts - held, texts)
+    if kept[0] >= kept[1]:
         raise UserError(
-            f"{_describe(cfg)} with {len(texts)} texts leaves none for {split} at "
+            f"{_describe(cfg)} with {texts} texts leaves none for {split} at "
             f"config.data.valid_fraction={cfg.valid_fraction}: change it, set "
             "config.data.valid_path (or tfds_valid), or give more text"
         )
@@ -135,10 +142,15 @@ def _read(path: Path) -> str:
         raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return _decode(raw, path, 1)
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
+    """The text that begins in that line of the file."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line += raw.count(b"\n", 0, error.start)
         raise UserError(
             f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}): "
             "convert the file to UTF-8"
@@ -146,10 +158,32 @@ def _read(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, stripped, with their numbers from 1."""
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if stripped := line.strip():
-            yield number, stripped
+    """The lines that are not blank, stripped, with their numbers from 1; never all."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        for number, raw in enumerate(file, 1):
+            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if stripped := _decode(raw, path, number).strip():
+                yield number, stripped
+
+
+def stream(cfg: Any, split: str) -> Iterator[str]:
+    """`load_texts`, one after the other where the source is a file of lines."""
+    if cfg.source != "text":
+        yield from load_texts(cfg, split)
+        return
+    whole = split == "valid" and cfg.valid_path
+    name = "valid_path" if whole else "path"
+    path = _existing(cfg.valid_path if whole else cfg.path, name)
+    texts = (line for _, line in _lines(path))
+    if cfg.valid_path:
+        yield from texts
+        return
+    count = sum(1 for _ in _lines(path))
+    yield from islice(texts, *part(count, cfg, split))
 
 
 def _read_text(path: Path, cfg: Any) -> list[str]:
@@ -328,6 +362,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _prepared_ids(cfg: Any, split: str) -> list[str]:
+    return records.texts(cfg.path, split)
+
+
 SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,
     "text": partial(_file, _read_text),
@@ -335,6 +373,7 @@ SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "csv": partial(_file, partial(_read_records, _csv_records)),
     "jsonl": partial(_file, partial(_read_records, _jsonl_records)),
     "tfds": _tfds,
+    "prepared": _prepared_ids,
 }
 
 
@@ -355,13 +394,18 @@ def encode(
         raise UserError(f"config.data.length={length}: set it to 2 or more")
     arrange = _choose(MODES, mode, "mode")
     fit = _choose(TOO_LONG, too_long, "too_long")
-    ids = arrange([[START, *tok.encode(text), END] for text in texts], length, fit)
+    ids = arrange([delimited(text, tok) for text in texts], length, fit)
     if not len(ids):
         raise UserError(
             f"{len(texts)} texts give no row of config.data.length={length} in mode "
             f"{mode}: set a smaller length or give more text"
         )
     return ids
+
+
+def delimited(text: str, tok: Tokenizer) -> list[int]:
+    """START, the text, END."""
+    return [START, *tok.encode(text), END]
 
 
 def _pad(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
@@ -405,7 +449,8 @@ TOO_LONG: dict[str, Callable] = {
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng((seed % 2**64, epoch)).permutation(n)
+    rows = np.arange(n, dtype=np.uint32 if n < 2**32 else np.uint64)
+    return np.random.default_rng((seed % 2**64, epoch)).permutation(rows)
 
 
 def batch_index(
@@ -438,7 +483,7 @@ def batch_index(
 
 
 def batches(
-    ids: Int32[np.ndarray, "n l"], batch: int
+    ids: Int32[np.ndarray, "n l"] | records.Rows, batch: int
 ) -> Iterator[tuple[Int32[np.ndarray, "b l"], Float32[np.ndarray, " b"]]]:
     """All rows in order, for evaluation: (ids, mask), each of `batch` rows.
 
@@ -447,6 +492,25 @@ def batches(
     for start in range(0, len(ids), batch):
         index = np.arange(start, start + batch)
         yield ids[index % len(ids)], (index < len(ids)).astype(np.float32)
+
+
+class Ahead:
+    """make(step) of the next steps, made by a thread before they are asked for."""
+
+    def __init__(self, make: Callable[[int], Any], steps: range, depth: int = 2):
+        self.make, self.left = make, iter(steps)
+        self.pool = ThreadPoolExecutor(1)
+        self.due = deque(self.pool.submit(make, s) for s in islice(self.left, depth))
+
+    def __call__(self) -> Any:
+        """That of the next step."""
+        for step in islice(self.left, 1):
+            self.due.append(self.pool.submit(self.make, step))
+        return self.due.popleft().result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:

@@ -16,7 +16,15 @@ flags.DEFINE_string("workdir", None, "the run's directory")
 flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "train_classifier", "sample", "evaluate", "control", "plot"],
+    [
+        "prepare_data",
+        "train",
+        "train_classifier",
+        "sample",
+        "evaluate",
+        "control",
+        "plot",
+    ],
     "what to do",
 )
 flags.DEFINE_integer("step", None, "the checkpoint to use (the newest)")
@@ -96,7 +104,14 @@ def _plot(config: Any, workdir: str, step: int | None) -> None:
         print(path)
 
 
+def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import prepare
+
+    prepare.run(_needed(config, "configs/stories.py"), workdir)
+
+
 MODES: dict[str, Callable] = {
+    "prepare_data": _prepare_data,
     "train": _train,
     "train_classifier": _train_classifier,
     "sample": _sample,

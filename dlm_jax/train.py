@@ -27,12 +27,14 @@ from dlm_jax import (
     model,
     optim,
     parallel,
+    records,
     schedule,
 )
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import unit_rows
 from dlm_jax.metrics import Progress
 from dlm_jax.model import Params
+from dlm_jax.records import Rows
 from dlm_jax.schedule import Schedule
 from dlm_jax.tokenizer import Tokenizer, from_dict
 from dlm_jax.types import Array, Ids, PRNGKey, PyTree, Stopped, UserError
@@ -369,25 +371,41 @@ def network(config: Any) -> DenoiserConfig:
 class Corpus(NamedTuple):
     """Token ids of both splits [n l], and what made them; about: more to record."""
 
-    train: np.ndarray
-    valid: np.ndarray
+    train: np.ndarray | Rows
+    valid: np.ndarray | Rows
     tokenizer: Tokenizer
     about: dict | None = None
 
     def record(self) -> dict:
         """The tokenizer's, and a checksum of what it was trained and used on."""
-        crc = zlib.crc32(self.train.tobytes())
-        return {**self.tokenizer.to_dict(), **(self.about or {}), "corpus": crc}
+        record = {**self.tokenizer.to_dict(), **(self.about or {})}
+        if isinstance(self.train, np.ndarray):
+            record["corpus"] = zlib.crc32(self.train.tobytes())
+        return record
 
 
 def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads, tokenises and encodes both splits; a saved tokenizer is kept."""
+    if config.data.source == "prepared":
+        return _prepared(config.data)
     texts = data.load_texts(config.data, "train")
     held_out = data.load_texts(config.data, "valid")
     tokenizer = tokenizer or data.train_tokenizer(config.data, texts)
     layout = {name: config.data[name] for name in ("length", "mode", "too_long")}
     train, valid = (data.encode(t, tokenizer, **layout) for t in (texts, held_out))
     return Corpus(train, valid, tokenizer)
+
+
+def _prepared(cfg: Any) -> Corpus:
+    """What --mode prepare_data wrote; UserError where the config has another layout."""
+    about = records.manifest(Path(cfg.path))
+    for name in ("length", "mode"):
+        if cfg[name] != about[name]:
+            raise UserError(
+                f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
+                f"{about[name]}; take that, or prepare it again"
+            )
+    return Corpus(*records.load(cfg.path))
 
 
 class Validation:
@@ -397,7 +415,7 @@ class Validation:
     can be compared.
     """
 
-    def __init__(self, ids: np.ndarray, recipe: Recipe, batches: int):
+    def __init__(self, ids: np.ndarray | Rows, recipe: Recipe, batches: int):
         self.size = min(recipe.batch, len(ids))
         self.recipe = recipe._replace(batch=self.size, times="low_discrepancy")
         rows = itertools.islice(data.batches(ids, self.size), batches)
@@ -630,28 +648,31 @@ def _loop(
 
 def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) -> None:
     key, every, before = jax.random.key(task.config.seed), task.config.train, None
-    for step in range(int(task.state.step), total):
-        task.state, metrics = step_fn(key, task.state, task.batch(step))
-        if before is not None:
-            _report(task, progress, step, before)  # of the step before: never waits
-        before, done = metrics, step + 1
-        due = {n: every[n] and done % every[n] == 0 for n in every if "_steps" in n}
-        last, stop = done == total, asked(done)
-        if due["ckpt_steps"] or last or stop:
-            _report(task, progress, done, before)  # a bad state is never saved
-            before = None
-            task.save(writer)
-        if stop and not last:
-            checkpoint.finish(writer)
-            raise Stopped(
-                f"stopped by SIGTERM at step {done} of {total}, which is saved in "
-                f"{task.workdir}: the same command goes on from there"
-            )
-        if due["valid_steps"] or last:
-            values = task.valid(task.layout.whole(task.state.ema))
-            progress.record(done, values, kind="valid")
-        if due["sample_steps"] or last:
-            task.show(progress, done)
+    steps = range(int(task.state.step), total)
+    batches = data.Ahead(task.batch, steps)
+    with contextlib.closing(batches):
+        for step in steps:
+            task.state, metrics = step_fn(key, task.state, batches())
+            if before is not None:
+                _report(task, progress, step, before)  # of the step before: never waits
+            before, done = metrics, step + 1
+            due = {n: every[n] and done % every[n] == 0 for n in every if "_steps" in n}
+            last, stop = done == total, asked(done)
+            if due["ckpt_steps"] or last or stop:
+                _report(task, progress, done, before)  # a bad state is never saved
+                before = None
+                task.save(writer)
+            if stop and not last:
+                checkpoint.finish(writer)
+                raise Stopped(
+                    f"stopped by SIGTERM at step {done} of {total}, which is saved in "
+                    f"{task.workdir}: the same command goes on from there"
+                )
+            if due["valid_steps"] or last:
+                values = task.valid(task.layout.whole(task.state.ema))
+                progress.record(done, values, kind="valid")
+            if due["sample_steps"] or last:
+                task.show(progress, done)
 
 
 def _report(task: Run, progress: Progress, step: int, metrics: PyTree) -> None:

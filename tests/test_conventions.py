@@ -13,8 +13,9 @@ PACKAGE = ROOT / "dlm_jax"
 LAYERS = (  # from the bottom; an import points to a lower row
     "types",
     "schedule embedding tokenizer metrics measures grammar",
+    "records",
     "rounding denoiser data adaptive",
-    "model",
+    "model prepare",
     "losses samplers",
     "control likelihood classifier teacher parallel checkpoint optim mbr",
     "interop labels",

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text of any size into prepared ids: read twice, never held.
+
+python -m dlm_jax.main --mode prepare_data --config configs/stories.py \\
+    --config.data.path=texts.txt --workdir prepared/stories
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dlm_jax import data, records
+from dlm_jax.tokenizer import Tokenizer
+from dlm_jax.types import UserError
+
+CHUNK = 5000  # texts encoded at once
+LEARN = 500_000  # texts, evenly taken, that a sentencepiece model is trained on
+
+
+def run(config: Any, workdir: str) -> None:
+    """Writes the config's data as array_record files into workdir.
+
+    Then train with config.data.source=prepared and config.data.path=workdir. Raises
+    UserError; a folder that is prepared already is left as it is.
+    """
+    folder, cfg = Path(workdir), config.data
+    if cfg.source == "prepared":
+        raise UserError("config.data.source=prepared: name the text that is to be")
+    if (folder / records.MANIFEST).exists():
+        raise UserError(f"--workdir {folder}: is prepared already; take a fresh one")
+    counts = {split: count(cfg, split) for split in ("train", "valid")}
+    tokenizer = _tokenizer(cfg, counts["train"])
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "rows": {},
+        "texts": counts,
+        "length": cfg.length,
+        "mode": cfg.mode,
+        "tokenizer": tokenizer.to_dict(),
+        "source": cfg.source,
+    }
+    for split, texts in counts.items():
+        bar = tqdm(
+            data.stream(cfg, split), f"{split}, encoding", total=texts, unit="text"
+        )
+        writer = records.Writer(folder, split, cfg.length, tokenizer.vocab_size)
+        for rows in rows_of(iter(bar), tokenizer, cfg):
+            writer.add(rows)
+        writer.close()
+        if not writer.rows:
+            raise UserError(
+                f"{texts} texts give no row of config.data.length={cfg.length} in the "
+                f"{split} split: set a smaller length or give more text"
+            )
+        about["rows"][split], about["dtype"] = writer.rows, str(writer.dtype)
+        about["crc"] = about.get("crc", 0) ^ writer.crc
+    path = folder / records.MANIFEST
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(about, ensure_ascii=False))
+    part.replace(path)
+    print(
+        f"{folder}: {about['rows']} rows of {cfg.length}; config.data.source=prepared"
+    )
+
+
+def count(cfg: Any, split: str) -> int:
+    """The texts of a split."""
+    return sum(1 for _ in data.stream(cfg, split))
+
+
+def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
+    every = 1 if cfg.tokenizer == "word" else -(-texts // LEARN)
+    bar = tqdm(data.stream(cfg, "train"), "train, tokenizer", total=texts, unit="text")
+    return data.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
+
+
+def rows_of(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
+    """The rows [n l] of `data.encode`, from some texts at a time."""
+    left: list[int] = []
+    fit = data.TOO_LONG[cfg.too_long]
+    while chunk := list(itertools.islice(texts, CHUNK)):
+        ids = [left, *(data.delimited(text, tok) for text in chunk)]
+        ids = ids if left else ids[1:]
+        rows = data.MODES[cfg.mode](ids, cfg.length, fit)
+        if cfg.mode == "block":
+            left = list(itertools.chain(*ids))[rows.size :]
+        if len(rows):
+            yield rows

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared ids in sharded array_record files: rows at random, larger than memory.
+
+A folder holds train-00000.array_record, ..., valid-00000.array_record, ... and, written
+last, data.json: the layout, the counts, the tokenizer and a checksum of the ids. A record
+is a page of PAGE rows, so that a row costs one small read whichever host asks for it.
+"""
+
+import contextlib
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_data_source
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from dlm_jax.tokenizer import Tokenizer, from_dict
+from dlm_jax.types import PAD, UserError
+
+MANIFEST, MODES = "data.json", ("pad", "block")
+PAGE, SHARD = 64, 2**13  # rows of a record, records of a file
+
+
+class Rows:
+    """Ids [n l] on disk; rows[index] reads those rows, as an array does."""
+
+    def __init__(self, folder: Path, split: str, about: dict):
+        self.folder, self.split, self.about = folder, split, about
+        self.count, self.length = about["rows"][split], about["length"]
+        files = range(-(-self.count // (PAGE * SHARD)))
+        paths = [str(_path(folder, split, number)) for number in files]
+        missing = [path for path in paths if not Path(path).is_file()]
+        if missing:
+            raise UserError(f"{missing[0]} is missing: prepare the data again")
+        with _reading(folder):
+            self.source = array_record_data_source.ArrayRecordDataSource(paths)
+            pages = len(self.source)
+        if pages != -(-self.count // PAGE):
+            raise UserError(f"{folder}: {pages} records are not its {self.count} rows")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The rows of an array of numbers, or of a slice: [... l], int32."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(self.count))
+        pages, place = np.divmod(np.asarray(index), PAGE)
+        wanted, which = np.unique(pages, return_inverse=True)
+        with _reading(self.folder):
+            raw = self.source.__getitems__(wanted.tolist())
+            kind = np.dtype(self.about["dtype"])
+            found = [np.frombuffer(r, kind).reshape(PAGE, self.length) for r in raw]
+        rows = [found[i][j] for i, j in zip(which.ravel(), place.ravel(), strict=True)]
+        return np.stack(rows).astype(np.int32).reshape(*pages.shape, self.length)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises many kinds for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{folder}: damaged ({reason}); prepare the data again"
+        ) from error
+
+
+def _path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}.array_record"
+
+
+def load(path: str) -> tuple[Rows, Rows, Tokenizer, dict]:
+    """(train, valid, tokenizer, {"corpus": checksum}) of a prepared folder."""
+    folder = Path(path)
+    about = manifest(folder)
+    train, valid = (Rows(folder, split, about) for split in ("train", "valid"))
+    return train, valid, from_dict(about["tokenizer"]), {"corpus": about["crc"]}
+
+
+def manifest(folder: Path) -> dict:
+    """What data.json says; UserError where it is missing or not one."""
+    try:
+        about = json.loads((folder / MANIFEST).read_text())
+        rows = about["rows"]
+        counts = [rows["train"], rows["valid"], about["length"], about["crc"]]
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise ValueError("its counts are no numbers")
+        if about["dtype"] not in ("uint16", "int32") or about["mode"] not in MODES:
+            raise ValueError("of no known layout")
+        if not isinstance(about["tokenizer"], dict):
+            raise ValueError("no tokenizer")
+    except OSError as error:
+        raise UserError(
+            f"config.data.path={folder}: no {MANIFEST} in it; make it with "
+            "--mode prepare_data"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST}: damaged ({error}); prepare again"
+        ) from error
+    return about
+
+
+def texts(path: str, split: str) -> list[str]:
+    """All rows of a split as texts, in memory."""
+    train, valid, tokenizer, _ = load(path)
+    rows = {"train": train, "valid": valid}[split]
+    return [tokenizer.decode(row) for row in rows[:]]
+
+
+class Writer:
+    """Writes the rows of a split, a file after the other."""
+
+    def __init__(self, folder: Path, split: str, length: int, vocab: int):
+        self.folder, self.split = folder, split
+        self.dtype = np.dtype(np.uint16 if vocab <= 2**16 else np.int32)
+        self.left = np.zeros((0, length), self.dtype)
+        self.rows = self.pages = self.crc = 0
+        self.file: Any = None
+
+    def add(self, ids: np.ndarray) -> None:
+        """Takes rows [n l], and writes the pages that are full."""
+        self.rows += len(ids)
+        self.left = np.concatenate([self.left, ids.astype(self.dtype)])
+        while len(self.left) >= PAGE:
+            self._write(self.left[:PAGE])
+            self.left = self.left[PAGE:]
+
+    def close(self) -> None:
+        """Writes the last page, filled up with PAD."""
+        if len(self.left):
+            filled = np.full((PAGE, self.left.shape[1]), PAD, self.dtype)
+            filled[: len(self.left)] = self.left
+            self._write(filled)
+        if self.file:
+            self.file.close()
+
+    def _write(self, page: np.ndarray) -> None:
+        number, place = divmod(self.pages, SHARD)
+        if place == 0:
+            if self.file:
+                self.file.close()
+            path = str(_path(self.folder, self.split, number))
+            self.file = ArrayRecordWriter(path, "group_size:1")
+        raw = page.tobytes()
+        self.crc = zlib.crc32(raw, self.crc)
+        self.file.write(raw)
+        self.pages += 1

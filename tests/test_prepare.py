@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preparing: the rows of the text as it is trained on in memory."""
+
+import numpy as np
+import pytest
+
+from configs import smoke
+from dlm_jax import prepare, records, train
+from dlm_jax.types import UserError
+
+TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)]
+
+
+def _config(folder, **changes):
+    (folder / "t.txt").write_text("\n\n".join(TEXTS))
+    config = smoke.get_config()
+    options = {"data.source": "text", "data.path": str(folder / "t.txt")}
+    options |= {"data.length": 12, "data.min_count": 2}
+    options |= {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(options)
+    return config
+
+
+KINDS = {
+    "pad": {},
+    "block": {"data__mode": "block"},
+    "pieces": {
+        "data__tokenizer": "sentencepiece",
+        "data__vocab_size": 23,
+        "data__length": 32,
+    },
+    "dropped": {"data__length": 8, "data__too_long": "drop"},
+    "grammar": {"data__source": "grammar", "data__length": 48},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
+    """Some texts at a time, from a file that is read line by line."""
+    monkeypatch.setattr(prepare, "CHUNK", 10)
+    config = _config(tmp_path, **KINDS[name])
+    whole = train.corpus_of(config)
+    prepare.run(config, str(tmp_path / "p"))
+    config.data.source, config.data.path = "prepared", str(tmp_path / "p")
+    found = train.corpus_of(config)
+    assert found.tokenizer == whole.tokenizer
+    for one, other in ((found.train, whole.train), (found.valid, whole.valid)):
+        np.testing.assert_array_equal(one[: len(one)], other)
+
+
+def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
+    config = _config(tmp_path, train__total_steps=4, train__valid_steps=2)
+    prepare.run(config, str(tmp_path / "p"))
+    states = []
+    for source, path in (("text", "t.txt"), ("prepared", "p")):
+        config.data.source, config.data.path = source, str(tmp_path / path)
+        train.run(config, str(tmp_path / f"run_{source}"))
+        states.append(train.Run(config, str(tmp_path / f"run_{source}")).state)
+    np.testing.assert_array_equal(*(state.params.table for state in states))
+    assert records.texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
+
+
+def _fails(says, call, *args):
+    with pytest.raises(UserError, match=says) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    config = _config(tmp_path)
+    prepare.run(config, str(tmp_path / "p"))
+    _fails("prepared already", prepare.run, config, str(tmp_path / "p"))
+    config.data.source, config.data.path = "prepared", str(tmp_path / "p")
+    _fails("name the text", prepare.run, config, str(tmp_path / "q"))
+    config.data.length = 16
+    _fails("length=16: .* prepared with 12", train.corpus_of, config)
+    config.data.path = str(tmp_path)
+    _fails("--mode prepare_data", train.corpus_of, config)
+    config = _config(tmp_path, data__length=4)
+    _fails("more than config.data.length=4", prepare.run, config, str(tmp_path / "r"))
+    config = _config(tmp_path, data__length=4, data__too_long="drop")
+    _fails("no row", prepare.run, config, str(tmp_path / "s"))
+    assert not (tmp_path / "s" / records.MANIFEST).exists()

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared ids: the rows that were written come back, wherever they are read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dlm_jax import records
+from dlm_jax.tokenizer import WordTokenizer
+from dlm_jax.types import PAD, UserError
+
+TOK = WordTokenizer(tuple(f"w{i}" for i in range(90)))
+LENGTH = 5
+
+
+def _prepared(folder, counts, monkeypatch=None):
+    """A folder with so many rows of each split, and the rows."""
+    folder.mkdir(exist_ok=True)
+    rng, rows, crc = np.random.default_rng(0), {}, 0
+    for split, count in counts.items():
+        rows[split] = rng.integers(0, 94, (count, LENGTH)).astype(np.int32)
+        writer = records.Writer(folder, split, LENGTH, TOK.vocab_size)
+        for chunk in np.array_split(rows[split], 3):
+            writer.add(chunk)
+        writer.close()
+        crc ^= writer.crc
+    about = {"rows": counts, "length": LENGTH, "mode": "pad", "crc": crc}
+    about |= {"dtype": "uint16", "tokenizer": TOK.to_dict()}
+    (folder / "data.json").write_text(json.dumps(about))
+    return rows
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 500])
+def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
+    """Also over several files, and with the last page not full."""
+    monkeypatch.setattr(records, "SHARD", 2)
+    rows = _prepared(tmp_path / "p", {"train": count, "valid": 3})["train"]
+    found, _, tok, _ = records.load(str(tmp_path / "p"))
+    assert len(found) == count
+    assert tok == TOK
+    index = np.random.default_rng(1).integers(0, count, (4, 7))
+    np.testing.assert_array_equal(found[index], rows[index])
+    np.testing.assert_array_equal(found[:], rows)
+    assert found[index].dtype == np.int32
+    files = len(list((tmp_path / "p").glob("train-*")))
+    assert files == -(-count // 128)
+
+
+def test_a_large_vocabulary_is_kept(tmp_path):
+    writer = records.Writer(tmp_path, "train", LENGTH, 10**5)
+    assert writer.dtype == np.int32
+    assert records.Writer(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
+
+
+def test_texts_of_a_split(tmp_path):
+    rows = _prepared(tmp_path / "p", {"train": 4, "valid": 2})
+    rows = [TOK.decode(row) for row in rows["valid"]]
+    assert records.texts(str(tmp_path / "p"), "valid") == rows
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def _change(**changes):
+    def harm(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return harm
+
+
+HARMS = {
+    "shard cut": ("train-00000.array_record", _cut),
+    "shard flipped": ("train-00000.array_record", _flip),
+    "shard gone": ("train-00000.array_record", lambda path: path.unlink()),
+    "manifest cut": ("data.json", _cut),
+    "manifest gone": ("data.json", lambda path: path.unlink()),
+    "other counts": ("data.json", _change(rows={"train": 5, "valid": 2})),
+    "negative counts": ("data.json", _change(rows={"train": -5, "valid": 2})),
+    "no counts": ("data.json", _change(rows=[])),
+    "no tokenizer": ("data.json", _change(tokenizer={"kind": "none"})),
+    "other length": ("data.json", _change(length=7)),
+    "no type": ("data.json", _change(dtype="O")),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_damage_is_one_line(name, tmp_path):
+    _prepared(tmp_path / "p", {"train": 300, "valid": 2})
+    file, harm = HARMS[name]
+    harm(tmp_path / "p" / file)
+    with pytest.raises(UserError) as caught:
+        records.load(str(tmp_path / "p"))[0][:]
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_page_is_filled_with_pad(tmp_path):
+    _prepared(tmp_path / "p", {"train": 3, "valid": 1})
+    rows = records.load(str(tmp_path / "p"))[0]
+    raw = rows.source.__getitems__([0])[0]
+    page = np.frombuffer(raw, np.uint16).reshape(records.PAGE, LENGTH)
+    assert (page[3:] == PAD).all()
