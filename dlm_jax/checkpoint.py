@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from dlm_jax.types import PyTree, UserError
 
@@ -36,6 +37,7 @@ class Damaged(UserError):
         self.path = path
 
 
+Where = str | os.PathLike  # a run's directory; also gs://...
 FOLDER = "checkpoints"
 SUMMED = {"sums of": 2}  # what `sums` holds: `_positioned`'s; without this, CRC-32s
 # a run may be resumed with these changed: they do not touch the training itself
@@ -53,12 +55,19 @@ FREE = {
 } | {"sample", "evaluate", "control", "parallel", "model.remat"}
 
 
-def folder(workdir: str | Path) -> Path:
-    """Where a run's checkpoints lie; Orbax needs the absolute path."""
-    return Path(os.path.abspath(workdir)) / FOLDER
+def place(workdir: Where) -> Any:
+    """A run's directory, absolute as Orbax needs it, or in a bucket (gs://...)."""
+    if "://" in str(workdir):
+        return epath.Path(workdir)
+    return Path(os.path.abspath(workdir))
 
 
-def manager(workdir: str | Path, *, keep: int) -> ocp.CheckpointManager:
+def folder(workdir: Where) -> Any:
+    """Where a run's checkpoints lie."""
+    return place(workdir) / FOLDER
+
+
+def manager(workdir: Where, *, keep: int) -> ocp.CheckpointManager:
     """The writer of a run: it keeps the newest `keep` steps."""
     _quiet()
     options = ocp.CheckpointManagerOptions(
@@ -111,7 +120,7 @@ def _saving(writer: ocp.CheckpointManager, step: int | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and its storage raise many kinds
-        there = steps(Path(writer.directory).parent)
+        there = steps(writer.directory.parent)
         raise UserError(
             f"{writer.directory}: step {step} cannot be saved ({_reason(error)}); the last "
             f"complete checkpoint is {there[-1] if there else 'none'}: make room or mend "
@@ -130,7 +139,7 @@ def _reason(error: Exception) -> str:
     return known.group() if known else text[:200]
 
 
-def steps(workdir: str | Path) -> list[int]:
+def steps(workdir: Where) -> list[int]:
     """The complete checkpoints of a run, oldest first."""
     path = folder(workdir)
     if not path.is_dir():
@@ -138,7 +147,7 @@ def steps(workdir: str | Path) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
 
 
-def latest(workdir: str | Path, step: int | None = None) -> int:
+def latest(workdir: Where, step: int | None = None) -> int:
     """The newest complete step, or `step` if it exists; UserError otherwise."""
     there = steps(workdir)
     if not there:
@@ -150,12 +159,12 @@ def latest(workdir: str | Path, step: int | None = None) -> int:
     return there[-1] if step is None else step
 
 
-def restore(workdir: str | Path, step: int, like: PyTree) -> PyTree:
+def restore(workdir: Where, step: int, like: PyTree) -> PyTree:
     """The state saved at `step`; like: its shapes and shardings."""
     return _state(workdir, step, ocp.args.StandardRestore(like))
 
 
-def restore_part(workdir: str | Path, step: int, like: dict[str, PyTree]) -> PyTree:
+def restore_part(workdir: Where, step: int, like: dict[str, PyTree]) -> PyTree:
     """Some fields of the state, such as {"ema": ...}: enough to sample."""
     args = ocp.args.PyTreeRestore(
         like,
@@ -165,14 +174,14 @@ def restore_part(workdir: str | Path, step: int, like: dict[str, PyTree]) -> PyT
     return _state(workdir, step, args)
 
 
-def _state(workdir: str | Path, step: int, args: Any) -> PyTree:
+def _state(workdir: Where, step: int, args: Any) -> PyTree:
     found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
     sums = _sums if SUMMED.items() <= found.sums.items() else _crcs
     _compare(workdir, step, sums(found.state), found.sums)
     return found.state
 
 
-def read_json(workdir: str | Path, step: int) -> tuple[dict, dict]:
+def read_json(workdir: Where, step: int) -> tuple[dict, dict]:
     """(resolved config, tokenizer record) of a checkpoint."""
     json_args = ocp.args.JsonRestore()
     parts = dict.fromkeys(("config", "tokenizer", "sums"), json_args)
@@ -222,22 +231,22 @@ def _json_sums(config: dict, tokenizer: dict) -> dict[str, int]:
     return {name: zlib.crc32(value.encode()) for name, value in text.items()}
 
 
-def _compare(workdir: str | Path, step: int, sums: dict, saved: dict) -> None:
+def _compare(workdir: Where, step: int, sums: dict, saved: dict) -> None:
     for name, value in sums.items():
         if saved.get(name) != value:
             raise _damaged(workdir, step, f"{name} has another checksum")
 
 
-def _damaged(workdir: str | Path, step: int, reason: str) -> Damaged:
+def _damaged(workdir: Where, step: int, reason: str) -> Damaged:
     return Damaged(folder(workdir) / str(step), reason)
 
 
-def set_aside(damaged: Damaged, workdir: str | Path) -> Path:
+def set_aside(damaged: Damaged, workdir: Where) -> Path:
     """Moves a damaged checkpoint of this run away, so that the one before is newest.
 
     Raises the error itself where that is another run's or there is no other step.
     """
-    step, path = damaged.path.name, Path(workdir) / "damaged" / damaged.path.name
+    step, path = damaged.path.name, place(workdir) / "damaged" / damaged.path.name
     if damaged.path.parent != folder(workdir) or steps(workdir)[1:] == []:
         raise damaged
     while path.exists():
@@ -247,7 +256,7 @@ def set_aside(damaged: Damaged, workdir: str | Path) -> Path:
     return path
 
 
-def _read(workdir: str | Path, step: int, **parts: Any) -> Any:
+def _read(workdir: Where, step: int, **parts: Any) -> Any:
     """One read-only restore; whatever is wrong with the files is one line."""
     _quiet()
     options = ocp.CheckpointManagerOptions(read_only=True)
@@ -267,24 +276,24 @@ def crc(tree: PyTree) -> int:
     return total
 
 
-def claim(workdir: str | Path, config: dict) -> None:
+def claim(workdir: Where, config: dict) -> None:
     """Makes the run directory this config's: <workdir>/config.json is its identity."""
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(workdir) / "config.json", config)
+        place(workdir).mkdir(parents=True, exist_ok=True)
+        write_json(place(workdir) / "config.json", config)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: cannot write ({error.strerror}); choose another"
         ) from error
 
 
-def check(workdir: str | Path, config: dict) -> None:
+def check(workdir: Where, config: dict) -> None:
     """UserError where the run directory is another config's, with the difference.
 
     Intervals may change, sampling settings too, and train.total_steps may grow where
     the learning rate is constant.
     """
-    path = Path(workdir) / "config.json"
+    path = place(workdir) / "config.json"
     if not steps(workdir):
         return  # nothing is saved yet, so nothing can be lost
     try:
@@ -305,7 +314,7 @@ def check(workdir: str | Path, config: dict) -> None:
         )
 
 
-def write_json(path: Path, record: dict) -> None:
+def write_json(path: Any, record: dict) -> None:
     """Replaces the file at once, so that a kill leaves the old or the new one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 class Progress:
     """Shows and records a long run; quiet on all hosts but the first."""
 
-    def __init__(self, path: Path, *, total: int, start: int, main: bool = True):
+    def __init__(self, path: Any, *, total: int, start: int, main: bool = True):
         self.path, self.main, self.total = path, main, total
         self.terminal = main and sys.stderr.isatty()
         self.bar = tqdm(
@@ -37,8 +37,7 @@ class Progress:
         passed = time.monotonic() - self.began
         seconds = round(self.before + passed, 3)  # of the runs before this one too
         row = {"step": step, "kind": kind, "seconds": seconds, **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self.path, json.dumps(row) + "\n")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         done = max(1, step - self.first)
         left = passed / done * (self.total - step)
@@ -60,31 +59,38 @@ class Progress:
         self.bar.close()
 
 
-def _last_seconds(path: Path) -> float:
+def _last_seconds(path: Any) -> float:
     rows = _rows(path) if path.exists() else []
     return rows[-1]["seconds"] if rows else 0.0
 
 
-def _prepare(path: Path, start: int) -> None:
+def _prepare(path: Any, start: int) -> None:
     """Sets another beginning's rows aside; ends a line that a kill cut short."""
     if not start:
-        with path.with_name("metrics_before.jsonl").open("ab") as file:
-            file.write(path.read_bytes())
+        _append(path.with_name("metrics_before.jsonl"), path.read_text())
         path.unlink()
     elif not path.read_bytes().endswith(b"\n"):
+        _append(path, "\n")
+
+
+def _append(path: Any, text: str) -> None:
+    """Adds to a file; one in a bucket, which cannot grow, is written anew."""
+    if isinstance(path, Path):
         with path.open("a") as file:
-            file.write("\n")
+            file.write(text)
+    else:
+        path.write_text((path.read_text() if path.exists() else "") + text)
 
 
-def _rows(path: Path) -> list[dict]:
+def _rows(path: Any) -> list[dict]:
     """All rows but those that a kill cut short."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
 
-def read(path: Path, kind: str) -> list[dict]:
+def read(path: Any, kind: str) -> list[dict]:
     """The rows of one kind; of a step recorded twice, after a resume, the last."""
     return list({r["step"]: r for r in _rows(path) if r["kind"] == kind}.values())

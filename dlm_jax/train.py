@@ -464,7 +464,7 @@ class Run:
     """
 
     def __init__(self, config: Any, workdir: str):
-        self.config, self.workdir = config, Path(workdir)
+        self.config, self.workdir = config, checkpoint.place(workdir)
         layouts, mode = parallel.LAYOUTS, config.parallel.mode
         self.layout = optim.choose("parallel.mode", layouts, mode)
         self.recipe = self._recipe()

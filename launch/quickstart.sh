@@ -3,6 +3,7 @@
 # about ten minutes on two cores. Arguments go to all three commands, such as
 # --config.train.total_steps=100; --workdir or the variable WORKDIR names the run.
 . "$(dirname "$0")/setup.sh"
+# shellcheck disable=SC2119
 setup
 workdir=${WORKDIR:-runs/quickstart}
 config=(--config configs/grammar.py)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Runs a command, and again when it was preempted or killed, as it then goes on from its
+# checkpoint: bash launch/again.sh .venv/bin/python -m dlm_jax.main --config ...
+# Status 75 and death by a signal mean again; anything else ends it. RESTARTS bounds it.
+# On Google Cloud a maintenance notice becomes a SIGTERM, which the command saves upon.
+set -euo pipefail
+restarts=${RESTARTS:-100}
+url=${METADATA_URL:-http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event}
+
+# A notice of maintenance becomes SIGTERM, once.
+watch_notices() {
+  local notice
+  while kill -0 "$1" 2>/dev/null; do
+    notice=$(curl --silent --max-time 2 --header 'Metadata-Flavor: Google' "$url" 2>/dev/null || true)
+    case $notice in
+      MIGRATE* | TERMINATE*)
+        echo "maintenance notice: $notice" >&2
+        kill -TERM "$1" 2>/dev/null || true
+        return
+        ;;
+    esac
+    sleep "${NOTICE_SECONDS:-30}"
+  done
+}
+
+told=0
+for ((i = 0; i <= restarts; i++)); do
+  "$@" &
+  child=$!
+  trap 'told=1; kill -TERM "$child" 2>/dev/null' TERM INT
+  watch_notices "$child" &
+  watcher=$!
+  status=0
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do # a trap ends `wait` early
+    status=0
+    wait "$child" || status=$?
+  done
+  kill "$watcher" 2>/dev/null || true
+  if [ "$told" = 1 ] || { [ "$status" != 75 ] && [ "$status" -lt 128 ]; }; then
+    exit "$status"
+  fi
+  echo "ended with status $status: again ($((i + 1)) of $restarts)" >&2
+  sleep "${AGAIN_SECONDS:-5}"
+done
+exit "$status"

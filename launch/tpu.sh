@@ -1,0 +1,123 @@
+# shellcheck shell=bash disable=SC2016 # what is single-quoted is expanded on the TPU
+# Sourced by tpu_vm.sh and tpu_pod.sh, which say how a TPU is made and deleted.
+#
+#   bash launch/tpu_pod.sh ACTION NAME [flags of gcloud] [-- arguments of dlm_jax.main]
+#
+# create   asks for it, unless it is there        TYPE=v5p-32 RUNTIME=... SPOT=1
+# setup    copies this commit and installs it on every worker
+# start    begins the run on every worker, unless it runs; what follows -- is its command
+# logs     follows the first worker's output (WORKER=all: everyone's last lines)
+# status   says whether the TPU is there and the run alive
+# stop     SIGTERM to the run: it saves
+# run      create, setup, start, logs
+# delete   gives the TPU back
+#
+# --dry_run as the first argument prints the commands. ZONE and PROJECT, or gcloud's own.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry=
+if [ "${1:-}" = --dry_run ]; then
+  dry=1
+  shift
+fi
+if [ $# -lt 2 ]; then
+  sed -n '/^#   bash/,/^# --dry_run/s/^# \{0,1\}//p' launch/tpu.sh >&2
+  exit 2
+fi
+action=$1 name=$2
+shift 2
+flags=() arguments=()
+while [ $# -gt 0 ]; do
+  if [ "$1" = -- ]; then
+    shift
+    arguments=("$@")
+    break
+  fi
+  flags+=("$1")
+  shift
+done
+[ -z "${ZONE:-}" ] || flags+=("--zone=$ZONE")
+[ -z "${PROJECT:-}" ] || flags+=("--project=$PROJECT")
+
+# call ARGUMENTS: gcloud, or what would be called
+call() {
+  if [ -n "$dry" ]; then
+    printf '%q ' gcloud "$@"
+    echo
+  else
+    gcloud "$@"
+  fi
+}
+
+# remote WORKER COMMAND: runs it there
+remote() {
+  call compute tpus tpu-vm ssh "$name" "--worker=$1" "${flags[@]}" "--command=$2"
+}
+
+# there KIND: whether the resource exists
+there() {
+  [ -z "$dry" ] && gcloud compute tpus "$1" describe "$name" "${flags[@]}" >/dev/null 2>&1
+}
+
+install() {
+  local archive
+  archive=$(mktemp -d)/dlm_jax.tar.gz
+  git archive --format=tar.gz --output="$archive" HEAD
+  call compute tpus tpu-vm scp "$archive" "$name:dlm_jax.tar.gz" --worker=all "${flags[@]}"
+  rm -r "$(dirname "$archive")"
+  # these images' own Python is older than ours
+  remote all 'set -e
+command -v python3.11 >/dev/null || {
+  sudo add-apt-repository -y ppa:deadsnakes/ppa
+  sudo apt-get update -qq
+  sudo apt-get install -y -qq python3.11 python3.11-venv
+}
+mkdir -p dlm_jax && tar -xzf dlm_jax.tar.gz -C dlm_jax && cd dlm_jax
+PYTHON=python3.11 bash -c ". launch/setup.sh; setup tpu"'
+}
+
+start() {
+  local line
+  if [ ${#arguments[@]} = 0 ]; then
+    echo "error: start: give the command after --, such as -- --config configs/e2e.py --workdir gs://BUCKET/e2e" >&2
+    exit 2
+  fi
+  line=$(printf '%q ' bash launch/again.sh .venv/bin/python -m dlm_jax.main "${arguments[@]}")
+  remote all "cd dlm_jax
+if [ -f run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; then echo 'runs already'; exit; fi
+nohup setsid $line >> run.log 2>&1 < /dev/null & echo \$! > run.pid"
+}
+
+logs() {
+  if [ "${WORKER:-0}" = all ]; then
+    remote all 'tail -n 20 dlm_jax/run.log'
+  else
+    remote "${WORKER:-0}" 'tail -n 100 -F dlm_jax/run.log'
+  fi
+}
+
+main() {
+  case $action in
+    create) create ;;
+    setup) install ;;
+    start) start ;;
+    logs) logs ;;
+    status)
+      describe
+      remote all 'kill -0 $(cat dlm_jax/run.pid) 2>/dev/null && echo runs || echo ended; tail -n 1 dlm_jax/run.log'
+      ;;
+    stop) remote all 'kill -TERM $(cat dlm_jax/run.pid)' ;;
+    run)
+      create
+      install
+      start
+      logs
+      ;;
+    delete) delete ;;
+    *)
+      echo "error: $action: choose create, setup, start, logs, status, stop, run or delete" >&2
+      exit 2
+      ;;
+  esac
+}

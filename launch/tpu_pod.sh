@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# A TPU slice of several hosts, by a queued resource: launch/tpu.sh lists the actions.
+#   TYPE=v5p-32 ZONE=us-east5-a SPOT=1 bash launch/tpu_pod.sh run mine -- --config configs/e2e.py --workdir gs://BUCKET/e2e
+# A spot slice that was taken away: delete, then run; the run goes on from its bucket.
+. "$(dirname "$0")/tpu.sh" "$@"
+
+describe() { call compute tpus queued-resources describe "$name" "${flags[@]}" '--format=value(state.state)'; }
+
+create() {
+  if there queued-resources; then
+    echo "$name is asked for"
+  else
+    call compute tpus queued-resources create "$name" "--node-id=$name" \
+      "--accelerator-type=${TYPE:-v5p-32}" "--runtime-version=${RUNTIME:-v2-alpha-tpuv5}" \
+      ${SPOT:+--spot} "--valid-until-duration=${PATIENCE:-24h}" "${flags[@]}"
+  fi
+  [ -n "$dry" ] || wait_until_active
+}
+
+wait_until_active() {
+  local state
+  while true; do
+    state=$(describe)
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING)
+        echo "error: $name is $state; delete it and create it again" >&2
+        exit 1
+        ;;
+    esac
+    echo "$name is ${state:-unknown}"
+    sleep "${WAIT_SECONDS:-30}"
+  done
+}
+
+delete() { call compute tpus queued-resources delete "$name" --force --quiet "${flags[@]}"; }
+
+main
