@@ -12,7 +12,8 @@
 # --dry_run as the first argument prints what would run.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-dry= job=${SLURM_JOB_ID:-}
+dry=""
+job=${SLURM_JOB_ID:-}
 if [ "${1:-}" = --dry_run ]; then
   dry=1
   shift

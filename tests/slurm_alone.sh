@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Slurm for real on this machine alone (Debian: slurmctld slurmd slurm-client munge), as
+# root: two tasks on the CPU train by launch/slurm.sh, the job is preempted by a SIGTERM,
+# goes back into the queue and ends the run.   bash tests/slurm_alone.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$(mktemp -d)
+host=$(hostname -s)
+finish() {
+  kill "${pids[@]}" 2>/dev/null || true
+  rm -rf "$folder"
+}
+pids=()
+trap finish EXIT
+head -c 1024 /dev/urandom > "$folder/munge.key"
+chmod 400 "$folder/munge.key"
+mkdir -p "$folder/ctld" "$folder/slurmd"
+munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.s" \
+  --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/seed" &
+pids+=($!)
+cat > "$folder/slurm.conf" <<CONF
+ClusterName=alone
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=16817
+SlurmdPort=16818
+SlurmUser=root
+AuthInfo=socket=$folder/munge.s
+StateSaveLocation=$folder/ctld
+SlurmdSpoolDir=$folder/slurmd
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd.pid
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+MpiDefault=none
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+CONF
+export SLURM_CONF=$folder/slurm.conf
+slurmctld -D > "$folder/slurmctld.log" 2>&1 &
+pids+=($!)
+slurmd -D > "$folder/slurmd.log" 2>&1 &
+pids+=($!)
+for _ in $(seq 60); do
+  sinfo -h -o %t 2>/dev/null | grep -q idle && break
+  sleep 1
+done
+sinfo
+
+run=$folder/run
+JAX_NUM_CPU_DEVICES=1 job=$(JAX_NUM_CPU_DEVICES=1 sbatch --parsable --nodes=1 --ntasks=2 \
+  --output="$folder/out" launch/slurm.sh --config configs/smoke.py --workdir "$run" \
+  --config.train.total_steps=600 --config.train.ckpt_steps=100 --config.train.batch=16 \
+  --config.optim.decay=constant --config.train.valid_steps=0 --config.train.sample_steps=0)
+for _ in $(seq 240); do
+  [ -d "$run/checkpoints/100" ] && break
+  sleep 0.5
+done
+scancel --signal=TERM "$job.0"
+for _ in $(seq 300); do
+  [ -d "$run/checkpoints/600" ] && ! squeue -h -j "$job" -t R | grep -q . && break
+  sleep 1
+done
+cat "$folder/out"
+ls "$run/checkpoints"
+grep -q 'stopped by SIGTERM' "$folder/out"
+grep -q 'back into the queue' "$folder/out"
+test -d "$run/checkpoints/600"
+echo "preempted, requeued and ended"
