@@ -300,7 +300,7 @@ def check(workdir: Where, config: dict) -> None:
         there = json.loads(path.read_text())
         if not isinstance(there, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: missing or damaged beside checkpoints ({error}); restore it, or "
             "take a fresh --workdir"

@@ -239,7 +239,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
         where = f"{path} line {number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{where} is not JSON ({reason}): mend it") from error
         if not isinstance(record, dict):

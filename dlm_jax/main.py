@@ -176,6 +176,8 @@ def parse(argv: list[str]) -> list[str]:
     except (flags.Error, OSError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines()  # a config's own traceback: its ends
         _fail(" ".join(dict.fromkeys((lines[0], lines[-1].strip()))))
+    except Exception as error:  # whatever the code of a config file raises
+        _fail(f"--config: its file raises {type(error).__name__}: {error}; mend it")
 
 
 def cli() -> None:

@@ -98,7 +98,7 @@ def manifest(folder: Path) -> dict:
             f"config.data.path={folder}: no {MANIFEST} in it; make it with "
             "--mode prepare_data"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / MANIFEST}: damaged ({error}); prepare again"
         ) from error
