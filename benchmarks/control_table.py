@@ -26,13 +26,14 @@ PAPER = {
     "span": 0.938,
     "exact length": 0.999,
 }
-COLOURS = ("#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
+COLOURS = ("#123c6e", "#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
 
 
 def key(row: dict) -> tuple:
     """What makes a row another one."""
     control = row["control"]
-    return (row["task"], row["calls"], control["preset"], row["model"])
+    names = ("preset", "targets")
+    return (row["task"], row["calls"], row["model"], *(control[n] for n in names))
 
 
 def gather(folder: Path, out: Path) -> list[dict]:
@@ -42,8 +43,11 @@ def gather(folder: Path, out: Path) -> list[dict]:
     found = {key(row): row for row in [*old, *new]}
     for row in found.values():
         row.pop("config", None)
-        # where the classifiers lay says nothing; their checksums stand beside
+        # where they lay says nothing; checksums of the classifiers stand beside
         row["control"].pop("classifiers", None)
+        row["control"].pop("teacher", None)
+        row["data"]["path"] = Path(row["data"]["path"]).name
+        row["control"]["targets"] = Path(row["control"]["targets"]).name
     return sorted(found.values(), key=lambda r: (ORDER.index(r["task"]), -r["calls"]))
 
 
@@ -53,7 +57,8 @@ def table(rows: list[dict], baselines: list[dict]) -> str:
     lines = [head, "|---" * 7 + "|"]
     for row in rows:
         sizes = (row["targets"], row["control"]["samples"], row["control"]["seeds"])
-        lines.append(_line(row, f"{row['calls']} calls", sizes))
+        of = ", published targets" if row["control"]["targets"] else ""
+        lines.append(_line(row, f"{row['calls']} calls{of}", sizes))
     for row in baselines:
         sizes = (row["targets"], row["samples"], row["seeds"])
         lines.append(_line(row, row["method"], sizes))
@@ -68,7 +73,7 @@ def _line(row: dict, method: str, sizes: tuple[int, int, int]) -> str:
         method,
         " x ".join(map(str, sizes)),
         ", ".join(shares),
-        f"{100 * row['accepted']:.1f}",
+        "-" if row["accepted"] is None else f"{100 * row['accepted']:.1f}",
         "-" if nats is None else f"{nats:.3f}",
         f"{row['seconds per 50']:.1f}",
     ]
@@ -128,15 +133,16 @@ def main() -> None:
     """Gathers, prints, draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="runs/quickstart/control")
-    parser.add_argument("--baselines", default="docs/control_baselines.json")
+    parser.add_argument("--baselines", default="")
     parser.add_argument("--out", default="docs/control.json")
     args = parser.parse_args()
     out, peers = Path(args.out), Path(args.baselines)
     rows = gather(Path(args.rows), out)
     out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    baselines = json.loads(peers.read_text()) if peers.exists() else []
+    baselines = json.loads(peers.read_text()) if args.baselines else []
     print(table(rows, baselines))
-    plot(rows, baselines, out.with_suffix(".png"))
+    if all(row["accepted"] is not None for row in rows):  # else no grammar judged them
+        plot(rows, baselines, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
