@@ -24,11 +24,8 @@ from dlm_jax.types import PyTree, UserError
 
 AXIS = "data"
 SMALL = 2**12  # elements of a leaf that is not worth splitting
-HEARTBEAT, START, END = (
-    30,
-    300,
-    60,
-)  # seconds: until a host counts as lost, and the like
+# seconds that hosts wait for: a sign of life, each other's start, each other's end
+HEARTBEAT, START, END = 30, 300, 60
 
 
 # --- hosts
@@ -48,18 +45,10 @@ def start(coordinator: str, processes: int, process: int) -> None:
             f"--coordinator={coordinator!r}: give host:port of process 0 and a number "
             "from 0 up to num_processes"
         )
-    named = (
-        {}
-        if alone
-        else {
-            "coordinator_address": coordinator,
-            "num_processes": processes,
-            "process_id": process,
-        }
-    )
+    named = (None, None, None) if alone else (coordinator, processes, process)
     try:
         jax.distributed.initialize(
-            **named,
+            *named,
             initialization_timeout=START,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=END,

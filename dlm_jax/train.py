@@ -559,6 +559,11 @@ class Run:
 
     def save(self, writer: Any) -> None:
         """A checkpoint of the present step, if its weights are numbers."""
+        if not (self.workdir / "config.json").exists():
+            raise UserError(
+                f"--workdir {self.workdir}: No such file or directory: it vanished during "
+                "the run; nothing is saved in it any more; start again"
+            )
         state, words = self.layout.whole(self.state), self.corpus.record()
         words |= {"jumps": self.jumps} if self.jumps else {}
         if not parallel.finite((state.params, state.ema)):

@@ -127,6 +127,24 @@ def test_dropout_needs_a_key(cfg, rate):
     assert str(traces[0]) == str(traces[1])
 
 
+def test_remat_keeps_less_and_changes_nothing(cfg):
+    """The same output and gradients, dropout too; the layers' insides are not kept."""
+    deep = dataclasses.replace(cfg, layers=4, dropout=0.5)
+    again, found, kept = dataclasses.replace(deep, remat=True), [], []
+    for c in (deep, again):
+
+        def total(params, c=c):
+            return jnp.sum(denoiser.apply(params, c, 11, *inputs(), key=key_of(2)) ** 2)
+
+        found.append(jax.jit(jax.value_and_grad(total))(weights(deep)))
+        held = jax.eval_shape(lambda p, f=total: jax.vjp(f, p)[1], weights(deep))
+        kept.append(sum(x.size for x in jax.tree.leaves(held)))
+    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+    own = sum(x.size for x in jax.tree.leaves(weights(deep)))
+    assert kept[1] - own < 0.3 * (kept[0] - own)
+
+
 def test_bfloat16_trunk(cfg):
     """bfloat16 keeps 8 bits: about 0.4% a rounding, some ten of them in a row."""
     half = dataclasses.replace(cfg, dtype="bfloat16")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a device under both layouts, by shapes; and of the compiled step.
+
+    JAX_NUM_CPU_DEVICES=8 python benchmarks/memory.py --compile
+
+Parameters, average and optimiser state at 87M and 1B parameters: what each of the devices
+holds; and what the backward pass of one device's rows keeps, with and without remat.
+--compile adds what XLA plans beside the state for the 87M step on the same devices.
+"""
+
+import argparse
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs import e2e
+from dlm_jax import model, parallel, train
+
+SIZES: dict[str, dict[str, int]] = {
+    "87M": {},
+    "1B": {"width": 2048, "layers": 20, "heads": 16, "ff": 8192},
+}
+VOCAB = 821
+
+
+def recipe_of(size: str, *, remat: bool = False) -> tuple[train.Recipe, int]:
+    """The recipe of configs/e2e.py at a size, and its length."""
+    config = e2e.get_config()
+    config.model.update(SIZES[size], remat=remat)
+    return train.recipe_of(config), config.data.length
+
+
+def held(tree: Any) -> int:
+    """Bytes that one device holds of shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def by_shapes(size: str) -> dict[str, Any]:
+    """MB a device of each part of the state, in both layouts."""
+    recipe, _ = recipe_of(size)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda k: train.init_state(k, recipe, VOCAB), key)
+    row: dict[str, Any] = {"parameters": model.count(shapes.params)}
+    for name, layout in parallel.LAYOUTS.items():
+        like = layout.like(shapes)
+        parts = {"parameters": like.params, "average": like.ema, "optimiser": like.opt}
+        row[name] = {part: held(tree) / 2**20 for part, tree in parts.items()}
+        row[name]["all"] = held(like) / 2**20
+    return row
+
+
+def kept(size: str, *, remat: bool) -> float:
+    """MB that the backward pass of one device's rows needs, but for the parameters."""
+    recipe, length = recipe_of(size, remat=remat)
+    batch, key = recipe.batch // jax.device_count(), jax.random.key(0)
+    params = jax.eval_shape(lambda k: train.init_state(k, recipe, VOCAB), key).params
+
+    def residuals(params: Any, ids: jax.Array) -> Any:
+        draws = train.make_draws(key, ids, recipe, 0, ())
+
+        def loss(p: Any) -> Any:
+            return train.loss_fn(p, ids, draws, recipe, key=key)[0]
+
+        return jax.vjp(loss, params)[1]
+
+    ids = jax.ShapeDtypeStruct((batch, length), "int32")
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, params, ids))
+    everything = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return (everything - weights) / 2**20
+
+
+def by_compiling(mode: str) -> dict[str, float]:
+    """MB that XLA plans for the 87M step on a device."""
+    recipe, length = recipe_of("87M")
+    layout, key = parallel.LAYOUTS[mode], jax.random.key(0)
+    shapes = jax.eval_shape(lambda k: train.init_state(k, recipe, VOCAB), key)
+    state = layout.like(shapes)
+    one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+    step: Any = layout.step(one, state)
+    devices = jax.device_count()
+    rows = (devices, recipe.batch // devices, length)
+    if mode == "fsdp":
+        rows = (1, recipe.batch, length)
+    plan = step.lower(key, state, jax.ShapeDtypeStruct(rows, "int32")).compile()
+    found = plan.memory_analysis()
+    return {
+        "state in": found.argument_size_in_bytes / 2**20,
+        "beside it": found.temp_size_in_bytes / 2**20,
+    }
+
+
+def main() -> None:
+    """Prints and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", default="docs/memory.json")
+    args = parser.parse_args()
+    record: dict[str, Any] = {"devices": jax.device_count(), "unit": "MB a device"}
+    record |= {size: by_shapes(size) for size in SIZES}
+    for size in SIZES:
+        for remat in (False, True):
+            name = "kept for the backward pass" + (", remat" if remat else "")
+            record[size][name] = kept(size, remat=remat)
+    if args.compile:
+        for mode in parallel.LAYOUTS:
+            record[f"87M step, {mode}"] = by_compiling(mode)
+    Path(args.out).write_text(json.dumps(record, indent=1))
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
