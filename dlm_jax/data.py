@@ -175,15 +175,30 @@ def stream(cfg: Any, split: str) -> Iterator[str]:
     if cfg.source != "text":
         yield from load_texts(cfg, split)
         return
-    whole = split == "valid" and cfg.valid_path
-    name = "valid_path" if whole else "path"
-    path = _existing(cfg.valid_path if whole else cfg.path, name)
-    texts = (line for _, line in _lines(path))
-    if cfg.valid_path:
-        yield from texts
-        return
-    count = sum(1 for _ in _lines(path))
-    yield from islice(texts, *part(count, cfg, split))
+    path, which = _lines_of(cfg, split)
+    yield from islice((line for _, line in _lines(path)), *which)
+
+
+def count(cfg: Any, split: str) -> int:
+    """How many texts `stream` gives."""
+    if cfg.source != "text":
+        return len(load_texts(cfg, split))
+    first, last = _lines_of(cfg, split)[1]
+    return last - first
+
+
+def _lines_of(cfg: Any, split: str) -> tuple[Path, tuple[int, int]]:
+    """The file of a split, and which of its lines that are not blank."""
+    name = "valid_path" if split == "valid" and cfg.valid_path else "path"
+    path = _existing(cfg[name], name)
+    texts = _count(path, path.stat().st_mtime_ns)
+    return path, (0, texts) if cfg.valid_path else part(texts, cfg, split)
+
+
+@lru_cache(maxsize=4)
+def _count(path: Path, changed: int) -> int:
+    """The lines that are not blank, as long as the file does not change."""
+    return sum(1 for _ in _lines(path))
 
 
 def _read_text(path: Path, cfg: Any) -> list[str]:
@@ -390,10 +405,7 @@ def encode(
     a text that does not fit: "error", "truncate" (its END is lost, as published) or
     "drop". Raises UserError for such a text, an unknown choice or an empty result.
     """
-    if length < 2:
-        raise UserError(f"config.data.length={length}: set it to 2 or more")
-    arrange = _choose(MODES, mode, "mode")
-    fit = _choose(TOO_LONG, too_long, "too_long")
+    arrange, fit = arrangement(length, mode, too_long)
     ids = arrange([delimited(text, tok) for text in texts], length, fit)
     if not len(ids):
         raise UserError(
@@ -401,6 +413,13 @@ def encode(
             f"{mode}: set a smaller length or give more text"
         )
     return ids
+
+
+def arrangement(length: int, mode: str, too_long: str) -> tuple[Callable, Callable]:
+    """(rows of ids -> array, what fits them); UserError for a layout that cannot be."""
+    if length < 2:
+        raise UserError(f"config.data.length={length}: set it to 2 or more")
+    return _choose(MODES, mode, "mode"), _choose(TOO_LONG, too_long, "too_long")
 
 
 def delimited(text: str, tok: Tokenizer) -> list[int]:

@@ -73,6 +73,14 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
     return bundle
 
 
+def _alone() -> None:
+    from dlm_jax import parallel
+    from dlm_jax.types import UserError
+
+    if parallel.hosts()[1] > 1:
+        raise UserError(f"--mode {FLAGS.mode} is for one host: start it alone")
+
+
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     bundle = _load(config, workdir, step)
     from dlm_jax import parallel
@@ -95,11 +103,9 @@ def _control(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import parallel, viz
-    from dlm_jax.types import UserError
+    from dlm_jax import viz
 
-    if parallel.hosts()[1] > 1:
-        raise UserError("--mode plot: pictures are drawn by one host; start it alone")
+    _alone()
     for path in viz.run(_load(config, workdir, step), workdir):
         print(path)
 
@@ -107,6 +113,7 @@ def _plot(config: Any, workdir: str, step: int | None) -> None:
 def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax import prepare
 
+    _alone()
     prepare.run(_needed(config, "configs/stories.py"), workdir)
 
 

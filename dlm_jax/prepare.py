@@ -33,7 +33,7 @@ def run(config: Any, workdir: str) -> None:
         raise UserError("config.data.source=prepared: name the text that is to be")
     if (folder / records.MANIFEST).exists():
         raise UserError(f"--workdir {folder}: is prepared already; take a fresh one")
-    counts = {split: count(cfg, split) for split in ("train", "valid")}
+    counts = {split: data.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -68,11 +68,6 @@ def run(config: Any, workdir: str) -> None:
     )
 
 
-def count(cfg: Any, split: str) -> int:
-    """The texts of a split."""
-    return sum(1 for _ in data.stream(cfg, split))
-
-
 def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
     every = 1 if cfg.tokenizer == "word" else -(-texts // LEARN)
     bar = tqdm(data.stream(cfg, "train"), "train, tokenizer", total=texts, unit="text")
@@ -82,11 +77,11 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
 def rows_of(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
     """The rows [n l] of `data.encode`, from some texts at a time."""
     left: list[int] = []
-    fit = data.TOO_LONG[cfg.too_long]
+    arrange, fit = data.arrangement(cfg.length, cfg.mode, cfg.too_long)
     while chunk := list(itertools.islice(texts, CHUNK)):
         ids = [left, *(data.delimited(text, tok) for text in chunk)]
         ids = ids if left else ids[1:]
-        rows = data.MODES[cfg.mode](ids, cfg.length, fit)
+        rows = arrange(ids, cfg.length, fit)
         if cfg.mode == "block":
             left = list(itertools.chain(*ids))[rows.size :]
         if len(rows):

@@ -97,6 +97,10 @@ FLAGS = {
     "a host beyond the number": (*TRAIN, "--num_processes", "2", "--process_id", "2"),
     "no hosts": (*TRAIN, "--num_processes", "0", "--coordinator", "localhost:1"),
     "a workdir in a file": ("--config", "configs/smoke.py", "--workdir", "{}/file/run"),
+    "prepared in no known way": (
+        *("--config", "configs/smoke.py", "--workdir", "{}/run"),
+        *("--mode", "prepare_data", "--config.data.too_long=hope"),
+    ),
     "prepared already": (
         *("--config", "configs/smoke.py", "--workdir", "{}/prepared"),
         *("--mode", "prepare_data"),
