@@ -33,6 +33,7 @@ def run(config: Any, workdir: str) -> None:
         raise UserError("config.data.source=prepared: name the text that is to be")
     if (folder / records.MANIFEST).exists():
         raise UserError(f"--workdir {folder}: is prepared already; take a fresh one")
+    data.arrangement(cfg.length, cfg.mode, cfg.too_long)
     counts = {split: data.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,9 +46,7 @@ def run(config: Any, workdir: str) -> None:
         "source": cfg.source,
     }
     for split, texts in counts.items():
-        bar = tqdm(
-            data.stream(cfg, split), f"{split}, encoding", total=texts, unit="text"
-        )
+        bar = _bar(cfg, split, "encoding", texts)
         writer = records.Writer(folder, split, cfg.length, tokenizer.vocab_size)
         for rows in rows_of(iter(bar), tokenizer, cfg):
             writer.add(rows)
@@ -68,9 +67,15 @@ def run(config: Any, workdir: str) -> None:
     )
 
 
+def _bar(cfg: Any, split: str, what: str, texts: int) -> Any:
+    """The texts, under a bar where there is a terminal."""
+    texts_of = data.stream(cfg, split)
+    return tqdm(texts_of, f"{split}, {what}", total=texts, unit="text", disable=None)
+
+
 def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
     every = 1 if cfg.tokenizer == "word" else -(-texts // LEARN)
-    bar = tqdm(data.stream(cfg, "train"), "train, tokenizer", total=texts, unit="text")
+    bar = _bar(cfg, "train", "tokenizer", texts)
     return data.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
 
 
