@@ -273,7 +273,7 @@ def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{where} is not CSV ({error}): mend it") from error
 
 
-def _cell(record: dict[str, Any], column: str, where: str) -> str:
+def _cell(record: dict, column: str, where: str) -> str:
     """The text of one record, which may be bytes; UserError if it has none."""
     if column not in record:
         names = ", ".join(str(name) for name in record if name is not None)

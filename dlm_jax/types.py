@@ -31,6 +31,9 @@ START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabular
 class UserError(ValueError):
     """A mistake of the user: one line with the file or flag, value and remedy."""
 
+    def __init__(self, line: object):
+        super().__init__(" ".join(str(line).split()))
+
 
 class Stopped(Exception):
     """A run that was told to end, or lost a host: the same command goes on with it."""
