@@ -40,14 +40,14 @@ def gather(folder: Path, out: Path) -> list[dict]:
     """The rows of the folder and those of out, in the tasks' order, without configs."""
     old = json.loads(out.read_text()) if out.exists() else []
     new = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    found = {key(row): row for row in [*old, *new]}
-    for row in found.values():
+    for row in [*old, *new]:
         row.pop("config", None)
         # where they lay says nothing; checksums of the classifiers stand beside
         row["control"].pop("classifiers", None)
         row["control"].pop("teacher", None)
         row["data"]["path"] = Path(row["data"]["path"]).name
         row["control"]["targets"] = Path(row["control"]["targets"]).name
+    found = {key(row): row for row in [*old, *new]}
     return sorted(found.values(), key=lambda r: (ORDER.index(r["task"]), -r["calls"]))
 
 
