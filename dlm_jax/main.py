@@ -2,7 +2,6 @@
 """The command: python -m dlm_jax.main --config configs/grammar.py --workdir runs/x."""
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -143,28 +142,28 @@ def main(argv: list[str]) -> None:
             raise UserError("--workdir: name the run's directory, such as runs/first")
         parallel.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
+    except Stopped as error:  # on all hosts alike
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(RESTART)
     except UserError as error:
-        _fail(error)
-    except Stopped as error:
-        _fail(error, status=RESTART)
+        _fail(error, leave=parallel.leave)
     except OSError as error:
-        _fail(f"--workdir {FLAGS.workdir}: {error}; choose one that can be written")
+        line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
+        _fail(line, leave=parallel.leave)
     except Exception as error:
         if not parallel.lost(error):
             raise
         reason = str(error).splitlines()[0][:200]
-        _fail(f"another host is lost ({reason}): start all again", status=RESTART)
+        print(f"another host is lost ({reason}): start all again", file=sys.stderr)
+        parallel.leave(RESTART)
 
 
-def _fail(error: object, status: int = 2) -> NoReturn:
-    """One line; hosts that wait for this one see it end at once."""
+def _fail(error: object, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """One line, and the end with status 2."""
     line = " ".join(str(error).split())
-    print(f"{'error: ' if status == 2 else ''}{line}", file=sys.stderr, flush=True)
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.stderr = io.StringIO()  # threads that still read a damaged file stay silent
-    if FLAGS.is_parsed() and FLAGS.coordinator:
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    leave(2)
 
 
 def parse(argv: list[str]) -> list[str]:
