@@ -57,20 +57,27 @@ def table(rows: list[dict], baselines: list[dict]) -> str:
     lines = [head, "|---" * 7 + "|"]
     for row in rows:
         sizes = (row["targets"], row["control"]["samples"], row["control"]["seeds"])
-        of = ", published targets" if row["control"]["targets"] else ""
-        lines.append(_line(row, f"{row['calls']} calls{of}", sizes))
+        lines.append(_line(row, method(row), sizes))
     for row in baselines:
         sizes = (row["targets"], row["samples"], row["seeds"])
         lines.append(_line(row, row["method"], sizes))
     return "\n".join(lines)
 
 
-def _line(row: dict, method: str, sizes: tuple[int, int, int]) -> str:
+def method(row: dict) -> str:
+    """A row of ours in words."""
+    preset = row["control"]["preset"]
+    words = [f"{row['calls']} calls", "" if preset == "tuned" else f"{preset} rule"]
+    words.append("published targets" if row["control"]["targets"] else "")
+    return ", ".join(filter(None, words))
+
+
+def _line(row: dict, name: str, sizes: tuple[int, int, int]) -> str:
     shares = [f"{n} {100 * m:.1f} ± {100 * e:.1f}" for n, (m, e) in _scores(row)]
     nats = row["nats/token"]
     cells = [
         row["task"],
-        method,
+        name,
         " x ".join(map(str, sizes)),
         ", ".join(shares),
         "-" if row["accepted"] is None else f"{100 * row['accepted']:.1f}",
@@ -89,7 +96,8 @@ def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
     single = [name for name in tasks.TASKS if "+" not in name]
     methods: dict[str, dict] = {}
     for row in rows:
-        methods.setdefault(f"{row['calls']} calls", {})[row["task"]] = row
+        if row["control"]["preset"] == "tuned":
+            methods.setdefault(method(row), {})[row["task"]] = row
     for row in baselines:
         methods.setdefault(row["method"], {})[row["task"]] = row
     figure = Figure(figsize=(10, 5.4), layout="constrained")
@@ -121,12 +129,12 @@ def _of(rows: list[dict], name: str) -> dict[str, Any]:
 
 def _bars(axes: Any, methods: dict, single: list[str], value: Callable) -> None:
     width = 0.9 / len(methods)
-    for i, (method, by_task) in enumerate(methods.items()):
+    for i, (name, by_task) in enumerate(methods.items()):
         found = [(p, by_task[n]) for p, n in enumerate(single) if n in by_task]
         places = [p + (i - (len(methods) - 1) / 2) * width for p, _ in found]
         heights = [value(row) for _, row in found]
         colour = COLOURS[i % len(COLOURS)]
-        axes.bar(places, heights, width, color=colour, label=method)
+        axes.bar(places, heights, width, color=colour, label=name)
 
 
 def main() -> None:
