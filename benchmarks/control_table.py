@@ -118,7 +118,7 @@ def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
     accepted.set_xlim(-0.5, len(single) - 0.5)
     success.plot([], [], ":", color="#111111", label="the paper, on E2E")
     named = success.get_legend_handles_labels()
-    figure.legend(*named, frameon=False, ncols=6, loc="outside upper center")
+    figure.legend(*named, frameon=False, ncols=7, loc="outside upper center")
     accepted.set_xticks(range(len(single)), single)
     figure.savefig(path, dpi=130)
 
