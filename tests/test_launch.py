@@ -150,7 +150,13 @@ def _again(tmp_path, script, **env):
     path = tmp_path / "command.sh"
     path.write_text(script)
     env = (
-        os.environ | {"AGAIN_SECONDS": "0", "METADATA_URL": "http://127.0.0.1:9"} | env
+        os.environ
+        | {
+            "AGAIN_SECONDS": "0",
+            "NOTICE_SECONDS": "0.1",
+            "METADATA_URL": "http://127.0.0.1:9",
+        }
+        | env
     )
     command = ["bash", str(LAUNCH / "again.sh"), "bash", str(path)]
     kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
