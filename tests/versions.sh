@@ -18,8 +18,7 @@ trap 'rm -rf "$folder"' EXIT
 options=(--upgrade)
 if [ "$which" = lowest ]; then
   # install_requires alone: its bounds as pins; the tools of the tests may be new
-  sed -n '/^install_requires/,/^\[/s/^ \{4\}\([a-zA-Z_-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\).*/\1~=\3.0/p' setup.cfg |
-    sed 's/~=\([0-9]*\.[0-9]*\.[0-9]*\)\.0$/==\1/; s/~=\([0-9]*\.[0-9]*\)\.0$/~=\1.0/' > "$folder/pins"
+  sed -n '/^install_requires/,/^\[/s/^ \{4\}\([a-zA-Z_-]*\)\(\[[a-z]*\]\)\{0,1\}>=\([0-9.]*\).*/\1==\3/p' setup.cfg > "$folder/pins"
   cat "$folder/pins"
   options=(--constraint "$folder/pins")
 fi
