@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of any size into prepared ids: read twice, never held.
+"""Text of any size into prepared ids: read line by line, never held.
 
 python -m dlm_jax.main --mode prepare_data --config configs/stories.py \\
     --config.data.path=texts.txt --workdir prepared/stories

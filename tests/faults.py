@@ -69,13 +69,17 @@ def command(options: dict, workdir: Path) -> list[str]:
     return [*main, *flags, "--workdir", str(workdir)]
 
 
-def _reached(workdir: Path) -> int:
+def _rows(workdir: Path) -> bytes:
     path = workdir / "metrics.jsonl"
-    return (
-        max((r["step"] for r in metrics.read(path, "train")), default=0)
-        if path.exists()
-        else 0
-    )
+    return path.read_bytes() if path.exists() else b""
+
+
+def _reached(workdir: Path) -> int:
+    """The last step that was recorded, of this life or of one before."""
+    if not _rows(workdir):
+        return 0
+    rows = metrics.read(workdir / "metrics.jsonl", "train")
+    return max((row["step"] for row in rows), default=0)
 
 
 def _one_life(
@@ -124,14 +128,14 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
         if number == kills and wanted <= 0:
             break
         in_save = rng.random() < wanted / max(kills - number, 1)
+        before = _rows(killed)
+        began_at = (checkpoint.steps(killed) or [0])[-1]
         seen += _one_life(command(options, killed), killed, rng, in_save)
-        there = checkpoint.steps(killed)
-        resumes += bool(there)
-        redone += _reached(killed) - (there[-1] if there else 0)
-        print(
-            f"kill {number + 1}: step {_reached(killed)}, saved {there[-1:]}",
-            flush=True,
-        )
+        reached, there = _reached(killed), checkpoint.steps(killed)
+        if _rows(killed) != before:  # else it was killed before its first step
+            resumes += began_at > 0
+            redone += reached - (there[-1] if there else 0)
+        print(f"kill {number + 1}: step {reached}, saved {there[-1:]}", flush=True)
     env = os.environ | QUICKLY
     for workdir in (killed, whole):
         subprocess.run(

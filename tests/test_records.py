@@ -14,7 +14,7 @@ TOK = WordTokenizer(tuple(f"w{i}" for i in range(90)))
 LENGTH = 5
 
 
-def _prepared(folder, counts, monkeypatch=None):
+def _prepared(folder, counts):
     """A folder with so many rows of each split, and the rows."""
     folder.mkdir(exist_ok=True)
     rng, rows, crc = np.random.default_rng(0), {}, 0
@@ -48,8 +48,7 @@ def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
 
 
 def test_a_large_vocabulary_is_kept(tmp_path):
-    writer = records.Writer(tmp_path, "train", LENGTH, 10**5)
-    assert writer.dtype == np.int32
+    assert records.Writer(tmp_path, "train", LENGTH, 10**5).dtype == np.int32
     assert records.Writer(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
 
 
