@@ -41,6 +41,7 @@ SMALL = {
     "sample.steps": 2,
     "loss.self_cond": 1.0,
     "loss.known": 0.5,
+    "optim.accumulate": 2,
     "optim.decay": "constant",
     "optim.warmup": 0,
     "optim.eps": 1e-3,  # else Adam turns rounding errors of tiny gradients into steps
