@@ -7,6 +7,7 @@ come from the time, zero at the start (AdaLN-Zero, arXiv:2212.09748), for small 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float
 
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
+
+# of the trunk's products, and of what flows between them: CPUs are slow at the latter in
+# bfloat16, accelerators gain by it
+DTYPES = {
+    "float32": ("float32", "float32"),
+    "mixed": ("bfloat16", "float32"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +61,16 @@ class DenoiserConfig:
     dtype: str = "float32"
     remat: bool = False
 
+    @property
+    def products(self) -> str:
+        """The precision of the trunk's products."""
+        return DTYPES[self.dtype][0]
+
+    @property
+    def stream(self) -> str:
+        """The precision of what flows between them."""
+        return DTYPES[self.dtype][1]
+
 
 def time_features(t: Time, dim: int) -> Float[Array, "*t {dim}"]:
     """Sinusoids of 1000 t, cosines first (REFERENCE 1.4); t = index / steps."""
@@ -69,51 +90,88 @@ def _uniform(fan_in: int) -> Callable:
     return init
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "m k"], w: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """x w, accumulated in float32, in x's precision.
+# Products whose gradients are written out: XLA's CPU compiler takes twice the time for
+# the product of a matrix that lies by columns, as a transpose does.
 
-    Its gradient is written out, since XLA's own for CPU transposes the wider operand of
-    x^T g inside the fusion that makes it: 3.5 times the time of a whole layer.
-    """
-    return _dot(x, w, 1, 0)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def times(
+    a: Float[Array, "*s m k"], b: Float[Array, "*s k n"], dtype: str
+) -> Float[Array, "*s m n"]:
+    """a b: multiplied in dtype, accumulated and returned in float32."""
+    return _dot(a.astype(dtype), b.astype(dtype), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def across(
+    a: Float[Array, "*s m k"], b: Float[Array, "*s n k"], dtype: str
+) -> Float[Array, "*s m n"]:
+    """a b^T, likewise."""
+    return _dot(a.astype(dtype), b.astype(dtype), 1, 1)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    axes = (((axis_a,), (axis_b,)), ((), ()))
-    out = jax.lax.dot_general(
-        a, b, axes, precision="highest", preferred_element_type=jnp.float32
+    """Over these of the last two axes."""
+    rest = tuple(range(a.ndim - 2))
+    over = ((len(rest) + axis_a,), (len(rest) + axis_b,))
+    return jax.lax.dot_general(
+        a,
+        b,
+        (over, (rest, rest)),
+        precision="highest",
+        preferred_element_type=jnp.float32,
     )
-    return out.astype(a.dtype)
 
 
-def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
-    g = jax.lax.optimization_barrier(g)  # made once, not inside each transpose
-    narrow = g.shape[1] < x.shape[1]
-    d_w = _dot(g, x, 0, 0).T if narrow else _dot(x, g, 0, 0)
-    return _dot(g, w, 1, 1), d_w
+def _by_rows(x: Array) -> Array:
+    """x, on a CPU made to lie in memory by rows."""
+
+    def constrained(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    return jax.lax.platform_dependent(x, cpu=constrained, default=lambda x: x)
 
 
-product.defvjp(lambda x, w: (product(x, w), (x, w)), _product_backward)
+def _forward(axis_b: int, a: Array, b: Array, dtype: str) -> tuple:
+    low = a.astype(dtype), b.astype(dtype)
+    return _dot(*low, 1, axis_b), (low, a[:0], b[:0])
 
 
-def _last_axis(x: Array, w: Array, axes: Any, precision: Any = None) -> Array:
-    """`product` as flax's dot_general: x [... k], w [k n]."""
-    flat = product(x.reshape(-1, x.shape[-1]), w)
-    return flat.reshape(*x.shape[:-1], w.shape[-1])
+def _backward(axis_b: int, dtype: str, saved: tuple, g: Array) -> tuple[Array, Array]:
+    (a, b), like_a, like_b = saved
+    g = _by_rows(g.astype(dtype))
+    d_a = _dot(g, b, 1, 1 - axis_b)
+    d_b = _outer(g, a) if axis_b else _outer(a, g)
+    return d_a.astype(like_a.dtype), d_b.astype(like_b.dtype)
 
 
-def _dense(features: int, fan_in: int, name: str, dtype: Any, zero: bool = False):
-    init = nn.initializers.zeros if zero else _uniform(fan_in)
-    return nn.Dense(
-        features,
-        kernel_init=init,
-        bias_init=init,
-        name=name,
-        dtype=dtype,
-        dot_general=_last_axis,
-    )
+def _outer(a: Array, b: Array) -> Array:
+    """a^T b; it is the narrower one that is transposed."""
+    if a.shape[-1] <= b.shape[-1]:
+        return _dot(_by_rows(jnp.matrix_transpose(a)), b, 1, 0)
+    return jnp.matrix_transpose(_by_rows(_outer(b, a)))
+
+
+times.defvjp(functools.partial(_forward, 0), functools.partial(_backward, 0))
+across.defvjp(functools.partial(_forward, 1), functools.partial(_backward, 1))
+
+
+class Dense(nn.Module):
+    """x w + b over the last axis; zero: both start there, else as PyTorch's."""
+
+    features: int
+    dtype: str
+    zero: bool = False
+    out: str = ""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        k, out = x.shape[-1], self.out or str(x.dtype)
+        init = nn.initializers.zeros if self.zero else _uniform(k)
+        w = self.param("kernel", init, (k, self.features))
+        b = self.param("bias", init, (self.features,))
+        y = times(x.reshape(-1, k), w, self.dtype) + b
+        return y.astype(out).reshape(*x.shape[:-1], self.features)
 
 
 class Attention(nn.Module):
@@ -128,28 +186,60 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         cfg, (b, l, h) = self.cfg, x.shape
-        qkv = _dense(3 * h, h, "qkv", cfg.dtype)(x)
-        heads = (b, l, cfg.heads, h // cfg.heads)
-        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, -1))
+        qkv = Dense(3 * h, cfg.products, name="qkv")(x)
+        heads = qkv.reshape(b, l, 3 * cfg.heads, -1).swapaxes(1, 2)
+        q, k, v = jnp.split(heads, 3, 1)  # [b heads l k]
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        scores = jnp.einsum("bqnk,bsnk->bnqs", q, k) / math.sqrt(h // cfg.heads)
-        scores = scores.astype(jnp.float32)
+        scores = across(q, k, cfg.products) / math.sqrt(h // cfg.heads)
         if cfg.causal:
             scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, -1).astype(q.dtype)
+        weights = jax.nn.softmax(scores, -1)
         weights = nn.Dropout(cfg.attention_dropout)(weights, deterministic)
-        mixed = jnp.einsum("bnqs,bsnk->bqnk", weights, v).reshape(b, l, h)
-        return _dense(h, h, "out", cfg.dtype)(mixed)
+        mixed = times(weights, v, cfg.products).astype(x.dtype)
+        mixed = mixed.swapaxes(1, 2).reshape(b, l, h)
+        return Dense(h, cfg.products, name="out")(mixed)
 
 
-def rotate(x: Float[Array, "b l n k"]) -> Float[Array, "b l n k"]:
+def rotate(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
     """RoPE: pairs of coordinates turn by angles proportional to the position."""
     half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[1])[:, None] * 100.0 ** (-jnp.arange(half) / half)
-    cos, sin = (f(angle)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    angle = jnp.arange(x.shape[2])[:, None] * 100.0 ** (-jnp.arange(half) / half)
+    cos, sin = (f(angle).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     u, w = x[..., :half], x[..., half:]
     return jnp.concatenate([u * cos - w * sin, u * sin + w * cos], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: Float[Array, "*s"], phi: Callable) -> Float[Array, "*s"]:
+    """x Phi(x) in float32, of which x alone is kept for the gradient.
+
+    phi: x -> (Phi(x), its slope).
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * phi(wide)[0]).astype(x.dtype)
+
+
+def _gelu_backward(phi: Callable, x: Array, g: Array) -> tuple[Array]:
+    wide = x.astype(jnp.float32)
+    value, slope = phi(wide)
+    return ((g * (value + wide * slope)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x, phi: (gelu(x, phi), x), _gelu_backward)
+
+
+def exact(x: Array) -> tuple[Array, Array]:
+    """The normal distribution, by erf: jax.nn's erfc takes twice the time."""
+    density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))), density
+
+
+def by_tanh(x: Array) -> tuple[Array, Array]:
+    """Its usual approximation (arXiv:1606.08415)."""
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    t = jnp.tanh(c * (x + a * x**3))
+    return 0.5 * (1 + t), 0.5 * c * (1 - t**2) * (1 + 3 * a * x**2)
 
 
 class PostBlock(nn.Module):
@@ -157,18 +247,18 @@ class PostBlock(nn.Module):
 
     cfg: DenoiserConfig
 
+    @set_xla_metadata(inlineable=None)
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
-        cfg, h = self.cfg, x.shape[-1]
+        cfg = self.cfg
 
         def add(name: str, x: Array, update: Array) -> Array:
             update = nn.Dropout(cfg.dropout)(update, deterministic)
-            return _layer_norm(name, cfg.dtype)(x + update)
+            return _layer_norm(name, cfg, x + update)
 
-        x = add("attention_norm", x, Attention(cfg, name="attention")(x, deterministic))
-        hidden = _dense(cfg.ff, h, "up", cfg.dtype)(x)
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        return add("norm", x, _dense(h, cfg.ff, "down", cfg.dtype)(hidden))
+        attended = Attention(cfg, name="attention")(x, deterministic)
+        x = add("attention_norm", x, attended)
+        return add("norm", x, _feed_forward(cfg, exact)(x))
 
 
 class AdaBlock(nn.Module):
@@ -176,22 +266,31 @@ class AdaBlock(nn.Module):
 
     cfg: DenoiserConfig
 
+    @set_xla_metadata(inlineable=None)
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
         cfg, h = self.cfg, x.shape[-1]
-        six = _dense(6 * h, h, "modulation", cfg.dtype, zero=True)(time)
+        six = Dense(6 * h, cfg.products, zero=True, name="modulation")(time)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = jnp.split(six, 6, -1)
-        y = _bare_norm(cfg.dtype)(x) * (1 + scale) + shift
+        y = _bare_norm(cfg.stream)(x) * (1 + scale) + shift
         y = Attention(cfg, rotary=True, name="attention")(y, deterministic)
         x = x + gate * nn.Dropout(cfg.dropout)(y, deterministic)
-        y = _bare_norm(cfg.dtype)(x) * (1 + scale_ff) + shift_ff
-        y = jax.nn.gelu(_dense(cfg.ff, h, "up", cfg.dtype)(y))
-        y = _dense(h, cfg.ff, "down", cfg.dtype)(y)
+        y = _bare_norm(cfg.stream)(x) * (1 + scale_ff) + shift_ff
+        y = _feed_forward(cfg, by_tanh)(y)
         return x + gate_ff * nn.Dropout(cfg.dropout)(y, deterministic)
 
 
-def _layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
-    return nn.LayerNorm(1e-12, name=name, dtype=dtype, use_fast_variance=False)
+def _feed_forward(cfg: DenoiserConfig, phi: Callable) -> Callable[[Array], Array]:
+    """up, GELU, down: modules of the block that calls it."""
+    up = Dense(cfg.ff, cfg.products, name="up")
+    down = Dense(cfg.width, cfg.products, out=cfg.stream, name="down")
+    return lambda x: down(gelu(up(x.astype(cfg.products)), phi))
+
+
+def _layer_norm(name: str, cfg: DenoiserConfig, x: Array) -> Array:
+    """BERT's; over rows [m h], as its gradient must sum over one axis."""
+    norm = nn.LayerNorm(1e-12, name=name, dtype=cfg.stream, use_fast_variance=False)
+    return norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def _bare_norm(dtype: Any) -> nn.LayerNorm:
@@ -199,6 +298,15 @@ def _bare_norm(dtype: Any) -> nn.LayerNorm:
 
 
 BLOCKS: dict[str, type[nn.Module]] = {"post_ln": PostBlock, "adaln": AdaBlock}
+
+
+def _inlined() -> str | None:
+    """Keeps a layer a call of its own on a CPU.
+
+    XLA's compiler for it fuses what is elementwise, and the residual stream is, from the
+    first layer into every kernel of the last: time quadratic in the layers.
+    """
+    return "false" if jax.default_backend() == "cpu" else None
 
 
 class Trunk(nn.Module):
@@ -209,23 +317,25 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
         cfg, h, post = self.cfg, self.cfg.width, self.cfg.trunk == "post_ln"
-        x = _dense(h, x.shape[-1], "in", cfg.dtype)(x)
+        x = Dense(h, cfg.products, name="in")(x.astype(cfg.stream))
         if post:
-            x = _dense(h, h, "in_2", cfg.dtype)(jnp.tanh(x))
+            x = Dense(h, cfg.products, name="in_2")(jnp.tanh(x))
         table = self.param("positions", _positions(post), (cfg.positions, h))
         x = x + table[: x.shape[1]].astype(x.dtype)
         if post:
-            x = _layer_norm("norm", cfg.dtype)(x + time)
+            x = _layer_norm("norm", cfg, x + time)
         x = nn.Dropout(cfg.dropout)(x, deterministic)
         block = BLOCKS[cfg.trunk]
         block = nn.remat(block, static_argnums=(3,)) if cfg.remat else block
+        block = nn.jit(block, static_argnums=(3,))
         for i in range(cfg.layers):
-            x = block(cfg, name=f"layer_{i}")(x, time, deterministic)
+            with set_xla_metadata(inlineable=_inlined()):
+                x = block(cfg, name=f"layer_{i}")(x, time, deterministic)
         if post:
-            return jnp.tanh(_dense(h, h, "out", cfg.dtype)(x))
-        two = _dense(2 * h, h, "modulation", cfg.dtype, zero=True)(time)
+            return jnp.tanh(Dense(h, cfg.products, name="out")(x))
+        two = Dense(2 * h, cfg.products, zero=True, name="modulation")(time)
         shift, scale = jnp.split(two, 2, -1)
-        return _bare_norm(cfg.dtype)(x) * (1 + scale) + shift
+        return _bare_norm(cfg.stream)(x) * (1 + scale) + shift
 
 
 def _positions(post: bool) -> Callable:
@@ -255,20 +365,22 @@ class Denoiser(nn.Module):
     ) -> Array:
         cfg, h = self.cfg, self.cfg.width
         features = time_features(t, cfg.time_dim)
-        time = _dense(4 * cfg.time_dim, cfg.time_dim, "time", "float32")(features)
-        time = _dense(h, 4 * cfg.time_dim, "time_2", "float32")(jax.nn.silu(time))
-        time = (time if time.ndim == 3 else time[:, None]).astype(cfg.dtype)
+        time = Dense(4 * cfg.time_dim, "float32", name="time")(features)
+        time = Dense(h, "float32", name="time_2")(jax.nn.silu(time))
+        time = (time if time.ndim == 3 else time[:, None]).astype(cfg.stream)
         if cfg.trunk == "adaln":
             time = jax.nn.silu(time)
         x = jnp.concatenate([x_t, x0_prev], -1) if cfg.self_cond else x_t
         x = x if alone is None else jnp.concatenate([x, alone], -1)
         y = Trunk(cfg, name="trunk")(x, time, deterministic).astype(jnp.float32)
-        return _dense(self.out, h, "head", "float32")(y) if head else y
+        return Dense(self.out, "float32", name="head")(y) if head else y
 
 
 def head(params: PyTree, y: Float[Array, "b l h"]) -> Float[Array, "b l out"]:
     """The raw output of the trunk's: what `apply` does last."""
-    return _last_axis(y, params["head"]["kernel"], None) + params["head"]["bias"]
+    return Dense(params["head"]["bias"].size, "float32").apply(
+        {"params": params["head"]}, y
+    )
 
 
 def output_width(cfg: DenoiserConfig, vocab: int) -> int:

@@ -4,6 +4,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dlm_jax.types import PyTree, UserError
@@ -72,6 +73,12 @@ def make(cfg: Any, total_steps: int) -> optax.GradientTransformation:
     if not cfg.clip:
         return update
     return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The length of all leaves together, without an array of their squares."""
+    squares = [jnp.vdot(x, x, precision="highest") for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
 def average(ema: PyTree, params: PyTree, rate: float) -> PyTree:

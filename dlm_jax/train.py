@@ -214,9 +214,9 @@ def train_step(
     metrics = {"loss": terms.total(), **terms._asdict()}
     del metrics["weight"]
     metrics = jax.tree.map(jnp.mean, metrics)
-    if axis is not None:
+    if axis is not None and jax.lax.axis_size(axis) > 1:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["grad_norm"] = optim.norm(grads)
     if recipe.frozen:
         grads = grads._replace(table=jnp.zeros_like(grads.table))
     updates, opt = recipe.optimizer.update(grads, state.opt, state.params)
@@ -350,7 +350,7 @@ def network(config: Any) -> DenoiserConfig:
     cfg = DenoiserConfig(**config.model)
     optim.choose("model.trunk", denoiser.BLOCKS, cfg.trunk)
     optim.choose("model.predicts", model.TO_X0, cfg.predicts)
-    optim.choose("model.dtype", dict.fromkeys(("float32", "bfloat16")), cfg.dtype)
+    optim.choose("model.dtype", denoiser.DTYPES, cfg.dtype)
     if config.data.length > cfg.positions:
         raise UserError(
             f"config.data.length={config.data.length} exceeds "

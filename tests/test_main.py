@@ -228,3 +228,21 @@ def test_every_shipped_config_describes_a_run(module, variant):
     if variant:
         with pytest.raises(ValueError, match="choose one of"):
             module.get_config("wrong")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize("theirs", [None, "", "glibc.malloc.check=0"])
+def test_the_command_takes_large_pages_unless_told_otherwise(theirs):
+    """A config file tells the environment that the command sees it in."""
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    env |= {} if theirs is None else {"GLIBC_TUNABLES": theirs}
+    done = subprocess.run(
+        [sys.executable, "-m", "dlm_jax.main", "--config", "/dev/stdin", "--workdir=x"],
+        input="import os\ndef get_config(): raise OSError('<%s>' % os.environ['GLIBC_TUNABLES'])",
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    found = "glibc.malloc.hugetlb=1" if theirs is None else theirs
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(f": <{found}>")

@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyright: reportMissingImports=false
+"""The same networks, losses and chains in PyTorch: what our speed is measured against.
+
+    pip install -e '.[peer]'
+    python benchmarks/speed.py --config configs/e2e.py
+
+Variants. `eager`: as people run the published code, whose encoder is transformers'
+BertEncoder, in float32. The best effort: layers of our own over
+scaled_dot_product_attention with fused projections, a fused optimiser, foreach
+averaging, autocast to bfloat16 (`bf16`); that and torch.compile, with CUDA graphs on a
+GPU (`compiled`). On our weights they give our numbers (`tests/test_torch_peer.py`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+VARIANTS = ("eager", "bf16", "compiled")
+
+
+def device() -> str:
+    """Where the peer runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- networks, named as ours
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions; rotary as ours; fused attention unless plain."""
+
+    def __init__(self, cfg: Any, *, rotary: bool, plain: bool):
+        super().__init__()
+        self.cfg, self.rotary, self.plain = cfg, rotary, plain
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x):
+        b, l, h = x.shape
+        heads = (b, l, 3, self.cfg.heads, h // self.cfg.heads)
+        q, k, v = self.qkv(x).view(heads).permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        rate = self.cfg.attention_dropout if self.training else 0.0
+        if self.plain:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            mixed = F.dropout(torch.softmax(scores, -1), rate) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        return self.out(mixed.transpose(1, 2).reshape(b, l, h))
+
+
+def rotate(x):
+    """RoPE of [b n l k]."""
+    half = x.shape[-1] // 2
+    place = torch.arange(x.shape[2], device=x.device)[:, None]
+    angle = place * 100.0 ** (-torch.arange(half, device=x.device) / half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    u, w = x[..., :half], x[..., half:]
+    return torch.cat([u * cos - w * sin, u * sin + w * cos], -1)
+
+
+class PostBlock(nn.Module):
+    """BERT's layer."""
+
+    def __init__(self, cfg: Any, *, plain: bool):
+        super().__init__()
+        h, self.rate = cfg.width, cfg.dropout
+        self.attention = Attention(cfg, rotary=False, plain=plain)
+        self.attention_norm = nn.LayerNorm(h, 1e-12)
+        self.up, self.down = nn.Linear(h, cfg.ff), nn.Linear(cfg.ff, h)
+        self.norm = nn.LayerNorm(h, 1e-12)
+
+    def forward(self, x, time):
+        drop = partial(F.dropout, p=self.rate, training=self.training)
+        x = self.attention_norm(x + drop(self.attention(x)))
+        return self.norm(x + drop(self.down(F.gelu(self.up(x)))))
+
+
+class AdaBlock(nn.Module):
+    """Pre-LN with AdaLN-Zero, RoPE and tanh GELU."""
+
+    def __init__(self, cfg: Any, *, plain: bool):
+        super().__init__()
+        h, self.rate = cfg.width, cfg.dropout
+        self.modulation = nn.Linear(h, 6 * h)
+        self.attention = Attention(cfg, rotary=True, plain=plain)
+        self.up, self.down = nn.Linear(h, cfg.ff), nn.Linear(cfg.ff, h)
+
+    def forward(self, x, time):
+        drop = partial(F.dropout, p=self.rate, training=self.training)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.modulation(time).chunk(
+            6, -1
+        )
+        y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        x = x + gate * drop(self.attention(y))
+        y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_ff) + shift_ff
+        return x + gate_ff * drop(self.down(F.gelu(self.up(y), approximate="tanh")))
+
+
+class Bert(nn.Module):
+    """transformers' BertEncoder, as the published code builds it."""
+
+    def __init__(self, cfg: Any):
+        super().__init__()
+        from transformers.models.bert.modeling_bert import BertConfig, BertEncoder
+
+        config = BertConfig(
+            hidden_size=cfg.width,
+            num_hidden_layers=cfg.layers,
+            num_attention_heads=cfg.heads,
+            intermediate_size=cfg.ff,
+            hidden_dropout_prob=cfg.dropout,
+            attention_probs_dropout_prob=cfg.attention_dropout,
+            attn_implementation="eager",
+        )
+        self.encoder = BertEncoder(config)
+
+    def forward(self, x, time):
+        return self.encoder(x).last_hidden_state
+
+
+class Trunk(nn.Module):
+    """The layers, between tanh projections (post_ln) or under one norm (adaln)."""
+
+    def __init__(self, cfg: Any, inputs: int, *, plain: bool):
+        super().__init__()
+        self.cfg, self.post, h = cfg, cfg.trunk == "post_ln", cfg.width
+        self.in_ = nn.Linear(inputs, h)
+        self.positions = nn.Parameter(torch.zeros(cfg.positions, h))
+        block = PostBlock if self.post else AdaBlock
+        if plain and self.post:
+            self.layers = nn.ModuleList([Bert(cfg)])
+        else:
+            self.layers = nn.ModuleList(
+                block(cfg, plain=plain) for _ in range(cfg.layers)
+            )
+        if self.post:
+            self.in_2, self.out = nn.Linear(h, h), nn.Linear(h, h)
+            self.norm = nn.LayerNorm(h, 1e-12)
+        else:
+            self.modulation = nn.Linear(h, 2 * h)
+
+    def forward(self, x, time):
+        x = self.in_(x)
+        if self.post:
+            x = self.in_2(torch.tanh(x))
+        x = x + self.positions[: x.shape[1]]
+        if self.post:
+            x = self.norm(x + time)
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x, time)
+        if self.post:
+            return torch.tanh(self.out(x))
+        shift, scale = self.modulation(time).chunk(2, -1)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Denoiser(nn.Module):
+    """(x_t, t, x0_prev, alone) -> raw output; without a head, the trunk's."""
+
+    def __init__(self, cfg: Any, out: int, *, plain: bool):
+        super().__init__()
+        self.cfg, inputs = cfg, cfg.dim * (1 + cfg.self_cond + cfg.output_prior)
+        self.time = nn.Linear(cfg.time_dim, 4 * cfg.time_dim)
+        self.time_2 = nn.Linear(4 * cfg.time_dim, cfg.width)
+        self.trunk = Trunk(cfg, inputs, plain=plain)
+        self.head = nn.Linear(cfg.width, out) if out else nn.Identity()
+
+    def forward(self, x_t, t, x0_prev=None, alone=None):
+        half = self.cfg.time_dim // 2
+        grid = torch.arange(half, device=x_t.device)
+        angle = 1000.0 * t[..., None] * torch.exp(-math.log(1e4) * grid / half)
+        features = torch.cat([angle.cos(), angle.sin()], -1)
+        time = self.time_2(F.silu(self.time(features)))[:, None]
+        if self.cfg.trunk == "adaln":
+            time = F.silu(time)
+        x = x_t if x0_prev is None else torch.cat([x_t, x0_prev], -1)
+        x = x if alone is None else torch.cat([x, alone], -1)
+        return self.head(self.trunk(x, time)).float()
+
+
+class Model(nn.Module):
+    """Embedding table, rounding bias and denoiser, and the schedule's numbers at t."""
+
+    def __init__(self, cfg: Any, vocab: int, schedule: Any, *, plain: bool = False):
+        super().__init__()
+        self.cfg, self.noise = cfg, Noise(schedule)
+        self.table = nn.Parameter(torch.randn(vocab, cfg.dim))
+        self.bias = nn.Parameter(torch.zeros(vocab))
+        out = vocab if cfg.predicts == "logits" else cfg.dim
+        self.denoiser = Denoiser(cfg, out, plain=plain)
+
+    def raw(self, table, x_t, t, x0_prev):
+        """The network's output and the estimate that it means."""
+        cfg, told, alone, start = self.cfg, t, None, 0.0
+        if cfg.noise_time:
+            told = ((10.0 - self.noise.log_snr(t)) / 24.0).clip(0.0, 1.0)
+        if cfg.output_prior:
+            alpha, sigma = (part[:, None, None] for part in self.noise(t))
+            near = alpha / sigma**2 * (x_t @ table.T)
+            start = near - 0.5 * (alpha / sigma) ** 2 * table.square().sum(-1)
+            alone = torch.softmax(start, -1) @ table
+        fed = x0_prev if cfg.self_cond else None
+        raw = self.denoiser(x_t, told, fed, alone) + start
+        if cfg.predicts != "logits":
+            return raw, raw
+        return raw, torch.softmax(raw, -1) @ table
+
+
+class Noise:
+    """(alpha, sigma) at times: from the table of a discretised schedule, or logistic."""
+
+    def __init__(self, schedule: Any):
+        self.steps = schedule.steps
+        if self.steps is None:
+            options = schedule.curve.keywords
+            self.mean, self.scale, self.cut = (
+                float(options[n]) for n in ("mean", "scale", "cut")
+            )
+        else:
+            times = np.arange(-1, self.steps) / self.steps
+            found = np.stack(schedule.alpha_sigma(times), -1)
+            self.table = torch.tensor(found, dtype=torch.float32, device=device())
+
+    def log_snr(self, t):
+        u = t.clip(self.cut, 1 - self.cut)
+        return -(self.mean + self.scale * (torch.log(u) - torch.log1p(-u)))
+
+    def __call__(self, t):
+        if self.steps is not None:
+            index = torch.round(t * self.steps).long().clip(-1, self.steps - 1) + 1
+            return self.table[index].unbind(-1)
+        snr = torch.where(t < 0, 50.0, self.log_snr(t))  # t < 0 is clean
+        return torch.sigmoid(snr).sqrt(), torch.sigmoid(-snr).sqrt()
+
+
+# --- our weights
+
+
+def load(module: nn.Module, tree: Any) -> nn.Module:
+    """Our parameters (a tree of arrays named alike) into the module."""
+    flat = {}
+
+    def walk(path: tuple[str, ...], value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                walk((*path, name), inner)
+            return
+        last = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+        array = torch.tensor(np.asarray(value))
+        flat[".".join((*path[:-1], last))] = array.T if path[-1] == "kernel" else array
+
+    walk((), tree)
+    named = {_theirs(name): value for name, value in flat.items()}
+    if any(isinstance(part, Bert) for part in module.modules()):
+        named = dict(pair for item in named.items() for pair in _bert(*item))
+    module.load_state_dict(named)
+    return module
+
+
+def tree_of(params: Any) -> dict:
+    """Our Params as one tree."""
+    return {
+        "table": params.table,
+        "bias": params.bias,
+        "denoiser": params.denoiser,
+    }
+
+
+def _theirs(name: str) -> str:
+    return name.replace("trunk.in.", "trunk.in_.").replace("layer_", "layers.")
+
+
+BERT = {
+    "attention.out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm": "output.LayerNorm",
+}
+
+
+def _bert(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The names of BertEncoder; the fused projection in three."""
+    before, found, rest = name.partition("layers.")
+    if not found:
+        return [(name, value)]
+    number, _, inner = rest.partition(".")
+    part, _, kind = inner.rpartition(".")
+    base = f"{before}layers.0.encoder.layer.{number}."
+    if part == "attention.qkv":
+        names = ("query", "key", "value")
+        return [
+            (f"{base}attention.self.{n}.{kind}", v)
+            for n, v in zip(names, value.chunk(3), strict=True)
+        ]
+    return [(f"{base}{BERT[part]}.{kind}", value)]
+
+
+# --- training
+
+
+@dataclasses.dataclass
+class Batch:
+    """Ids and everything random about them."""
+
+    ids: Any
+    t: Any
+    eps_0: Any
+    eps_t: Any
+
+
+def draw(model: Model, ids: Any) -> Batch:
+    """Uniform times, Gaussian noise."""
+    t = torch.rand(len(ids), device=ids.device)
+    if model.noise.steps is not None:
+        t = torch.floor(t * model.noise.steps) / model.noise.steps
+    shape = (2, *ids.shape, model.cfg.dim)
+    eps_0, eps_t = torch.randn(shape, device=ids.device)
+    return Batch(ids, t, eps_0, eps_t)
+
+
+def loss(model: Model, batch: Batch, *, objective: str, normalize: bool = False):
+    """`losses.end_to_end` of "x0" and "ce"; every batch feeds its estimate back."""
+    table = model.table
+    if normalize:
+        table = table / table.norm(dim=-1, keepdim=True) * math.sqrt(table.shape[-1])
+    clean = F.embedding(batch.ids, table)
+    alpha, sigma = (part[:, None, None] for part in model.noise(batch.t))
+    sigma_0 = model.noise(torch.zeros((), device=clean.device))[1]
+    x_0 = clean if objective == "ce" else clean + sigma_0 * batch.eps_0
+    x_t = alpha * x_0 + sigma * batch.eps_t
+    fed = torch.zeros_like(x_t)
+    if model.cfg.self_cond:
+        with torch.no_grad():
+            fed = model.raw(table, x_t, batch.t, fed)[1]
+    raw, x0_hat = model.raw(table, x_t, batch.t, fed)
+    if objective == "ce":
+        return F.cross_entropy(raw.flatten(0, 1), batch.ids.flatten())
+    zero = (batch.t * model.noise.steps < 0.5)[:, None, None]
+    error = (torch.where(zero, clean, x_0) - x0_hat).square().mean()
+    scores = x_0 @ table.T + model.bias
+    rounding = F.cross_entropy(scores.flatten(0, 1), batch.ids.flatten())
+    last = torch.tensor((model.noise.steps - 1) / model.noise.steps, device=x_0.device)
+    prior = (model.noise(last)[0] * x_0).square().mean()
+    return error + rounding + prior
+
+
+def trainer(
+    model: Model, variant: str, *, optim: Any, objective: str, normalize: bool
+) -> Callable[[Any], float]:
+    """step(ids) -> loss: forward, backward, optimiser, moving average."""
+    model.to(device()).train()
+    fast = variant != "eager"
+    optimizers = _optimizers(model, optim, fused=fast)
+    live = list(model.parameters())
+    average = [p.detach().clone() for p in live]
+
+    def objective_of(batch: Batch):
+        with torch.autocast(device(), torch.bfloat16, enabled=fast):
+            return loss(model, batch, objective=objective, normalize=normalize)
+
+    compiled = _compiled(objective_of) if variant == "compiled" else objective_of
+
+    def step(ids: Any) -> float:
+        value = compiled(draw(model, ids))
+        for one in optimizers:
+            one.zero_grad(set_to_none=True)
+        value.backward()
+        if optim.clip:
+            nn.utils.clip_grad_norm_(live, optim.clip, foreach=fast)
+        for one in optimizers:
+            one.step()
+        with torch.no_grad():
+            if fast:
+                torch._foreach_lerp_(average, live, 1 - optim.ema)
+            else:
+                for mean, p in zip(average, live, strict=True):
+                    mean.mul_(optim.ema).add_(p, alpha=1 - optim.ema)
+        return float(value)
+
+    return step
+
+
+def _compiled(function: Callable) -> Callable:
+    mode = "max-autotune" if device() == "cuda" else "default"
+    return torch.compile(function, mode=mode)
+
+
+def _optimizers(model: Model, optim: Any, *, fused: bool) -> list[Any]:
+    """AdamW on all, or Muon on the layers' matrices and AdamW on the rest."""
+
+    def adamw(params: list) -> Any:
+        betas = (optim.b1, optim.b2)
+        return torch.optim.AdamW(
+            params,
+            optim.lr,
+            betas,
+            optim.eps,
+            optim.weight_decay,
+            fused=fused,
+            foreach=False if not fused else None,
+        )
+
+    if optim.name == "adamw":
+        return [adamw(list(model.parameters()))]
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        matrix = ".layers." in name and p.ndim == 2 and "modulation" not in name
+        (matrices if matrix else rest).append(p)
+    muon = torch.optim.Muon(
+        matrices,
+        optim.lr,
+        optim.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, adamw(rest)]
+
+
+# --- sampling
+
+
+def nearest(table: Any, x: Any, *, plain: bool) -> Any:
+    """The nearest embeddings: by the published matrix of distances, or one product."""
+    if plain:
+        flat = x.reshape(-1, x.shape[-1])
+        distance = (
+            table.square().sum(-1)[:, None]
+            + flat.square().sum(-1)[None]
+            - 2.0 * table @ flat.T
+        ).clamp(min=0.0)
+        ids = torch.topk(-distance, 1, dim=0).indices[0].view(x.shape[:-1])
+    else:
+        half = 0.5 * table.square().sum(-1)
+        ids = (x @ table.T - half).argmax(-1)
+    return F.embedding(ids, table)
+
+
+def denoise(model: Model, variant: str, *, clamp: bool) -> Callable:
+    """x0_hat(x_t, t, x0_prev); the best effort keeps its weights in bfloat16."""
+    model.to(device()).eval().requires_grad_(False)
+    fast = variant != "eager"
+    table = model.table.detach().float()
+    if fast:
+        for module in (
+            model.denoiser.trunk,
+            model.denoiser.time,
+            model.denoiser.time_2,
+        ):
+            module.to(torch.bfloat16)
+
+    def run(x_t: Any, t: Any, x0_prev: Any) -> Any:
+        with torch.autocast(device(), torch.bfloat16, enabled=fast):
+            x0_hat = model.raw(table, x_t, t, x0_prev)[1].float()
+        return nearest(table, x0_hat, plain=not fast) if clamp else x0_hat
+
+    return _compiled(run) if variant == "compiled" else run
+
+
+def chain(
+    model: Model,
+    variant: str,
+    times: Any,
+    *,
+    solver: str,
+    clamp: bool,
+    guide: Callable | None = None,
+) -> Callable[[Any], Any]:
+    """run(x_T) -> x0_hat over the grid; guide(x, mean, std, t): pushes after a step."""
+    estimate = denoise(model, variant, clamp=clamp)
+    where = {"dtype": torch.float32, "device": device()}
+    now, after = (torch.tensor(np.asarray(t), **where) for t in (times.now, times.next))
+    step = {"ddim": _ddim, "marginal": _marginal}[solver]
+    moves = [
+        step(*model.noise(a), *model.noise(b)) for a, b in zip(now, after, strict=True)
+    ]
+    first = [
+        _ddim(*model.noise(a), *model.noise(b)) for a, b in zip(now, after, strict=True)
+    ]
+
+    @torch.no_grad()
+    def run(x_T: Any) -> Any:
+        x, x0_hat = x_T, torch.zeros_like(x_T)
+        for i, (of_x0, of_x, of_noise) in enumerate(moves):
+            x0_hat = estimate(x, now[i].expand(len(x)), x0_hat)
+            moved = of_x0 * x0_hat + of_x * x + of_noise * torch.randn_like(x)
+            if guide is not None and after[i] >= 0 and now[i] >= 0.05:
+                a, b, std = first[i]
+                moved = guide(moved, a * x0_hat + b * x, std, after[i].expand(len(x)))
+            x = moved
+        return x0_hat
+
+    return run
+
+
+def _ddim(alpha, sigma, alpha_next, sigma_next) -> tuple:
+    """(of x0_hat, of x_t, of fresh noise) with eta 1."""
+    beta = 1 - (alpha / alpha_next) ** 2
+    coef_x = sigma_next**2 * (1 - beta).sqrt() / sigma**2
+    fresh = (beta * sigma_next**2 / sigma**2).clip(min=0).sqrt()
+    return beta * alpha_next / sigma**2, coef_x, fresh
+
+
+def _marginal(alpha, sigma, alpha_next, sigma_next) -> tuple:
+    return alpha_next, torch.zeros_like(alpha), sigma_next
+
+
+class Tagger(nn.Module):
+    """`classifier` with a label a position: a trunk and a head."""
+
+    def __init__(self, cfg: Any, classes: int, schedule: Any, *, plain: bool):
+        super().__init__()
+        self.noise = Noise(schedule)
+        self.trunk = Denoiser(cfg, 0, plain=plain)
+        self.head = nn.Linear(cfg.width, classes)
+
+    def log_prob(self, x: Any, t: Any, labels: Any) -> Any:
+        alpha, sigma = self.noise(t)
+        told = ((10.0 - 2 * (alpha.log() - sigma.log())) / 24.0).clip(0.0, 1.0)
+        scores = self.head(self.trunk(x, told))
+        return -F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def pusher(
+    tagger: Tagger,
+    labels: Any,
+    variant: str,
+    *,
+    lr: float = 0.2,
+    updates: int = 3,
+    fluency: float = 0.01,
+) -> Callable:
+    """`control.guide` by the published rule: sign steps up log p and the fluency."""
+    tagger.to(device()).eval().requires_grad_(False)
+    fast = variant != "eager"
+
+    def objective(x: Any, mean: Any, std: Any, t: Any) -> Any:
+        with torch.autocast(device(), torch.bfloat16, enabled=fast):
+            wanted = tagger.log_prob(x, t, labels)
+        return wanted - fluency * (mean - x).square().sum() / std
+
+    def slope(x: Any, mean: Any, std: Any, t: Any) -> Any:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad(objective(x, mean, std, t), x)[0]
+
+    def push(x: Any, mean: Any, std: Any, t: Any) -> Any:
+        for _ in range(updates):
+            g = slope(x, mean, std, t)
+            x = x + lr * g / (g.abs() + 1e-10)
+        return x
+
+    return push

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch peers compute what we compute: only then is their speed a yardstick."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the peers need the extra `peer`")
+pytest.importorskip("transformers", reason="the peers need the extra `peer`")
+
+from configs import e2e_small  # noqa: E402
+from dlm_jax import (  # noqa: E402
+    classifier,
+    control,
+    losses,
+    model,
+    samplers,
+    train,
+)
+from dlm_jax.denoiser import DenoiserConfig  # noqa: E402
+
+SPEC = importlib.util.spec_from_file_location(
+    "torch_peer", Path(__file__).parent.parent / "benchmarks" / "torch_peer.py"
+)
+peer = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(peer)
+
+VOCAB, BATCH, LENGTH = 13, 4, 6
+IDS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+
+
+def close(found, wanted, tolerance=2e-5):
+    found = found.detach().numpy() if hasattr(found, "detach") else np.asarray(found)
+    scale = max(1.0, float(np.abs(wanted).max()))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * scale)
+
+
+@pytest.fixture(scope="module", params=["faithful", "modern"])
+def ours(request):
+    """(config, recipe, parameters) of a tiny run whose zeros are moved."""
+    config = e2e_small.get_config(request.param)
+    config.model.update(dim=8, width=16, layers=2, heads=2, ff=32, positions=LENGTH)
+    config.model.update(dropout=0.0, attention_dropout=0.0)
+    config.schedule.adaptive = ""
+    config.data.length, config.train.batch = LENGTH, BATCH
+    recipe = train.recipe_of(config)
+    params = train.init_state(jax.random.key(0), recipe, VOCAB).params
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    moved = [x + 0.1 * rng.standard_normal(x.shape).astype("f") for x in leaves]
+    return config, recipe, jax.tree.unflatten(tree, moved)
+
+
+def theirs(ours, *, plain):
+    _, recipe, params = ours
+    net = peer.Model(recipe.cfg, VOCAB, recipe.schedule, plain=plain)
+    return peer.load(net, peer.tree_of(params))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_loss_and_gradients_are_ours(ours, plain):
+    config, recipe, params = ours
+    draws = losses.draw(
+        jax.random.key(2),
+        (BATCH, LENGTH, recipe.cfg.dim),
+        steps=recipe.schedule.steps,
+        self_cond=1.0,
+    )
+    draws = draws._replace(t=draws.t.at[0].set(0.0))
+    value, grads = jax.value_and_grad(
+        lambda p: train.loss_fn(p, jnp.asarray(IDS), draws, recipe)[0]
+    )(params)
+    net = theirs(ours, plain=plain)
+    arrays = [torch.tensor(np.asarray(x)) for x in (draws.t, draws.eps_0, draws.eps_t)]
+    batch = peer.Batch(torch.tensor(IDS).long(), *arrays)
+    found = peer.loss(
+        net,
+        batch,
+        objective=config.loss.objective,
+        normalize=config.embedding.normalize,
+    )
+    found.backward()
+    close(found, value)
+    want = peer.load(
+        peer.Model(recipe.cfg, VOCAB, recipe.schedule, plain=plain), peer.tree_of(grads)
+    )
+    slopes = dict(want.named_parameters())
+    for name, p in net.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        close(grad, slopes[name].detach().numpy(), 1e-4)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("clamp", [True, False])
+def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
+    _, recipe, params = ours
+    rng, schedule = np.random.default_rng(3), recipe.schedule
+    x = rng.standard_normal((BATCH, LENGTH, recipe.cfg.dim)).astype("f")
+    before = rng.standard_normal(x.shape).astype("f")
+    times = samplers.time_grid(schedule, 20)
+    own = model.bind(params, recipe.cfg, schedule=schedule)
+    if clamp:
+        own = control.clamp(own, params.table)
+    t = np.full(BATCH, times.now[7], "f")
+    wanted = own(x, jnp.asarray(t), before)
+    net, inputs = theirs(ours, plain=plain), map(torch.tensor, (x, t, before))
+    if plain:
+        found = peer.denoise(net, "eager", clamp=clamp)(*inputs)
+    else:  # the arithmetic without bfloat16
+        found = net.raw(net.table, *inputs)[1]
+        found = peer.nearest(net.table, found, plain=False) if clamp else found
+    close(found, np.asarray(wanted), 1e-4)
+    # q(x_next | x_t, x0_hat) and its spread
+    mean, std = control.posterior(
+        wanted, x, np.asarray(times.now[7]), schedule, t_next=np.asarray(times.next[7])
+    )
+    levels = [net.noise(torch.tensor(float(s))) for s in (times.now[7], times.next[7])]
+    of_x0, of_x, fresh = peer._ddim(*levels[0], *levels[1])
+    close(of_x0 * torch.tensor(np.asarray(wanted)) + of_x * torch.tensor(x), mean, 1e-4)
+    close(fresh, np.asarray(std), 1e-4)
+
+
+def test_a_push_of_the_classifier_is_ours(ours):
+    _, recipe, _ = ours
+    cfg = DenoiserConfig(
+        dim=8, width=16, layers=1, heads=2, ff=32, positions=LENGTH, trunk="adaln"
+    )
+    layout = classifier.Layout("tags", (LENGTH,), 5)
+    head = classifier.init(jax.random.key(4), cfg, layout)
+    rng = np.random.default_rng(5)
+    head = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), head)
+    x, mean = rng.standard_normal((2, BATCH, LENGTH, 8)).astype("f")
+    labels = rng.integers(0, 5, (BATCH, LENGTH))
+    t, std = np.full(BATCH, 0.4, "f"), np.float32(0.3)
+    of = classifier.log_prob(head, cfg, layout, labels, recipe.schedule)
+    wanted = control.climbing(
+        jnp.asarray(x),
+        lambda y: of(y, jnp.asarray(t)),
+        jnp.asarray(mean),
+        jnp.asarray(std),
+        update=control.RULES["sign"].update,
+        power=1,
+        lr=0.2,
+        updates=3,
+        fluency=0.01,
+    )
+    tagger = peer.Tagger(cfg, 5, recipe.schedule, plain=True)
+    trunk = {name: part for name, part in head.trunk.items() if name != "head"}
+    peer.load(tagger, {"trunk": trunk, "head": head.head})
+    push = peer.pusher(tagger, torch.tensor(labels), "eager")
+    found = push(*(torch.tensor(v) for v in (x, mean, std, t)))
+    close(found, np.asarray(wanted), 1e-4)
