@@ -1,187 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of a training step and of a sampling step, against this machine's matmul peak.
+"""Training steps and chains beside PyTorch's, on the same machine in the same minutes.
 
-    python benchmarks/speed.py --config configs/grammar.py --config configs/e2e_small.py
-    python benchmarks/speed.py --config configs/e2e.py --batch 512 --dtype bfloat16
+    pip install -e '.[peer]'
+    python benchmarks/speed.py
+    python benchmarks/speed.py --cases e2e --batch 512 --dtype bfloat16   # on a GPU
 
-Each config runs in a process of its own, so that the peak memory is its own. Prints a
-table and writes JSON beside it (--out). Random ids stand for text: no data is read.
+Each row is a case of `CASES`, timed A B C, A B C, ...; ratios are of a contender's time to
+ours within a round, over 1 where we are ahead: against the architecture as people run it
+(eager, float32) and the best effort in PyTorch (`torch_peer`). Ours with --dtype.
 """
 
-import argparse
-import importlib.util
-import json
-import platform
-import resource
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import alternate
+import torch_peer
+from alternate import Case, Contender
 
-from dlm_jax import control, model, parallel, samplers, train
-
-
-def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall times of repeated calls, each waited for."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - began)
-    return times
-
-
-def matmul_peak(dtype: str, size: int) -> float:
-    """The best of ten [size size] products, FLOP/s."""
-    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
-    jax.block_until_ready(product(x, x))
-    return 2 * size**3 / min(seconds(lambda: product(x, x), 10))
-
-
-def trunk_flops(config: Any, tokens: int) -> float:
-    """Multiply-adds of one forward pass times two: the layers' matrices, attention."""
-    m = config.model
-    layer = 4 * m.width**2 + 2 * m.width * m.ff + 2 * config.data.length * m.width
-    return 2.0 * m.layers * layer * tokens
+E2E, SMALL, GRAMMAR = "configs/e2e.py", "configs/e2e_small.py", "configs/grammar.py"
+WIDE = ("model.width=256", "model.ff=1024")  # 4 layers x 256: between the two
+CASES = {
+    "e2e": Case(E2E, batch=16),
+    "e2e_small:faithful": Case(f"{SMALL}:faithful", batch=32),
+    "e2e_small:faithful, 4 x 256": Case(f"{SMALL}:faithful", batch=64, change=WIDE),
+    "e2e_small": Case(SMALL, batch=32),
+    "grammar": Case(GRAMMAR, batch=64),
+}
+# (job, steps, clamp): a reverse step is a twentieth of a chain of 20
+JOBS = {
+    "training step": ("train", 20, True),
+    "20 reverse steps": ("chain", 20, False),
+    "20 reverse steps, clamp": ("chain", 20, True),
+    "20 guided steps": ("guided", 20, True),
+    "200-step chain": ("chain", 200, True),
+    "2000-step chain": ("chain", 2000, True),
+}
+USUAL = list(JOBS)[:4]
 
 
-def measure(path: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """One config's row: medians in seconds, tokens a second, shares, memory."""
-    config = _read(path)
-    config.train.batch = batch or config.train.batch
-    config.model.dtype = dtype or config.model.dtype
-    recipe = train.recipe_of(config)
-    vocab = {"grammar": 151}.get(config.data.source, 821)
-    shape = (recipe.batch, config.data.length)
-    tokens = recipe.batch * config.data.length
-    key = jax.random.key(0)
-    state = parallel.place(train.init_state(key, recipe, vocab))
-    ids = np.random.default_rng(0).integers(4, vocab, shape, dtype=np.int32)
-    ema = jax.tree.map(np.asarray, state.ema)
-    row = {"config": path, "batch": recipe.batch, "length": shape[1]}
-    row |= {"dtype": recipe.cfg.dtype, "parameters": model.count(ema)}
-    row |= _training(key, state, ids, recipe, repeats)
-    row |= _sampling(ema, recipe, ids, repeats, config.sample)
-    row["solver"] = config.sample.solver
-    peak = matmul_peak(
-        recipe.cfg.dtype, 1024 if jax.devices()[0].platform == "cpu" else 8192
-    )
-    flops = trunk_flops(config, tokens)
-    row["peak_gflops"] = peak / 1e9
-    row["train_tokens_per_s"] = tokens / row["train_s"]
-    row["sample_tokens_per_s"] = tokens / row["sample_s"]
-    row["train_share"] = 3 * flops / row["train_s"] / peak
-    row["sample_share"] = flops / row["sample_s"] / peak
-    row["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    stats = jax.devices()[0].memory_stats() or {}
-    row["device_memory_mb"] = stats.get("peak_bytes_in_use", 0) / 2**20
-    return row
+def row(name: str, job: str, args: Any) -> dict[str, Any]:
+    """One case's contenders, measured together."""
+    kind, steps, clamp = JOBS[job]
+    case = CASES[name]._replace(job=kind, steps=steps, clamp=clamp)
+    if kind != "train":
+        case = case._replace(batch=16 if name == "e2e" else 64)
+    case = case._replace(batch=args.batch or case.batch)
+    mine = case._replace(change=(*case.change, f"model.dtype={args.dtype}"))
+    contenders = {"ours": partial(Contender, "ours.py", mine)}
+    for variant in args.variants:
+        contenders[variant] = partial(Contender, "torch_peer.py", case, variant)
+    rows = alternate.alternate(contenders, args.repeats, args.seconds)
+    ratios = {v: alternate.ratio(rows, v, "ours") for v in args.variants}
+    about = {"case": name, "job": job, "batch": case.batch, "dtype": args.dtype}
+    return {**about, "ratios": ratios, "rows": rows}
 
 
-def _training(key, state, ids, recipe, repeats) -> dict[str, Any]:
-    one = partial(train.train_step, recipe=recipe, axis=parallel.AXIS)
-    step = parallel.PMAP.step(one, state)
-    rows, holder = parallel.PMAP.rows(ids[None]), [state]
-
-    def run():
-        holder[0], metrics = step(key, holder[0], rows)
-        return metrics
-
-    compile_s = seconds(run, 1)[0]
-    times = seconds(run, repeats)
-    return {
-        "train_s": float(np.median(times)),
-        "train_all_s": times,
-        "train_compile_s": compile_s,
-    }
+def line(found: dict[str, Any]) -> str:
+    """A row of the table."""
+    ratios, rows = found["ratios"], found["rows"]
+    fast = [v for v in ratios if v != "eager"] or list(ratios)
+    best = min(fast, key=lambda v: ratios[v]["median"])
+    cells = [found["case"], found["job"], str(found["batch"])]
+    for name in ("eager", best):
+        cells.append(_spread(ratios[name], 1, 2) if name in ratios else "-")
+    cells.append(best)
+    cells.append(_spread(rows["ours"], 1e3, 1 if rows["ours"]["median"] < 1 else 0))
+    peaks = [rows[name]["peak_mb"] for name in ("ours", best)]
+    cells.append(f"{peaks[0]:.0f} / {peaks[1]:.0f}")
+    return "| " + " | ".join(cells) + " |"
 
 
-def _sampling(ema, recipe, ids, repeats, sample) -> dict[str, Any]:
-    """A step of the config's solver and clamp inside the scan, by slope: 4 to 12 steps."""
-    keys = samplers.keys_of(jax.random.key(1), ids.shape[0])
-    x_T = samplers.noise(keys, (ids.shape[1], recipe.cfg.dim))
-
-    def chain(steps: int) -> Callable:
-        def run(params, keys, x_T):
-            denoise = model.bind(params, recipe.cfg, schedule=recipe.schedule)
-            if sample.clamp >= 0:
-                denoise = control.clamp(denoise, params.table, below=sample.clamp)
-            options = {"eta": sample.eta} if sample.solver == "ddim" else {}
-            step = samplers.SOLVERS[sample.solver](denoise, recipe.schedule, **options)
-            times = samplers.time_grid(recipe.schedule, steps)
-            return samplers.sample(keys, step, x_T, times)[0].x0_hat
-
-        return partial(jax.jit(run), ema, keys, x_T)
-
-    short, long = chain(4), chain(12)
-    compile_s = seconds(long, 1)[0]
-    jax.block_until_ready(short())
-    pairs = [(seconds(short, 1)[0], seconds(long, 1)[0]) for _ in range(repeats)]
-    slopes = [(b - a) / 8 for a, b in pairs]
-    return {
-        "sample_s": float(np.median(slopes)),
-        "sample_all_s": slopes,
-        "sample_compile_s": compile_s,
-    }
+def _spread(values: dict[str, float], scale: float, digits: int) -> str:
+    low, mid, high = (scale * values[n] for n in ("low", "median", "high"))
+    return f"{mid:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _read(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location("config", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+HEAD = "| case | job | batch | eager / ours | best / ours | best is | ours, ms | MB: ours / best |"
 
 
 def main() -> None:
-    """Measures every config named, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="append", required=True)
+    """Measures the cases asked for; a row is printed and kept as soon as it is there."""
+    parser = alternate.options(__doc__, "docs/speed.json")
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--jobs", nargs="*", default=USUAL)
+    parser.add_argument("--variants", nargs="*", default=["eager", "bf16"])
     parser.add_argument("--batch", type=int, default=0)
-    parser.add_argument("--dtype", default="")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", default="runs/speed.json")
-    parser.add_argument("--child", action="store_true")
+    parser.add_argument("--dtype", default="mixed")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
     args = parser.parse_args()
-    if args.child:
-        row = measure(args.config[0], args.batch, args.dtype, args.repeats)
-        print(json.dumps(row))
-        return
-    rows = []
-    for path in args.config:
-        command = [sys.executable, __file__, "--child", "--config", path]
-        command += ["--batch", str(args.batch), "--dtype", args.dtype]
-        command += ["--repeats", str(args.repeats)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        shown = {k: v for k, v in rows[-1].items() if not isinstance(v, list)}
-        for name, value in shown.items():
-            print(
-                f"  {name:20s} {value:.4g}"
-                if isinstance(value, float)
-                else f"  {name:20s} {value}"
-            )
-        print()
-    record = {"machine": platform.platform(), "jax": jax.__version__}
-    record |= {"device": parallel.describe(), "cores": len(_cores()), "rows": rows}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(record, indent=1))
-    print(args.out)
-
-
-def _cores() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)
+    print(HEAD, "|---" * 8 + "|", sep="\n")
+    found = []
+    for name in args.cases:
+        for job in args.jobs:
+            found.append(row(name, job, args))
+            print(line(found[-1]), flush=True)
+    alternate.write(args.out, {"device": torch_peer.device(), "found": found})
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ GPU (`compiled`). On our weights they give our numbers (`tests/test_torch_peer.p
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import alternate
 import numpy as np
+import ours
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -561,3 +564,35 @@ def pusher(
         return x
 
     return push
+
+
+# --- as a contender
+
+
+def make(case: Any, variant: str) -> Callable[[], Any]:
+    """The work of a case of `alternate`."""
+    from dlm_jax import samplers, train
+
+    config = alternate.settings(case)
+    recipe, plain = train.recipe_of(config), variant == "eager"
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    net = Model(recipe.cfg, case.vocab, recipe.schedule, plain=plain)
+    ids = torch.tensor(ours.ids_of(case, config), device=device()).long()
+    if case.job == "train":
+        of = {"objective": recipe.objective, "normalize": recipe.normalize}
+        step = trainer(net, variant, optim=config.optim, **of)
+        return lambda: step(ids)
+    guide = None
+    if case.job == "guided":
+        of = (ours.tagger_config(config), ours.CLASSES, recipe.schedule)
+        tagger, labels = Tagger(*of, plain=plain), ids % ours.CLASSES
+        guide = pusher(tagger, labels, variant, updates=case.updates)
+    times = samplers.time_grid(recipe.schedule, case.steps)
+    of = {"solver": config.sample.solver, "clamp": case.clamp, "guide": guide}
+    run = chain(net, variant, times, **of)
+    x_T = torch.randn(*ids.shape, recipe.cfg.dim, device=device())
+    return lambda: float(run(x_T).sum())
+
+
+if __name__ == "__main__":
+    alternate.serve(make)

@@ -396,6 +396,19 @@ def init(key: PRNGKey, cfg: DenoiserConfig, vocab: int) -> PyTree:
     return module.init(key, x, jnp.zeros(1), x, alone)["params"]
 
 
+def lowered(params: PyTree, cfg: DenoiserConfig) -> PyTree:
+    """The trunk's kernels in the precision of its products.
+
+    For a chain: so they are cast once, and not in every step.
+    """
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        kernel = path[0].key == "trunk" and path[-1].key == "kernel"
+        return leaf.astype(cfg.products) if kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def apply(
     params: PyTree,
     cfg: DenoiserConfig,

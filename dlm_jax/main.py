@@ -11,6 +11,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS, RESTART = flags.FLAGS, 75
+# Memory in large pages: a step on a CPU takes and frees hundreds of MB, and a third of
+# its time went into pages of 4 kB (docs/performance.md).
+MALLOC = "glibc.malloc.hugetlb=1"
 config_flags.DEFINE_config_file("config", None, "a file of configs/, as FILE[:variant]")
 flags.DEFINE_string("workdir", None, "the run's directory")
 flags.DEFINE_enum(
@@ -188,13 +191,9 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _large_pages() -> None:
-    """Begins the process anew with glibc's memory in large pages, unless that is set.
-
-    A step on a CPU is handed hundreds of MB again and again; by pages of 4 kB a third of
-    its time goes into that (docs/performance.md).
-    """
+    """Begins the process anew with MALLOC, unless glibc is told otherwise."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -185,6 +185,7 @@ def bind(
     """
     if cfg.predicts != "x0" or cfg.output_prior or cfg.noise_time:
         _need(schedule, cfg)
+    params = _lowered(params, cfg)
 
     def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         t = jnp.asarray(t)
@@ -198,6 +199,10 @@ def bind(
     return denoise
 
 
+def _lowered(params: Params, cfg: DenoiserConfig) -> Params:
+    return params._replace(denoiser=denoiser.lowered(params.denoiser, cfg))
+
+
 def bind_words(
     params: Params, cfg: DenoiserConfig, *, schedule: Schedule | None = None
 ) -> Read:
@@ -206,6 +211,7 @@ def bind_words(
     The log-probabilities, in nats, are the network's own where it predicts logits;
     else those of rounding its estimate.
     """
+    params = _lowered(params, cfg)
 
     def read(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
         raw = apply(params, cfg, x_t, jnp.asarray(t), x0_prev, schedule=schedule)

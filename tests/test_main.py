@@ -243,6 +243,6 @@ def test_the_command_takes_large_pages_unless_told_otherwise(theirs):
         text=True,
         env=env,
     )
-    found = "glibc.malloc.hugetlb=1" if theirs is None else theirs
+    found = main.MALLOC if theirs is None else theirs
     assert done.returncode == 2
     assert done.stderr.strip().endswith(f": <{found}>")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PyTorch peers compute what we compute: only then is their speed a yardstick."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import jax
@@ -23,11 +23,8 @@ from dlm_jax import (  # noqa: E402
 )
 from dlm_jax.denoiser import DenoiserConfig  # noqa: E402
 
-SPEC = importlib.util.spec_from_file_location(
-    "torch_peer", Path(__file__).parent.parent / "benchmarks" / "torch_peer.py"
-)
-peer = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(peer)
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import torch_peer as peer  # noqa: E402
 
 VOCAB, BATCH, LENGTH = 13, 4, 6
 IDS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)

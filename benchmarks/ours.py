@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our side of the speed benchmarks: a contender of `alternate`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import alternate
+import jax
+import numpy as np
+from alternate import Case
+
+from dlm_jax import classifier, control, model, parallel, samplers, train
+from dlm_jax.denoiser import DenoiserConfig
+
+CLASSES = 17
+TAGGER = {"width": 128, "layers": 2, "heads": 4, "ff": 512, "trunk": "adaln"}
+
+
+def ids_of(case: Case, config: Any) -> np.ndarray:
+    """Random words [b l]; no data is read."""
+    shape = (config.train.batch, config.data.length)
+    return np.random.default_rng(0).integers(4, case.vocab, shape, dtype=np.int32)
+
+
+def tagger_config(config: Any) -> DenoiserConfig:
+    """The network of `configs/classifier.py:pos` on this text."""
+    return DenoiserConfig(
+        **TAGGER,
+        dim=config.model.dim,
+        positions=config.data.length,
+        dropout=0.0,
+        attention_dropout=0.0,
+        dtype=config.model.dtype,
+    )
+
+
+def training(case: Case) -> Callable[[], Any]:
+    """A step of the run's own layout, on all devices."""
+    config = alternate.settings(case)
+    recipe, key = train.recipe_of(config), jax.random.key(0)
+    layout = parallel.LAYOUTS[config.parallel.mode]
+    holder = [
+        layout.begin(key, partial(train.init_state, recipe=recipe, vocab=case.vocab))
+    ]
+    one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+    step = layout.step(one, holder[0])
+    rows = layout.rows(ids_of(case, config)[None])
+
+    def run() -> None:
+        holder[0], metrics = step(key, holder[0], rows)
+        jax.block_until_ready(metrics["loss"])
+
+    return run
+
+
+def chain(case: Case) -> Callable[[], Any]:
+    """The config's solver over a grid, with or without clamp and classifier."""
+    config = alternate.settings(case)
+    recipe = train.recipe_of(config)
+    cfg, schedule = recipe.cfg, recipe.schedule
+    params = model.init(jax.random.key(0), cfg, case.vocab)
+    ids = ids_of(case, config)
+    head = labels = None
+    if case.job == "guided":
+        layout = classifier.Layout("tags", ids.shape[1:], CLASSES)
+        tagger = tagger_config(config)
+        head = classifier.init(jax.random.key(1), tagger, layout)
+        labels = ids % CLASSES
+    options = {"eta": config.sample.eta} if config.sample.solver == "ddim" else {}
+    times = samplers.time_grid(schedule, case.steps)
+
+    def whole(params: Any, head: Any, labels: Any, keys: Any, x_T: Any) -> Any:
+        denoise = model.bind(params, cfg, schedule=schedule)
+        if case.clamp:
+            denoise = control.clamp(denoise, params.table)
+        step = samplers.SOLVERS[config.sample.solver](denoise, schedule, **options)
+        if head is not None:
+            of = classifier.log_prob(head, tagger, layout, labels, schedule)
+            step = control.guide(step, of, schedule, lr=0.2, updates=case.updates)
+        return samplers.sample(keys, step, x_T, times)[0].x0_hat
+
+    keys = samplers.keys_of(jax.random.key(1), len(ids))
+    x_T = samplers.noise(keys, (ids.shape[1], cfg.dim))
+    inputs = parallel.spread((labels, keys, x_T))
+    run = partial(jax.jit(whole), params, head, *inputs)
+    return lambda: jax.block_until_ready(run())
+
+
+def make(case: Case, variant: str) -> Callable[[], Any]:
+    """The work of a case."""
+    return training(case) if case.job == "train" else chain(case)
+
+
+if __name__ == "__main__":
+    alternate.serve(make)
