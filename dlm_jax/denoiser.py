@@ -127,7 +127,8 @@ def _by_rows(x: Array) -> Array:
     """x, on a CPU made to lie in memory by rows."""
 
     def constrained(x: Array) -> Array:
-        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+        rows = Layout(major_to_minor=tuple(range(x.ndim)))
+        return with_layout_constraint(jnp.asarray(x), rows)
 
     return jax.lax.platform_dependent(x, cpu=constrained, default=lambda x: x)
 
@@ -401,6 +402,8 @@ def lowered(params: PyTree, cfg: DenoiserConfig) -> PyTree:
 
     For a chain: so they are cast once, and not in every step.
     """
+    if cfg.products == "float32":
+        return params
 
     def cast(path: tuple, leaf: Array) -> Array:
         kernel = path[0].key == "trunk" and path[-1].key == "kernel"

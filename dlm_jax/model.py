@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 from dlm_jax import denoiser, rounding
 from dlm_jax.denoiser import DenoiserConfig
 from dlm_jax.embedding import init_table
-from dlm_jax.rounding import WHOLE
 from dlm_jax.schedule import Schedule, expand, need_steps, posterior_coefficients
 from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
+
+WHOLE = 2048  # above this vocabulary logits are made one example at a time
 
 Denoise = Callable[[Latent, Time, Latent], Latent]
 Read = Callable[[Latent, Time, Latent], tuple[Latent, Logits]]

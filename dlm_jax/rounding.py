@@ -11,8 +11,11 @@ from dlm_jax.types import Array, Bias, Ids, Latent, Logits, Table
 
 Allowed = Bool[Array, "b l v"]  # the words that a position may have
 
-CHUNK = 128  # words at a time; an argmax over a large axis costs more than the product
-WHOLE = 2048  # up to this vocabulary the scores are made at once
+# An argmax over a large axis costs more than the product that it is of, plain maxima do
+# not: so words are compared by groups, then inside the best one.
+GROUP = 32  # words of a group, of scores that are there all at once
+CHUNK = 128  # words at a time, of a large vocabulary
+WHOLE = 1024  # above this vocabulary `nearest` makes no array of all scores
 
 
 def logits(table: Table, bias: Bias, x: Latent) -> Logits:
@@ -43,21 +46,32 @@ def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:
     words the vocabulary is scanned in chunks, so that no [b l v] exists either, unless
     `allowed` is one.
     """
+    if table.shape[0] > WHOLE and allowed is None:
+        return _nearest_scanned(*_grouped(table, CHUNK), jnp.asarray(x))
+    words, halves = _grouped(table, GROUP)
+    scores = jnp.einsum("bld,gvd->blgv", x, words, precision="highest") - halves
+    if allowed is not None:
+        spare = halves.size - table.shape[0]
+        kept = jnp.pad(jnp.asarray(allowed), ((0, 0), (0, 0), (0, spare)))
+        scores = jnp.where(kept.reshape(scores.shape), scores, -jnp.inf)
+    best = jnp.argmax(jnp.max(scores, -1), -1)
+    inside = jnp.take_along_axis(scores, best[..., None, None], 2)[:, :, 0]
+    return best * GROUP + jnp.argmax(inside, -1)
+
+
+def _grouped(table: Table, size: int) -> tuple[Array, Array]:
+    """(words [g size d], half their squares [g size]), filled up with words far away."""
     half = 0.5 * jnp.sum(jnp.asarray(table) ** 2, -1)
-    if table.shape[0] <= WHOLE or allowed is not None:
-        scores = jnp.einsum("bld,vd->blv", x, table, precision="highest") - half
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        return jnp.argmax(scores, -1)
-    return _nearest_chunked(jnp.asarray(table), half, jnp.asarray(x))
+    spare = -table.shape[0] % size
+    words = jnp.pad(jnp.asarray(table), ((0, spare), (0, 0)))
+    halves = jnp.pad(half, (0, spare), constant_values=jnp.inf)
+    return words.reshape(-1, size, table.shape[1]), halves.reshape(-1, size)
 
 
-def _nearest_chunked(table: Table, half: Bias, x: Latent) -> Ids:
+def _nearest_scanned(
+    words: Float[Array, "g k d"], halves: Float[Array, "g k"], x: Latent
+) -> Ids:
     """Finds the winning chunk by plain maxima, then the word inside it."""
-    count = -(-table.shape[0] // CHUNK)
-    spare = count * CHUNK - table.shape[0]
-    words = jnp.pad(table, ((0, spare), (0, 0))).reshape(count, CHUNK, -1)
-    halves = jnp.pad(half, (0, spare), constant_values=jnp.inf).reshape(count, CHUNK)
 
     def compare(carry, chunk):
         best, winner = carry
@@ -72,7 +86,9 @@ def _nearest_chunked(table: Table, half: Bias, x: Latent) -> Ids:
         jnp.full(x.shape[:2], -jnp.inf, x.dtype),
         jnp.zeros(x.shape[:2], jnp.int32),
     )
-    (_, winner), _ = jax.lax.scan(compare, start, (jnp.arange(count), words, halves))
+    (_, winner), _ = jax.lax.scan(
+        compare, start, (jnp.arange(len(words)), words, halves)
+    )
 
     def inside(example):
         x_row, chunk = example
