@@ -186,6 +186,35 @@ def test_products_and_their_gradients(product, shapes):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_fair(rate):
+    """The share kept of rows, columns, pairs of neighbours, and pairs of seeds."""
+    shape, seeds = (256, 384), jax.random.bits(key_of(0), (8, 2))
+    masks = np.stack([denoiser.kept(seed, shape, rate) for seed in seeds])
+    p, pairs = 1 - rate, (1 - rate) ** 2
+
+    def fair(share, expected, n):
+        spread = np.sqrt(expected * (1 - expected) / n)
+        worst = np.abs(np.asarray(share) - expected).max() / spread
+        assert worst < 5.5  # of a thousand shares
+
+    fair(masks.mean(), p, masks.size)
+    fair(masks.mean((0, 1)), p, 8 * 256)
+    fair(masks.mean((0, 2)), p, 8 * 384)
+    for shift in (1, 2, 64):
+        fair((masks[:, :, shift:] & masks[:, :, :-shift]).mean(), pairs, masks.size)
+        fair((masks[:, shift:] & masks[:, :-shift]).mean(), pairs, masks.size)
+    fair((masks[1:] & masks[:-1]).mean((1, 2)), pairs, shape[0] * shape[1])
+
+
+def test_dropout_scales_and_its_gradient_has_the_same_mask():
+    x, seed = np.full((64, 64), 3.0, "f"), jax.random.bits(key_of(1), (2,))
+    y, back = jax.vjp(lambda x: denoiser.drop(x, seed, 0.25), x)
+    mask = np.asarray(denoiser.kept(seed, x.shape, 0.25))
+    np.testing.assert_array_equal(y, np.where(mask, 4.0, 0.0))
+    np.testing.assert_array_equal(back(x)[0], y)
+
+
 @pytest.mark.parametrize(
     ("phi", "approximate"), [(denoiser.exact, False), (denoiser.by_tanh, True)]
 )
@@ -210,7 +239,8 @@ def test_a_layer_is_compiled_on_its_own(cfg):
         .compile()
         .as_text()
     )
-    assert text.count(" call(") >= 3
+    calls = [line for line in text.splitlines() if " call(" in line]
+    assert len(calls) == 3, "and what a layer calls is inlined in it"
 
 
 def test_output_width(cfg):
