@@ -35,23 +35,26 @@ def tagger_config(config: Any) -> DenoiserConfig:
     )
 
 
-def training(case: Case) -> Callable[[], Any]:
-    """A step of the run's own layout, on all devices."""
-    config = alternate.settings(case)
-    recipe, key = train.recipe_of(config), jax.random.key(0)
-    layout = parallel.LAYOUTS[config.parallel.mode]
-    holder = [
-        layout.begin(key, partial(train.init_state, recipe=recipe, vocab=case.vocab))
-    ]
-    one = partial(train.train_step, recipe=recipe, axis=layout.axis)
-    step = layout.step(one, holder[0])
-    rows = layout.rows(ids_of(case, config)[None])
+class Training:
+    """A step of the run's own layout, on all devices; waits for its end."""
 
-    def run() -> None:
-        holder[0], metrics = step(key, holder[0], rows)
+    def __init__(self, case: Case):
+        config = alternate.settings(case)
+        recipe, self.key = train.recipe_of(config), jax.random.key(0)
+        layout = parallel.LAYOUTS[config.parallel.mode]
+        init = partial(train.init_state, recipe=recipe, vocab=case.vocab)
+        self.state = layout.begin(self.key, init)
+        one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+        self.step: Any = layout.step(one, self.state)
+        self.rows = layout.rows(ids_of(case, config)[None])
+
+    def __call__(self) -> None:
+        self.state, metrics = self.step(self.key, self.state, self.rows)
         jax.block_until_ready(metrics["loss"])
 
-    return run
+    def text(self) -> str:
+        """The compiled step, as XLA prints it."""
+        return self.step.lower(self.key, self.state, self.rows).compile().as_text()
 
 
 def chain(case: Case) -> Callable[[], Any]:
@@ -61,12 +64,11 @@ def chain(case: Case) -> Callable[[], Any]:
     cfg, schedule = recipe.cfg, recipe.schedule
     params = model.init(jax.random.key(0), cfg, case.vocab)
     ids = ids_of(case, config)
-    head = labels = None
-    if case.job == "guided":
-        layout = classifier.Layout("tags", ids.shape[1:], CLASSES)
-        tagger = tagger_config(config)
-        head = classifier.init(jax.random.key(1), tagger, layout)
-        labels = ids % CLASSES
+    tagger, layout = (
+        tagger_config(config),
+        classifier.Layout("tags", ids.shape[1:], CLASSES),
+    )
+    head = classifier.init(jax.random.key(1), tagger, layout)
     options = {"eta": config.sample.eta} if config.sample.solver == "ddim" else {}
     times = samplers.time_grid(schedule, case.steps)
 
@@ -75,21 +77,21 @@ def chain(case: Case) -> Callable[[], Any]:
         if case.clamp:
             denoise = control.clamp(denoise, params.table)
         step = samplers.SOLVERS[config.sample.solver](denoise, schedule, **options)
-        if head is not None:
+        if case.job == "guided":
             of = classifier.log_prob(head, tagger, layout, labels, schedule)
             step = control.guide(step, of, schedule, lr=0.2, updates=case.updates)
         return samplers.sample(keys, step, x_T, times)[0].x0_hat
 
     keys = samplers.keys_of(jax.random.key(1), len(ids))
     x_T = samplers.noise(keys, (ids.shape[1], cfg.dim))
-    inputs = parallel.spread((labels, keys, x_T))
+    inputs = parallel.spread((ids % CLASSES, keys, x_T))
     run = partial(jax.jit(whole), params, head, *inputs)
     return lambda: jax.block_until_ready(run())
 
 
 def make(case: Case, variant: str) -> Callable[[], Any]:
     """The work of a case."""
-    return training(case) if case.job == "train" else chain(case)
+    return Training(case) if case.job == "train" else chain(case)
 
 
 if __name__ == "__main__":

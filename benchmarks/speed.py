@@ -46,7 +46,7 @@ def row(name: str, job: str, args: Any) -> dict[str, Any]:
         case = case._replace(batch=16 if name == "e2e" else 64)
     case = case._replace(batch=args.batch or case.batch)
     mine = case._replace(change=(*case.change, f"model.dtype={args.dtype}"))
-    contenders = {"ours": partial(Contender, "ours.py", mine)}
+    contenders: dict[str, Any] = {"ours": partial(Contender, "ours.py", mine)}
     for variant in args.variants:
         contenders[variant] = partial(Contender, "torch_peer.py", case, variant)
     rows = alternate.alternate(contenders, args.repeats, args.seconds)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 """The same networks, losses and chains in PyTorch: what our speed is measured against.
 
     pip install -e '.[peer]'

@@ -172,8 +172,8 @@ class Dense(nn.Module):
         init = nn.initializers.zeros if self.zero else _uniform(k)
         w = self.param("kernel", init, (k, self.features))
         b = self.param("bias", init, (self.features,))
-        y = times(x.reshape(-1, k), w, self.dtype) + b
-        return y.astype(out).reshape(*x.shape[:-1], self.features)
+        y: Any = times(x.reshape(-1, k), w, self.dtype)
+        return (y + b).astype(out).reshape(*x.shape[:-1], self.features)
 
 
 class Dropout(nn.Module):
@@ -230,13 +230,14 @@ class Attention(nn.Module):
         q, k, v = jnp.split(heads, 3, 1)  # [b heads l k]
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        scores = across(q, k, cfg.products) / math.sqrt(h // cfg.heads)
+        scores: Any = across(q, k, cfg.products)
+        scores = scores / math.sqrt(h // cfg.heads)
         if cfg.causal:
             scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
         weights = jax.nn.softmax(scores, -1)
         weights = Dropout(cfg.attention_dropout)(weights, deterministic)
-        mixed = times(weights, v, cfg.products).astype(x.dtype)
-        mixed = mixed.swapaxes(1, 2).reshape(b, l, h)
+        mixed: Any = times(weights, v, cfg.products)
+        mixed = mixed.astype(x.dtype).swapaxes(1, 2).reshape(b, l, h)
         return Dense(h, cfg.products, name="out")(mixed)
 
 
@@ -425,9 +426,8 @@ class Denoiser(nn.Module):
 
 def head(params: PyTree, y: Float[Array, "b l h"]) -> Float[Array, "b l out"]:
     """The raw output of the trunk's: what `apply` does last."""
-    return Dense(params["head"]["bias"].size, "float32").apply(
-        {"params": params["head"]}, y
-    )
+    module = Dense(params["head"]["bias"].size, "float32")
+    return jnp.asarray(module.apply({"params": params["head"]}, y))
 
 
 def output_width(cfg: DenoiserConfig, vocab: int) -> int:
