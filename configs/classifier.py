@@ -28,6 +28,7 @@ def get_config(task: str = "semantic") -> Any:
         trunk="adaln",
         dropout=0.0,
         attention_dropout=0.0,
+        dtype="mixed",
     )
     cfg.loss.times = "low_discrepancy"
     cfg.optim.update(grammar.MUON, warmup=50)

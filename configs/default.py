@@ -32,7 +32,7 @@ def get_config() -> Any:
             "causal": False,  # a position sees none after it: the teacher
             "dropout": 0.1,
             "attention_dropout": 0.1,
-            "dtype": "float32",  # of the trunk's products: float32 | bfloat16
+            "dtype": "float32",  # float32 | mixed, for CPUs | bfloat16, for GPUs and TPUs
             "remat": False,  # compute layers anew in the backward pass: less memory
         }
     )

@@ -67,7 +67,7 @@ def get_config(variant: str = "modern") -> Any:
     cfg = default.get_config()
     cfg.seed = 1
     cfg.data.update(source="grammar", length=32, min_count=0)
-    cfg.model.update(width=128, layers=4, heads=4, ff=512, positions=32)
+    cfg.model.update(width=128, layers=4, heads=4, ff=512, positions=32, dtype="mixed")
     cfg.sample.update(n=16, batch=32, seed=0)  # what a core's cache holds
     VARIANTS[variant](cfg)
     cfg.train.update(

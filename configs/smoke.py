@@ -15,6 +15,7 @@ def get_config() -> Any:
     cfg.data.update(size=500, valid_size=64)
     cfg.model.update(dim=8, width=32, layers=2, heads=2, ff=64, time_dim=16)
     cfg.model.noise_time, cfg.schedule.adaptive = False, ""  # tests set others
+    cfg.model.dtype = "float32"
     cfg.train.update(
         total_steps=20,
         batch=16,

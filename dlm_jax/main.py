@@ -199,9 +199,9 @@ def _large_pages() -> None:
 
 def cli() -> None:
     """The entry point."""
-    _large_pages()
     app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":
+    _large_pages()
     cli()
