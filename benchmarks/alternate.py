@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import numpy as np
 from dlm_jax.main import MALLOC  # for all contenders alike
 
 HERE = Path(__file__).parent
+FAIR = {"GLIBC_TUNABLES": MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 class Case(NamedTuple):
@@ -66,9 +66,20 @@ def settings(case: Case) -> Any:
     return config
 
 
-def serve(make: Callable[[Case, str], Callable[[], Any]]) -> None:
-    """A contender: builds its work, then does it once for every line it reads."""
+def resident(field: str) -> float:
+    """MB of the host's memory that this process has (VmRSS) or had at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+
+
+def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> None:
+    """A contender: builds its work, then does it once for every line it reads.
+
+    alone: what it would import if it were not measured here; its memory counts so.
+    """
     case, variant = Case(*json.loads(sys.argv[1])), sys.argv[2]
+    imports = resident("VmRSS")
+    spared = imports - _imported(alone) if alone else 0.0
     began = time.perf_counter()
     run = make(case._replace(change=tuple(case.change)), variant)
     ready = time.perf_counter()
@@ -81,8 +92,15 @@ def serve(make: Callable[[Case, str], Callable[[], Any]]) -> None:
         for _ in range(int(line)):
             run()
         say({"seconds": (time.perf_counter() - began) / int(line)})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    say({"peak_mb": peak})
+    peak = resident("VmHWM") - spared
+    say({"peak_mb": peak, "imports_mb": imports - spared})
+
+
+def _imported(alone: str) -> float:
+    program = f"import alternate; {alone}; print(alternate.resident('VmRSS'))"
+    options: Any = {"cwd": HERE, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", program], **options)
+    return float(done.stdout)
 
 
 def say(record: dict) -> None:
@@ -98,9 +116,8 @@ class Contender:
             [sys.executable, str(HERE / script), json.dumps(case), variant],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if variant else None,
             text=True,
-            env={**os.environ, "GLIBC_TUNABLES": MALLOC, **env},
+            env={**os.environ, **FAIR, **env},
         )
         self.started = self._heard()
 

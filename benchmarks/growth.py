@@ -74,7 +74,7 @@ def along(axis: str, args: Any) -> dict[str, Any]:
 def plot(found: dict[str, Any], path: Path) -> None:
     """A panel an axis, both scales logarithmic."""
     figure = Figure(figsize=(12, 2.8), layout="constrained")
-    panels = figure.subplots(1, len(found), sharey=True)
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for panel, (axis, rows) in zip(panels, found.items(), strict=True):
         for (name, _), colour in zip(JOBS.items(), ("#123c6e", "#c0392b"), strict=True):
             if name not in rows:

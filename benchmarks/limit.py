@@ -2,10 +2,12 @@
 """How near the machine's limit a step comes, and where the rest of its time goes.
 
     python benchmarks/limit.py --out docs/limit.json
+    python benchmarks/limit.py --cases e2e --batch 512 --dtype bfloat16   # on a GPU
 
-The limit is measured: the rate of the products of the model's own shapes, in JAX and in
-PyTorch, and the rate at which memory is read and written. A step's share of it is the
-operations of its products over its time. The rest is read off a profile of the step.
+The limit is measured: the rate of the products of the model's own shapes, by JAX or by
+PyTorch, whichever is faster, and the rate at which memory is read and written. A step's
+share of it is the operations of its products over its time. The rest is read off a
+profile of the step.
 """
 
 import collections
@@ -24,6 +26,7 @@ import ours
 from alternate import Case
 
 from dlm_jax.denoiser import times
+from dlm_jax.main import large_pages
 
 CASES = {
     "e2e": Case("configs/e2e.py", batch=16),
@@ -67,8 +70,11 @@ def best(run: Callable[[], Any], repeats: int = 10) -> float:
     return min(found)
 
 
-def rate(m: int, k: int, n: int, dtype: str) -> float:
-    """GFLOP/s of a product forward, and with its two of the backward pass."""
+Rates = tuple[float, float]  # GFLOP/s forward, and of forward and backward together
+
+
+def rates(m: int, k: int, n: int, dtype: str) -> Rates:
+    """Of a product, and with its two of the backward pass."""
     key = jax.random.key(0)
     x, w, g = (
         jax.random.normal(key, s).astype(dtype) for s in ((m, k), (k, n), (m, n))
@@ -78,18 +84,49 @@ def rate(m: int, k: int, n: int, dtype: str) -> float:
         y, back = jax.vjp(lambda x, w: times(x, w, dtype), x, w)
         return y, back(g.astype(jnp.float32))
 
-    return 6e-9 * m * k * n / best(partial(jax.jit(three), x, w, g))
+    one = best(partial(jax.jit(lambda x, w: times(x, w, dtype)), x, w))
+    return _rates(m * k * n, one, best(partial(jax.jit(three), x, w, g)))
 
 
-def torch_rate(m: int, k: int, n: int, dtype: str) -> float | None:
-    """The same by PyTorch, where it is installed."""
+def torch_rates(m: int, k: int, n: int, dtype: str) -> Rates:
+    """The same by PyTorch; zeros where it is not installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return None
-    kind = getattr(torch, dtype)
-    x, w, g = (torch.randn(s).to(kind) for s in ((m, k), (n, k), (m, n)))
-    return 6e-9 * m * k * n / best(lambda: (x @ w.T, g @ w, g.T @ x))
+        return 0.0, 0.0
+    gpu = torch.cuda.is_available()
+    options = {"dtype": getattr(torch, dtype), "device": "cuda" if gpu else "cpu"}
+    x, w, g = (torch.randn(s, **options) for s in ((m, k), (n, k), (m, n)))
+
+    def done(*results: Any) -> None:
+        if gpu:
+            torch.cuda.synchronize()
+
+    one = best(lambda: done(x @ w.T))
+    return _rates(m * k * n, one, best(lambda: done(x @ w.T, g @ w, g.T @ x)))
+
+
+def _rates(size: int, one: float, three: float) -> Rates:
+    return 2e-9 * size / one, 6e-9 * size / three
+
+
+def peak(config: Any, dtype: str) -> dict[str, Any]:
+    """GFLOP/s of a layer's products, each at the faster of the two's rates."""
+    low = "float32" if dtype == "float32" else "bfloat16"
+    sizes = shapes(config)
+    found = {name: (rates(*s, low), torch_rates(*s, low)) for name, s in sizes.items()}
+    work = {name: a * b * c for name, (a, b, c) in sizes.items()}
+
+    def together(i: int) -> float:
+        took = sum(work[n] / max(o[i], t[i]) for n, (o, t) in found.items())
+        return sum(work.values()) / took
+
+    return {
+        "ours, GFLOP/s forward and both": {n: o for n, (o, _) in found.items()},
+        "PyTorch's": {n: t for n, (_, t) in found.items()},
+        "peak forward": together(0),
+        "peak": together(1),
+    }
 
 
 def bandwidth() -> float:
@@ -100,6 +137,7 @@ def bandwidth() -> float:
 
 PARTS = {  # by what stands in an instruction's name, first match
     "optimiser, average": r"^(?!.*(jvp|Denoiser)).*(add|mul|pow|sqrt|div|vmap|while)",
+    "random numbers": r"threefry|random_bits|_normal|_uniform",
     "rounding, loss": r"blv|log_softmax|jvp\(\)|cross_entropy",
     "attention": r"attention/(?!qkv|out)",
     "products": r"dot_general",
@@ -134,15 +172,12 @@ def _part(name: str) -> str:
     return next(hits, "other elementwise")
 
 
-def row(name: str, dtype: str) -> dict[str, Any]:
+def row(name: str, dtype: str, batch: int) -> dict[str, Any]:
     """A case: rates, shares of them, profile."""
     case = CASES[name]._replace(change=(f"model.dtype={dtype}",))
+    case = case._replace(batch=batch or case.batch)
     config = alternate.settings(case)
-    low = "float32" if dtype == "float32" else "bfloat16"
-    rates = {n: rate(*s, low) for n, s in shapes(config).items()}
-    peers = {n: torch_rate(*s, low) for n, s in shapes(config).items()}
-    sizes = {n: a * b * c for n, (a, b, c) in shapes(config).items()}
-    peak = sum(sizes.values()) / sum(s / rates[n] for n, s in sizes.items())
+    limits = peak(config, dtype)
     forward = operations(config, case.vocab)
     passes = 4 if config.model.self_cond else 3  # forward, backward, a first estimate
     step = ours.Training(case)
@@ -152,14 +187,16 @@ def row(name: str, dtype: str) -> dict[str, Any]:
     return {
         "case": name,
         "dtype": dtype,
-        "rates, GFLOP/s": rates,
-        "PyTorch's": peers,
-        "peak, GFLOP/s": peak,
+        "batch": case.batch,
+        **limits,
         "training step, s": seconds,
-        "training share": passes * forward / seconds / peak / 1e9,
+        "training GFLOP": passes * forward / 1e9,
+        "training bytes, GB": step.compiled().cost_analysis()["bytes accessed"] / 1e9,
+        "training share": passes * forward / seconds / limits["peak"] / 1e9,
         "reverse step, s": reverse,
-        "reverse share": forward / reverse / peak / 1e9,
-        "profile of the training step": profiled(step, step.text()),
+        "reverse GFLOP": forward / 1e9,
+        "reverse share": forward / reverse / limits["peak forward"] / 1e9,
+        "profile of the training step": profiled(step, step.compiled().as_text()),
     }
 
 
@@ -168,21 +205,26 @@ def main() -> None:
     parser = alternate.options(__doc__, "docs/limit.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--dtype", default="mixed")
+    parser.add_argument("--batch", type=int, default=0)
     args = parser.parse_args()
-    found = {"bandwidth, GB/s": bandwidth(), "rows": []}
+    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": []}
+    found |= {"bandwidth, GB/s": bandwidth()}
     print(f"memory: {found['bandwidth, GB/s']:.1f} GB/s")
     for name in args.cases:
-        found["rows"].append(row(name, args.dtype))
+        found["rows"].append(row(name, args.dtype, args.batch))
         for key, value in found["rows"][-1].items():
             print(f"  {key}: {_shown(value)}", flush=True)
     alternate.write(args.out, found)
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " and ".join(map(_shown, value))
     if isinstance(value, dict):
         return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
+    large_pages()
     main()

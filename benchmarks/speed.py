@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps and chains beside PyTorch's, on the same machine in the same minutes.
+r"""Training steps and chains beside PyTorch's, on the same machine in the same minutes.
 
     pip install -e '.[peer]'
     python benchmarks/speed.py
     python benchmarks/speed.py --cases e2e --batch 512 --dtype bfloat16   # on a GPU
+    python benchmarks/speed.py --cases e2e --batch 50 --dtype bfloat16 \
+        --jobs "200 guided steps"
 
 Each row is a case of `CASES`, timed A B C, A B C, ...; ratios are of a contender's time to
 ours within a round, over 1 where we are ahead: against the architecture as people run it
 (eager, float32) and the best effort in PyTorch (`torch_peer`). Ours with --dtype.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import alternate
@@ -33,6 +37,7 @@ JOBS = {
     "20 reverse steps, clamp": ("chain", 20, True),
     "20 guided steps": ("guided", 20, True),
     "200-step chain": ("chain", 200, True),
+    "200 guided steps": ("guided", 200, True),
     "2000-step chain": ("chain", 2000, True),
 }
 USUAL = list(JOBS)[:4]
@@ -52,14 +57,14 @@ def row(name: str, job: str, args: Any) -> dict[str, Any]:
     rows = alternate.alternate(contenders, args.repeats, args.seconds)
     ratios = {v: alternate.ratio(rows, v, "ours") for v in args.variants}
     about = {"case": name, "job": job, "batch": case.batch, "dtype": args.dtype}
-    return {**about, "ratios": ratios, "rows": rows}
+    where = {**alternate.machine(), "device": torch_peer.device()}
+    return {**about, "ratios": ratios, "rows": rows, **where}
 
 
 def line(found: dict[str, Any]) -> str:
     """A row of the table."""
     ratios, rows = found["ratios"], found["rows"]
-    fast = [v for v in ratios if v != "eager"] or list(ratios)
-    best = min(fast, key=lambda v: ratios[v]["median"])
+    best = min(ratios, key=lambda v: ratios[v]["median"])
     cells = [found["case"], found["job"], str(found["batch"])]
     for name in ("eager", best):
         cells.append(_spread(ratios[name], 1, 2) if name in ratios else "-")
@@ -78,23 +83,31 @@ def _spread(values: dict[str, float], scale: float, digits: int) -> str:
 HEAD = "| case | job | batch | eager / ours | best / ours | best is | ours, ms | MB: ours / best |"
 
 
+def keep(path: Path, new: dict[str, Any]) -> None:
+    """The file with this row, in place of an older one of the same case and device."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    same = ("case", "job", "batch", "dtype", "device")
+    kept = [row for row in kept if any(row[name] != new[name] for name in same)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*kept, new], indent=1) + "\n")
+
+
 def main() -> None:
     """Measures the cases asked for; a row is printed and kept as soon as it is there."""
     parser = alternate.options(__doc__, "docs/speed.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--jobs", nargs="*", default=USUAL)
-    parser.add_argument("--variants", nargs="*", default=["eager", "bf16"])
+    parser.add_argument("--variants", nargs="*", default=list(torch_peer.VARIANTS))
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--dtype", default="mixed")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
     args = parser.parse_args()
     print(HEAD, "|---" * 8 + "|", sep="\n")
-    found = []
     for name in args.cases:
         for job in args.jobs:
-            found.append(row(name, job, args))
-            print(line(found[-1]), flush=True)
-    alternate.write(args.out, {"device": torch_peer.device(), "found": found})
+            new = row(name, job, args)
+            print(line(new), flush=True)
+            keep(Path(args.out), new)
 
 
 if __name__ == "__main__":

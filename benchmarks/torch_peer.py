@@ -4,7 +4,7 @@
 """The same networks, losses and chains in PyTorch: what our speed is measured against.
 
     pip install -e '.[peer]'
-    python benchmarks/speed.py --config configs/e2e.py
+    python benchmarks/speed.py --cases e2e
 
 Variants. `eager`: as people run the published code, whose encoder is transformers'
 BertEncoder, in float32. The best effort: layers of our own over
@@ -221,10 +221,13 @@ class Model(nn.Module):
         return raw, torch.softmax(raw, -1) @ table
 
 
-class Noise:
+class Noise(nn.Module):
     """(alpha, sigma) at times: from the table of a discretised schedule, or logistic."""
 
+    table: Any
+
     def __init__(self, schedule: Any):
+        super().__init__()
         self.steps = schedule.steps
         if self.steps is None:
             options = schedule.curve.keywords
@@ -234,13 +237,14 @@ class Noise:
         else:
             times = np.arange(-1, self.steps) / self.steps
             found = np.stack(schedule.alpha_sigma(times), -1)
-            self.table = torch.tensor(found, dtype=torch.float32, device=device())
+            table = torch.tensor(found, dtype=torch.float32)
+            self.register_buffer("table", table, persistent=False)
 
     def log_snr(self, t):
         u = t.clip(self.cut, 1 - self.cut)
         return -(self.mean + self.scale * (torch.log(u) - torch.log1p(-u)))
 
-    def __call__(self, t):
+    def forward(self, t):
         if self.steps is not None:
             index = torch.round(t * self.steps).long().clip(-1, self.steps - 1) + 1
             return self.table[index].unbind(-1)
@@ -382,7 +386,7 @@ def trainer(
             one.zero_grad(set_to_none=True)
         value.backward()
         if optim.clip:
-            nn.utils.clip_grad_norm_(live, optim.clip, foreach=fast)
+            nn.utils.clip_grad_norm_(live, optim.clip)
         for one in optimizers:
             one.step()
         with torch.no_grad():
@@ -391,7 +395,7 @@ def trainer(
             else:
                 for mean, p in zip(average, live, strict=True):
                     mean.mul_(optim.ema).add_(p, alpha=1 - optim.ema)
-        return float(value)
+        return float(value.detach())
 
     return step
 
@@ -413,7 +417,6 @@ def _optimizers(model: Model, optim: Any, *, fused: bool) -> list[Any]:
             optim.eps,
             optim.weight_decay,
             fused=fused,
-            foreach=False if not fused else None,
         )
 
     if optim.name == "adamw":
@@ -484,6 +487,9 @@ def chain(
     estimate = denoise(model, variant, clamp=clamp)
     where = {"dtype": torch.float32, "device": device()}
     now, after = (torch.tensor(np.asarray(t), **where) for t in (times.now, times.next))
+    acts = [
+        a >= 0.05 and b >= 0 for a, b in zip(now.tolist(), after.tolist(), strict=True)
+    ]
     step = {"ddim": _ddim, "marginal": _marginal}[solver]
     moves = [
         step(*model.noise(a), *model.noise(b)) for a, b in zip(now, after, strict=True)
@@ -498,7 +504,7 @@ def chain(
         for i, (of_x0, of_x, of_noise) in enumerate(moves):
             x0_hat = estimate(x, now[i].expand(len(x)), x0_hat)
             moved = of_x0 * x0_hat + of_x * x + of_noise * torch.randn_like(x)
-            if guide is not None and after[i] >= 0 and now[i] >= 0.05:
+            if guide is not None and acts[i]:
                 a, b, std = first[i]
                 moved = guide(moved, a * x0_hat + b * x, std, after[i].expand(len(x)))
             x = moved
@@ -553,10 +559,12 @@ def pusher(
             wanted = tagger.log_prob(x, t, labels)
         return wanted - fluency * (mean - x).square().sum() / std
 
+    compiled = _compiled(objective) if variant == "compiled" else objective
+
     def slope(x: Any, mean: Any, std: Any, t: Any) -> Any:
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
-            return torch.autograd.grad(objective(x, mean, std, t), x)[0]
+            return torch.autograd.grad(compiled(x, mean, std, t), x)[0]
 
     def push(x: Any, mean: Any, std: Any, t: Any) -> Any:
         for _ in range(updates):
@@ -576,6 +584,8 @@ def make(case: Any, variant: str) -> Callable[[], Any]:
 
     config = alternate.settings(case)
     recipe, plain = train.recipe_of(config), variant == "eager"
+    # our first estimate is without dropout: else the peer would do more than we do
+    assert not (recipe.cfg.self_cond and recipe.cfg.dropout)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = Model(recipe.cfg, case.vocab, recipe.schedule, plain=plain)
     ids = torch.tensor(ours.ids_of(case, config), device=device()).long()
@@ -596,4 +606,4 @@ def make(case: Any, variant: str) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    alternate.serve(make)
+    alternate.serve(make, alone="import torch, transformers")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -230,15 +230,39 @@ class Attention(nn.Module):
         q, k, v = jnp.split(heads, 3, 1)  # [b heads l k]
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        scores: Any = across(q, k, cfg.products)
-        scores = scores / math.sqrt(h // cfg.heads)
-        if cfg.causal:
-            scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, -1)
-        weights = Dropout(cfg.attention_dropout)(weights, deterministic)
-        mixed: Any = times(weights, v, cfg.products)
+        drops = not deterministic and cfg.attention_dropout > 0
+        if fuses(cfg) and not drops:
+            mixed: Any = fused(q, k, v, cfg.causal)
+        else:
+            scores: Any = across(q, k, cfg.products)
+            scores = scores / math.sqrt(h // cfg.heads)
+            if cfg.causal:
+                scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
+            weights = jax.nn.softmax(scores, -1)
+            weights = Dropout(cfg.attention_dropout)(weights, deterministic)
+            mixed = times(weights, v, cfg.products)
         mixed = mixed.astype(x.dtype).swapaxes(1, 2).reshape(b, l, h)
         return Dense(h, cfg.products, name="out")(mixed)
+
+
+# backend: who computes attention there without its scores in memory
+FUSED: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
+
+
+def fuses(cfg: DenoiserConfig) -> bool:
+    """Whether this backend has such attention for these heads."""
+    head = cfg.width // cfg.heads
+    known = jax.default_backend() in FUSED and cfg.stream == "bfloat16"
+    return known and head % 8 == 0 and head <= 128
+
+
+def fused(q: Array, k: Array, v: Array, causal: bool) -> Float[Array, "b n l k"]:
+    """softmax(q k^T / sqrt k) v of [b n l k]."""
+    by_place = (x.swapaxes(1, 2) for x in (q, k, v))
+    mixed = jax.nn.dot_product_attention(
+        *by_place, is_causal=causal, implementation=FUSED[jax.default_backend()]
+    )
+    return mixed.swapaxes(1, 2)
 
 
 def rotate(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
@@ -339,20 +363,19 @@ BLOCKS: dict[str, type[nn.Module]] = {"post_ln": PostBlock, "adaln": AdaBlock}
 
 
 def _alone(layer: Callable) -> Callable:
-    """layer(block, x); on a CPU a call that is compiled on its own.
+    """layer(block, x), as a call that on a CPU is compiled on its own.
 
     XLA's compiler for it fuses what is elementwise, and the residual stream is, from the
     first layer into every kernel of the last: time quadratic in the layers.
     """
-    if jax.default_backend() != "cpu":
-        return layer
+    inlineable = "false" if jax.default_backend() == "cpu" else None
 
     def inside(block: nn.Module, x: Array) -> Array:
         with set_xla_metadata(inlineable=None):
             return layer(block, x)
 
     def call(block: nn.Module, x: Array) -> Array:
-        with set_xla_metadata(inlineable="false"):
+        with set_xla_metadata(inlineable=inlineable):
             return nn.jit(inside)(block, x)
 
     return call

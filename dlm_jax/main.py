@@ -190,8 +190,8 @@ def parse(argv: list[str]) -> list[str]:
         _fail(f"--config: its file raises {type(error).__name__}: {error}; mend it")
 
 
-def _large_pages() -> None:
-    """Begins the process anew with MALLOC, unless glibc is told otherwise."""
+def large_pages() -> None:
+    """For a command, before all else: begins the process anew with MALLOC, unless glibc is told otherwise."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -203,5 +203,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
-    _large_pages()
+    large_pages()
     cli()

@@ -56,7 +56,7 @@ def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:
         scores = jnp.where(kept.reshape(scores.shape), scores, -jnp.inf)
     best = jnp.argmax(jnp.max(scores, -1), -1)
     inside = jnp.take_along_axis(scores, best[..., None, None], 2)[:, :, 0]
-    return best * GROUP + jnp.argmax(inside, -1)
+    return jnp.minimum(best * GROUP + jnp.argmax(inside, -1), table.shape[0] - 1)
 
 
 def _grouped(table: Table, size: int) -> tuple[Array, Array]:

@@ -166,22 +166,68 @@ def test_kernels_cast_before_a_chain_change_nothing(cfg, dtype):
     np.testing.assert_array_equal(compiled(cfg)(low, *inputs()), run(cfg, *inputs()))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("trunk", ["post_ln", "adaln"])
+def test_fused_attention_is_attention(trunk, causal, monkeypatch):
+    """What a GPU does, by XLA's form of the same function."""
+    cfg = dataclasses.replace(TRUNKS[trunk], dtype="bfloat16", causal=causal, width=32)
+    rows, (x, t, before) = weights(cfg), inputs()
+    args = (x[:3, :5], t[:3], before[:3, :5])
+    plain = np.asarray(denoiser.apply(rows, cfg, 11, *args))
+    monkeypatch.setattr(denoiser, "FUSED", {"cpu": "xla"})
+    calls, known = [], jax.nn.dot_product_attention
+    spy = lambda *a, **k: calls.append(k) or known(*a, **k)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    fused = np.asarray(denoiser.apply(rows, cfg, 11, *args))
+    assert {call["implementation"] for call in calls} == {"xla"}
+    assert np.linalg.norm(fused - plain) < 0.02 * np.linalg.norm(plain)
+    calls.clear()
+    drops = dataclasses.replace(cfg, attention_dropout=0.5)
+    denoiser.apply(rows, drops, 11, *args, key=key_of(0))
+    assert not calls  # it has no dropout
+
+
+def test_another_backend_starts_with_the_same_weights(cfg, monkeypatch):
+    here = start(key_of(0), cfg, 11)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    there = denoiser.init(key_of(0), cfg, 11)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6), here, there)
+
+
+def test_every_layer_drops_others(cfg):
+    """Seeds differ between layers and places."""
+    deep = dataclasses.replace(cfg, layers=2, dropout=0.5, attention_dropout=0.5)
+    seeds = []
+    original = denoiser.drop
+
+    def spy(x, seed, rate):
+        seeds.append(np.asarray(seed))
+        return original(x, seed, rate)
+
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+        patch.setattr(denoiser, "drop", spy)
+        denoiser.apply(weights(deep), deep, 11, *inputs(), key=key_of(5))
+    assert len(seeds) == 1 + 3 * 2
+    assert len({tuple(seed) for seed in seeds}) == len(seeds)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shapes", [((2, 3, 5), (2, 5, 4)), ((6, 9), (9, 2))])
 @pytest.mark.parametrize("product", [denoiser.times, denoiser.across])
-def test_products_and_their_gradients(product, shapes):
-    """Against einsum's, whichever of the two is narrower."""
+def test_products_and_their_gradients(product, shapes, dtype):
+    """Against einsum's, whichever of the two is narrower; inputs that bfloat16 keeps."""
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal(shape).astype("f") for shape in shapes)
+    a, b = (rng.integers(-8, 9, shape).astype("f") for shape in shapes)
     if product is denoiser.across:
         b = np.ascontiguousarray(b.swapaxes(-1, -2))
     axes = {"times": "...mk,...kn->...mn", "across": "...mk,...nk->...mn"}
-    g = rng.standard_normal((*a.shape[:-1], shapes[1][-1])).astype("f")
+    g = rng.integers(-8, 9, (*a.shape[:-1], shapes[1][-1])).astype("f")
 
     def plain(a, b):
         return jnp.einsum(axes[product.__name__], a, b, precision="highest")
 
     want, back = jax.vjp(plain, a, b)
-    found, mine = jax.vjp(lambda a, b: product(a, b, "float32"), a, b)
+    found, mine = jax.vjp(lambda a, b: product(a, b, dtype), a, b)
     for x, y in zip((found, *mine(g)), (want, *back(g)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 

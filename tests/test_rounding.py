@@ -26,18 +26,40 @@ def test_big_is_awkward():
     assert BIG > rounding.WHOLE
 
 
-@pytest.mark.parametrize("vocab", [1, 11, BIG])
+@pytest.mark.parametrize("vocab", [1, 11, 100, 821, BIG])
 def test_nearest_is_the_closest_word(vocab):
     """Brute force over all distances; ties, frequent here, go to the lowest id."""
-    table, x = whole_numbers(0, vocab, 4), whole_numbers(1, 3, 5, 4)
+    table, x = whole_numbers(0, vocab, 4), whole_numbers(1, 6, 7, 4)
     square = np.round(distances(table, x) ** 2)
     want = square.argmin(-1)
-    if vocab == BIG:
+    if vocab > 100:
         ties = square == square.min(-1, keepdims=True)
-        chunks = np.arange(BIG) // rounding.CHUNK
-        split = [len(set(chunks[tie])) > 1 for tie in ties.reshape(-1, BIG)]
-        assert sum(split) > 5  # ties across chunks do occur
+        group = rounding.CHUNK if vocab == BIG else rounding.GROUP
+        groups = np.arange(vocab) // group
+        split = [len(set(groups[tie])) > 1 for tie in ties.reshape(-1, vocab)]
+        assert sum(split) > 5  # ties across groups do occur
     np.testing.assert_array_equal(jax.jit(rounding.nearest)(table, x), want)
+
+
+@pytest.mark.parametrize("vocab", [11, 100, 821, BIG])
+def test_nearest_of_the_words_allowed(vocab):
+    """Whatever may stand at a position, down to one word in another group."""
+    table, x = whole_numbers(0, vocab, 4), whole_numbers(1, 3, 5, 4)
+    allowed = np.random.default_rng(2).random((3, 5, vocab)) < 0.2
+    allowed[..., -1] |= ~allowed.any(-1)
+    allowed[0, 0] = np.arange(vocab) == vocab - 1
+    square = np.round(distances(table, x) ** 2)
+    want = np.where(allowed, square, np.inf).argmin(-1)
+    found = jax.jit(rounding.nearest)(table, x, allowed)
+    np.testing.assert_array_equal(found, want)
+
+
+def test_nearest_is_a_word_whatever_x_is():
+    x = np.array([np.nan, np.inf, -np.inf], "f")[:, None, None] * np.ones(
+        (1, 2, 4), "f"
+    )
+    for vocab in (11, 100):
+        assert np.max(rounding.nearest(whole_numbers(0, vocab, 4), x)) < vocab
 
 
 def test_the_last_chunk_has_no_word_at_zero():
