@@ -135,7 +135,12 @@ def after_words(
         return teacher.sample(keys, *model, bundle.length, prefix=prefix)
 
     said = _in_slices(bundle, run, prefix, seed)
-    return [text.rpartition(f" {BAR} ")[2] for text in said]
+    return [answer(text) for text in said]
+
+
+def answer(text: str) -> str:
+    """What follows the control, which may be nothing."""
+    return f"{text} ".partition(f" {BAR} ")[2].strip()
 
 
 def by_fudge(
@@ -179,7 +184,8 @@ def _in_slices(
     size, found, run = min(100, len(rows)), [], jax.jit(run)
     for first in range(0, len(rows), size):
         here = jnp.asarray(rows[np.arange(first, first + size) % len(rows)])
-        found.append(np.asarray(run(jax.random.key(seed * 1000 + first), here)))
+        key = jax.random.fold_in(jax.random.key(seed), first)
+        found.append(np.asarray(run(key, here)))
     ids = np.concatenate(found)[: len(rows)]
     return [bundle.tokenizer.decode(row) for row in ids]
 
@@ -212,11 +218,17 @@ def measure(
         "targets": args.n,
         "samples": samples,
         "seeds": seeds,
+        "steps": args.steps,
         "success": tasks.summaries(scores, samples),
         **tasks.fluency(said, judge),
         "seconds per 50": seconds,
         "texts": said[:: max(1, len(said) // 8)][:8],
     }
+
+
+def _sizes(row: dict) -> tuple:
+    names = ("task", "method", "targets", "samples", "seeds")
+    return (*(row[name] for name in names), row.get("steps", 2000))
 
 
 def main() -> None:
@@ -232,9 +244,11 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(args.out)
     rows = json.loads(out.read_text()) if out.exists() else []
-    done = {(row["task"], row["method"]) for row in rows}
+    sizes = (args.n, args.samples, args.seeds, args.steps)
+    done = {_sizes(row) for row in rows}
     for task, method in itertools.product(args.tasks, args.methods):
-        if (task, method) in done or (method == "FUDGE" and task not in FUDGE):
+        mine = (args.n, 1, 1, args.steps) if method == "FT-search" else sizes
+        if (task, method, *mine) in done or (method == "FUDGE" and task not in FUDGE):
             continue
         make = guided if method == "FUDGE" else fine_tuned
         rows.append(measure(method, task, make(task, args.steps), args))

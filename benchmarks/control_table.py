@@ -29,11 +29,10 @@ PAPER = {
 COLOURS = ("#123c6e", "#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
 
 
-def key(row: dict) -> tuple:
+def key(row: dict) -> str:
     """What makes a row another one."""
-    control = row["control"]
-    names = ("preset", "targets")
-    return (row["task"], row["calls"], row["model"], *(control[n] for n in names))
+    names = ("task", "calls", "model", "control", "classifiers in use", "sample")
+    return json.dumps([row[name] for name in names], sort_keys=True)
 
 
 def gather(folder: Path, out: Path) -> list[dict]:

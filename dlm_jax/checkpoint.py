@@ -38,7 +38,7 @@ class Damaged(UserError):
 
 
 Where = str | os.PathLike  # a run's directory; also gs://...
-FOLDER = "checkpoints"
+FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
 SUMMED = {"sums of": 2}  # what `sums` holds: `_positioned`'s; without this, CRC-32s
 # a run may be resumed with these changed: they do not touch the training itself
 FREE = {
@@ -60,6 +60,17 @@ def place(workdir: Where) -> Any:
     if "://" in str(workdir):
         return epath.Path(workdir)
     return Path(os.path.abspath(workdir))
+
+
+def reach(workdir: Where) -> None:
+    """UserError where a bucket cannot be asked."""
+    try:
+        place(workdir).exists()
+    except Exception as error:  # a library is missing, a right, the bucket
+        raise UserError(
+            f"--workdir {workdir}: cannot be reached ({_reason(error)}); buckets need "
+            "pip install 'dlm_jax[bucket]' and your credentials"
+        ) from error
 
 
 def folder(workdir: Where) -> Any:
@@ -139,12 +150,24 @@ def _reason(error: Exception) -> str:
     return known.group() if known else text[:200]
 
 
+def check_saves(writer: ocp.CheckpointManager) -> None:
+    """UserError if a save that runs beside the training has failed."""
+    with _saving(writer, "last"):
+        writer.check_for_errors()
+
+
 def steps(workdir: Where) -> list[int]:
-    """The complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first.
+
+    In a bucket, where nothing can be renamed, Orbax's COMMITTED says which are.
+    """
     path = folder(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+    found = [p for p in path.iterdir() if p.name.isdigit()]
+    if "://" in str(path):
+        found = [p for p in found if (p / COMMITTED).exists()]
+    return sorted(int(p.name) for p in found)
 
 
 def latest(workdir: Where, step: int | None = None) -> int:
@@ -176,6 +199,8 @@ def restore_part(workdir: Where, step: int, like: dict[str, PyTree]) -> PyTree:
 
 def _state(workdir: Where, step: int, args: Any) -> PyTree:
     found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
+    if not isinstance(found.sums, dict):
+        raise _damaged(workdir, step, "its checksums are no object")
     sums = _sums if SUMMED.items() <= found.sums.items() else _crcs
     _compare(workdir, step, sums(found.state), found.sums)
     return found.state
@@ -186,6 +211,8 @@ def read_json(workdir: Where, step: int) -> tuple[dict, dict]:
     json_args = ocp.args.JsonRestore()
     parts = dict.fromkeys(("config", "tokenizer", "sums"), json_args)
     found = _read(workdir, step, **parts)
+    if not all(isinstance(found[name], dict) for name in parts):
+        raise _damaged(workdir, step, "its records are no objects")
     sums = _json_sums(found.config, found.tokenizer)
     _compare(workdir, step, sums, found.sums)
     return found.config, found.tokenizer
@@ -259,6 +286,7 @@ def set_aside(damaged: Damaged, workdir: Where) -> Path:
 def _read(workdir: Where, step: int, **parts: Any) -> Any:
     """One read-only restore; whatever is wrong with the files is one line."""
     _quiet()
+    _within(workdir, step)
     options = ocp.CheckpointManagerOptions(read_only=True)
     silent = contextlib.redirect_stderr(io.StringIO())  # from its reading threads
     try:
@@ -266,6 +294,15 @@ def _read(workdir: Where, step: int, **parts: Any) -> Any:
             return reader.restore(step, args=ocp.args.Composite(**parts))
     except Exception as error:  # Orbax raises many kinds for damaged files
         raise _damaged(workdir, step, _reason(error)) from error
+
+
+def _within(workdir: Where, step: int) -> None:
+    """Refuses a checkpoint with links, which may lead out of its folder."""
+    path = folder(workdir) / str(step)
+    inside = path.rglob("*") if isinstance(path, Path) else ()
+    for found in (path, *inside):
+        if isinstance(found, Path) and found.is_symlink():
+            raise _damaged(workdir, step, f"{found.name} is a link")
 
 
 def crc(tree: PyTree) -> int:

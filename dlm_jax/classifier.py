@@ -143,15 +143,22 @@ def log_prob(
     layout: Layout,
     labels: Int[Array, "b ..."],
     schedule: Schedule,
+    *,
+    mean: bool = False,
 ) -> Callable[[Latent, Time], PerExample]:
-    """log p(labels | x_t), summed over those that are asked, nats (`control.LogProb`)."""
+    """log p(labels | x_t), nats (`control.LogProb`), the sum over those that are asked.
+
+    mean: over them, as the published code has it.
+    """
     labels = jnp.asarray(labels)
 
     def of(x_t: Latent, t: Time) -> PerExample:
         scores = logits(params, cfg, layout, x_t, t, schedule)
         nll = cross_entropy(scores, jnp.maximum(labels, 0))
         nll = jnp.where(labels < 0, 0.0, nll)
-        return -jnp.sum(nll.reshape(nll.shape[0], -1), -1)
+        total = jnp.sum(nll.reshape(len(nll), -1), -1)
+        asked = jnp.sum((labels >= 0).reshape(len(nll), -1), -1)
+        return -total / (jnp.maximum(asked, 1) if mean else 1)
 
     return of
 

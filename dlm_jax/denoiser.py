@@ -268,8 +268,8 @@ def fused(q: Array, k: Array, v: Array, causal: bool) -> Float[Array, "b n l k"]
 def rotate(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
     """RoPE: pairs of coordinates turn by angles proportional to the position."""
     half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[2])[:, None] * 100.0 ** (-jnp.arange(half) / half)
-    cos, sin = (f(angle).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    angle = np.arange(x.shape[2])[:, None] * 100.0 ** (-np.arange(half) / half)
+    cos, sin = (f(angle).astype(x.dtype) for f in (np.cos, np.sin))  # constants
     u, w = x[..., :half], x[..., half:]
     return jnp.concatenate([u * cos - w * sin, u * sin + w * cos], -1)
 

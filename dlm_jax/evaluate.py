@@ -186,7 +186,7 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
 
 def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
-    teacher = _load_teacher(config.evaluate.teacher, bundle)
+    teacher = load_teacher("config.evaluate.teacher", config.evaluate.teacher, bundle)
     train = data.load_texts(config.data, "train")
     held_out = data.load_texts(config.data, "valid")
     half = len(held_out) // 2
@@ -196,11 +196,11 @@ def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     return reference, held_out[:half]
 
 
-def _load_teacher(workdir: str, bundle: Bundle) -> Bundle | None:
-    """The teacher, if it knows the very words and lengths of the run."""
+def load_teacher(name: str, workdir: str, bundle: Bundle) -> Bundle | None:
+    """The teacher of that option, if it knows the very words and lengths of the run."""
     if not workdir:
         return None
-    teacher, flag = generate.load(workdir), f"config.evaluate.teacher={workdir}"
+    teacher, flag = generate.load(workdir), f"{name}={workdir}"
     if not teacher.cfg.causal:
         raise UserError(f"{flag}: not of objective 'ar'")
     mine, its = (set(b.tokenizer.tokens()) for b in (bundle, teacher))

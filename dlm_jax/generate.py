@@ -201,7 +201,7 @@ class Bundle:
         self,
         n: int = 5,
         *,
-        template: str = "",
+        template: str | None = None,
         plan: Plan = USUAL,
         **options: Any,
     ) -> list[str]:
@@ -211,11 +211,17 @@ class Bundle:
         and settings of `draw`.
         """
         _positive("n", n)
-        tok, names = self.tokenizer, set(steering.WISHES) & set(options)
-        asked = {name: options.pop(name) for name in names}
+        tok = self.tokenizer
+        asked = {n: options.pop(n) for n in steering.WISHES if n in options}
+        placed = template is not None or asked.keys() & steering.PLACED
+        if placed and self.config["data"].get("mode") == "block":
+            raise UserError(
+                "this model was trained on texts packed end to end (data.mode=block): "
+                "places of words and lengths say nothing to it"
+            )
         row = steering.wish(tok, self.length, self.guides, **asked)
         wishes = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
-        if template:
+        if template is not None:
             seed = self._default("seed", options.get("seed"))
             rows = steering.of_template(
                 steering.parse(tok, template, row.lacking),
@@ -439,13 +445,18 @@ def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTre
     """(network, schedule, shapes of Params) that a resolved config describes."""
     try:
         cfg = DenoiserConfig(**config["model"])
-        noise = schedule.named(**config["schedule"])
-    except (KeyError, TypeError) as error:
+        bounds = {"layers": 2**10, "width": 2**20, "ff": 2**22, "positions": 2**24}
+        for name, most in bounds.items():
+            if not 0 < getattr(cfg, name) <= most:
+                raise ValueError(f"model.{name}={getattr(cfg, name)}")
+        if (config["schedule"].get("steps") or 0) > 2**24:
+            raise ValueError(f"schedule.steps={config['schedule']['steps']}")
+        noise, key = schedule.named(**config["schedule"]), jax.random.key(0)
+        return cfg, noise, jax.eval_shape(lambda: model.init(key, cfg, vocab))
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"the saved config is not one of this version: {error}"
         ) from error
-    key = jax.random.key(0)
-    return cfg, noise, jax.eval_shape(lambda: model.init(key, cfg, vocab))
 
 
 def from_parts(

@@ -164,6 +164,10 @@ def load_reference(
         _check_sizes(args, cfg, params, tokenizer)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: not a published network's weights ({error})"
+        ) from error
     cfg = dataclasses.replace(cfg, **_network(args))
     noise = schedule.named(**_config(args)["schedule"])
     return cfg, params, tokenizer, noise
@@ -181,11 +185,13 @@ def _args(path: Path) -> dict:
         if args.get(name, allowed[0]) not in allowed:
             can = " or ".join(repr(value) for value in allowed)
             raise UserError(f"{path}: {name}={args[name]!r} is not read, only {can}")
-    kinds = {"image_size": int, "diffusion_steps": int, "predict_xstart": bool}
-    for name, kind in {**kinds, "noise_schedule": str}.items():
-        if type(args.get(name)) is not kind:
+    kinds = {"image_size": (int,), "diffusion_steps": (int,), "predict_xstart": (bool,)}
+    kinds |= {"noise_schedule": (str,), "dropout": (float, int)}
+    args.setdefault("dropout", 0.1)
+    for name, known in kinds.items():
+        if type(args.get(name)) not in known:
             raise UserError(
-                f"{path}: {name}={args.get(name)!r} must be of type {kind.__name__}"
+                f"{path}: {name}={args.get(name)!r} must be of type {known[0].__name__}"
             )
     return args
 
@@ -229,7 +235,7 @@ def _json(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the folder must hold it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -256,7 +262,7 @@ def _torch_weights(path: Path) -> Mapping[str, Any]:
 def _network(args: dict) -> dict:
     """What the published flags say of the network and the weights do not."""
     predicts = "x0" if args["predict_xstart"] else "eps"
-    return {"predicts": predicts, "dropout": float(args.get("dropout", 0.1))}
+    return {"predicts": predicts, "dropout": args["dropout"]}
 
 
 def _config(args: dict) -> dict:

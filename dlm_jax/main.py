@@ -129,6 +129,7 @@ MODES: dict[str, Callable] = {
     "control": _control,
     "plot": _plot,
 }
+LOCAL = ("prepare_data", "evaluate", "control", "plot")
 
 
 def main(argv: list[str]) -> None:
@@ -136,7 +137,7 @@ def main(argv: list[str]) -> None:
 
     Status 75 (sysexits' "temporary failure"): the same command goes on from what is saved.
     """
-    from dlm_jax import parallel
+    from dlm_jax import checkpoint, parallel
     from dlm_jax.types import Stopped, UserError
 
     try:
@@ -145,21 +146,25 @@ def main(argv: list[str]) -> None:
         if not FLAGS.workdir:
             raise UserError("--workdir: name the run's directory, such as runs/first")
         parallel.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        if FLAGS.mode in LOCAL and "://" in FLAGS.workdir:
+            raise UserError(
+                f"--mode {FLAGS.mode} writes to a disk: copy {FLAGS.workdir} here first"
+            )
+        checkpoint.reach(FLAGS.workdir)
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
     except Stopped as error:  # on all hosts alike
         print(error, file=sys.stderr, flush=True)
         sys.exit(RESTART)
-    except UserError as error:
-        _fail(error, leave=parallel.leave)
-    except OSError as error:
-        line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
-        _fail(line, leave=parallel.leave)
     except Exception as error:
-        if not parallel.lost(error):
-            raise
-        reason = str(error).splitlines()[0][:200]
-        print(f"another host is lost ({reason}): start all again", file=sys.stderr)
-        parallel.leave(RESTART)
+        if reason := parallel.lost(error):
+            print(f"another host is lost ({reason}): start all again", file=sys.stderr)
+            parallel.leave(RESTART)
+        if isinstance(error, UserError):
+            _fail(error, leave=parallel.leave)
+        if isinstance(error, OSError):
+            line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
+            _fail(line, leave=parallel.leave)
+        raise
 
 
 def _fail(error: object, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -191,7 +196,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def large_pages() -> None:
-    """For a command, before all else: begins the process anew with MALLOC, unless glibc is told otherwise."""
+    """For a command, before all else: begins the process anew with MALLOC.
+
+    Unless glibc is told otherwise already.
+    """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -37,7 +37,7 @@ def start(coordinator: str, processes: int, process: int) -> None:
 
     Without a coordinator the cluster says who they are: Slurm, Open MPI or Cloud TPU.
     """
-    alone = processes == 1 and not coordinator
+    alone = processes == 1 and not coordinator and not process
     if alone and not in_cluster(os.environ):
         return
     if not alone and (not coordinator or not 0 <= process < processes):
@@ -82,16 +82,27 @@ def describe() -> str:
     )
 
 
-def lost(error: Exception) -> bool:
-    """Whether it tells of another host's end."""
+def lost(error: BaseException | None) -> str:
+    """What it, or what it came of, tells of another host's end; else ""."""
     signs = ("Gloo", "heartbeat", "coordination", "preempted", "UNAVAILABLE", "peer")
-    return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+    while error is not None and jax.process_count() > 1:
+        if any(sign in str(error) for sign in signs):
+            return str(error).splitlines()[0][:200]
+        error = error.__cause__
+    return ""
 
 
 def wait_for_all(name: str) -> None:
     """Until every host has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def of_first(number: int) -> int:
+    """The first host's number, on all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
 def leave(status: int) -> NoReturn:

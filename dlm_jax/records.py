@@ -89,6 +89,8 @@ def manifest(folder: Path) -> dict:
         counts = [rows["train"], rows["valid"], about["length"], about["crc"]]
         if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError("its counts are no numbers")
+        if counts[2] == 0 or max(counts[:2]) > PAGE * SHARD * 10**5:
+            raise ValueError("its counts cannot be")
         if about["dtype"] not in ("uint16", "int32") or about["mode"] not in MODES:
             raise ValueError("of no known layout")
         if not isinstance(about["tokenizer"], dict):

@@ -52,7 +52,8 @@ class Plan(NamedTuple):
 
     lean: weight of the classifiers on the estimate; weight: of the model's own words;
     scale: of the known tokens, for a model that learned to be given some; share: of the
-    time that tokens under guidance keep.
+    time that tokens under guidance keep. mean: of the labels' log-probabilities, as
+    published, not their sum.
     """
 
     rule: str = "sign"
@@ -65,13 +66,14 @@ class Plan(NamedTuple):
     scale: float = 1.0
     share: float = 1.0
     noised: bool = False
+    mean: bool = False
 
 
 def load(workdir: str | Path, table: Table) -> Guide:
     """A classifier's newest checkpoint; UserError where it is of another table."""
     step = checkpoint.latest(workdir)
     config, words = checkpoint.read_json(workdir, step)
-    if "names" not in words:
+    if not {"names", "table"} <= words.keys():
         raise UserError(
             f"{workdir} is no classifier: train one, --mode train_classifier"
         )
@@ -80,16 +82,23 @@ def load(workdir: str | Path, table: Table) -> Guide:
             f"{workdir} was trained on another embedding table than this model's: "
             "train a classifier with config.classifier.model set to this run"
         )
-    names, cfg = Names(**words["names"]), DenoiserConfig(**config["model"])
+    try:
+        names, cfg = Names(**words["names"]), DenoiserConfig(**config["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{workdir}: not one of this version: {error}") from error
     like = jax.eval_shape(lambda: classifier.init(jax.random.key(0), cfg, names.layout))
     found = checkpoint.restore_part(workdir, step, parallel.global_like({"ema": like}))
     return Guide(found["ema"], cfg, names)
 
 
 def log_prob(
-    wishes: Wishes, guides: Mapping[str, Guide], schedule: Schedule
+    wishes: Wishes,
+    guides: Mapping[str, Guide],
+    schedule: Schedule,
+    *,
+    mean: bool = False,
 ) -> control.LogProb:
-    """log p of all labels that are asked, nats."""
+    """log p of all labels that are asked, nats; mean: over a classifier's labels."""
     terms = [
         (
             classifier.log_prob(
@@ -98,6 +107,7 @@ def log_prob(
                 guides[task].names.layout,
                 asked,
                 schedule,
+                mean=mean,
             ),
             1.0,
         )
@@ -163,7 +173,7 @@ def step(
     if wishes.labels and plan.updates:
         step = control.guide(
             step,
-            log_prob(wishes, guides, schedule),
+            log_prob(wishes, guides, schedule, mean=plan.mean),
             schedule,
             rule=plan.rule,
             lr=plan.lr,
@@ -173,8 +183,10 @@ def step(
         )
     if wishes.known is None:
         return step
+    # where a free reading is compared with one that is told, it may not see them clean
+    noised = plan.noised or plan.scale != 1
     return control.infill(
-        step, table, wishes.ids, wishes.known, schedule, noised=plan.noised
+        step, table, wishes.ids, wishes.known, schedule, noised=noised
     )
 
 
@@ -370,6 +382,7 @@ def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
 # --- single wishes by name
 
 WISHES = ("length", "contains", "lacks", "semantic", "label", "pos", "tree", "span")
+PLACED = {"length", "pos", "tree", "span"}  # of words counted from the text's start
 
 
 def wish(
@@ -380,8 +393,11 @@ def wish(
     length: words of the text. contains: a phrase, or several. lacks: words. semantic:
     {field: value}; label: {column: label}; pos: tags of the words; tree: (first, last,
     label) of all constituents, counted in words; span: of one. These by a classifier;
-    without one, a semantic value is a phrase to contain. Raises UserError.
+    without one, a semantic value is a phrase to contain, and with one `contains` asks
+    for its words too. Raises UserError.
     """
+    if {"tree", "span"} <= asked.keys():
+        raise UserError("span: a tree says all constituents; ask one of the two")
     words = asked.pop("length", None)
     phrases = _several(asked.pop("contains", []))
     lacks = _several(asked.pop("lacks", []))
@@ -455,6 +471,11 @@ def _check(
     longest = max(map(len, phrases), default=0)
     if longest > room:
         raise UserError(f"a phrase of {longest} words, and room for {room}")
+    others = len({i for phrase in phrases for i in phrase})
+    if others > room:
+        raise UserError(f"phrases of {others} different words, and room for {room}")
+    if "span" in asked and asked["span"][1] >= room:
+        raise UserError(f"span={asked['span']}: its last word is beyond the {room}")
     values = _several(_fields(asked.get("semantic", {})).values())
     inside = {i for phrase in phrases for i in phrase}
     inside |= {i for value in values for i in tok.encode(value)}

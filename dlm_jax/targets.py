@@ -131,7 +131,8 @@ def _published(row: Any) -> Sentence:
     if "pos" in row:
         tags = [row["pos"][i] for i in kept]
     if "spans" in row:
-        spans = [(first, last, label) for first, last, label in row["spans"]]
+        end = len(kept) - 1  # some reach the line's end, which is no word here
+        spans = [(i, min(j, end), label) for i, j, label in row["spans"] if i <= end]
     return Sentence(text, fields, tags, spans)
 
 

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax import checkpoint, generate, measures, parallel, steering
+from dlm_jax import checkpoint, evaluate, measures, parallel, steering
 from dlm_jax.generate import Bundle
 from dlm_jax.labels import Fields, Spans
 from dlm_jax.steering import Plan, Wishes
@@ -52,9 +52,13 @@ def _one_field(sentence: Sentence, rng: Any) -> Fields:
 
 def _one_span(sentence: Sentence, rng: Any) -> tuple[int, int, str]:
     """A constituent, but not the whole text."""
-    assert sentence.spans is not None
-    inner = [s for s in sentence.spans if s[:2] != (0, len(sentence.text.split()) - 1)]
+    inner = _inner(sentence)
     return inner[rng.integers(len(inner))]
+
+
+def _inner(sentence: Sentence) -> list[tuple[int, int, str]]:
+    whole = (0, len(sentence.text.split()) - 1)
+    return [span for span in sentence.spans or [] if span[:2] != whole]
 
 
 def _middle(sentence: Sentence, rng: Any) -> str:
@@ -169,14 +173,14 @@ PLANS = {
     },
     "published": {  # REFERENCE 1.7: coefficient and step of the code, no push at t < .05
         "unguided": Plan(),
-        "semantic": Plan(lr=0.1, fluency=0.01, weight=0.0),
-        "pos": Plan(lr=0.1, fluency=0.0001),
-        "tree": Plan(lr=0.1, fluency=0.0005),
-        "span": Plan(lr=0.1, fluency=0.1),
+        "semantic": Plan(lr=0.1, fluency=0.01, weight=0.0, mean=True),
+        "pos": Plan(lr=0.1, fluency=0.0001, mean=True),
+        "tree": Plan(lr=0.1, fluency=0.0005, mean=True),
+        "span": Plan(lr=0.1, fluency=0.1, mean=True),
         "length": Plan(noised=False),
         "infilling": Plan(noised=False),
-        "semantic+tree": Plan(lr=0.1, fluency=0.0005, weight=0.0),
-        "semantic+pos": Plan(lr=0.1, fluency=0.0001, weight=0.0),
+        "semantic+tree": Plan(lr=0.1, fluency=0.0005, weight=0.0, mean=True),
+        "semantic+pos": Plan(lr=0.1, fluency=0.0001, weight=0.0, mean=True),
     },
 }
 
@@ -190,13 +194,14 @@ def measure(
     targets: list,
     judge: Judge,
     plan: Plan,
+    tick: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
     """Success, fluency and cost of one task; without a task, of texts left free.
 
     options: samples (a target), seeds, calls. Success is the mean over targets, its
     error over seeds; of one seed, over targets. Seconds are of the fastest seed:
-    of one seed alone, compilation is among them.
+    of one seed alone, compilation is among them. tick: called after every seed.
     """
     samples, seeds, calls = (options[name] for name in ("samples", "seeds", "calls"))
     n, wishes = len(targets) * samples, steering.FREE
@@ -212,6 +217,7 @@ def measure(
         if task is not None:
             pairs = zip(drawn, np.repeat(np.arange(len(targets)), samples), strict=True)
             scores.append([task.score(x, targets[i], judge) for x, i in pairs])
+        tick()
     return {
         "success": summaries(scores, samples),
         **fluency(texts, judge),
@@ -263,29 +269,34 @@ def run(bundle: Bundle, workdir: str) -> list[dict]:
     """
     if "control" not in bundle.config:
         raise UserError(f"{workdir}: its config has no section control; give --config")
-    if parallel.hosts()[0]:
-        return []
     config: Any = ml_collections.ConfigDict(bundle.config)
     options = config.control
     names = ["unguided", *TASKS] if options.task == "all" else [options.task]
     bundle = _equipped(bundle, options, names)
-    teacher = generate.load(options.teacher) if options.teacher else None
-    bar = tqdm([(name, calls) for name in names for calls in options.calls])
-    rows = []
-    for name, calls in bar:
-        bar.set_description(f"{name}, {calls} calls")
-        about = _about(bundle, name, calls)
-        path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
-        if not path.exists():
-            row = _row(bundle, config, name, calls, teacher)
-            path.parent.mkdir(exist_ok=True)
-            checkpoint.write_json(path, about | row)
-        rows.append(json.loads(path.read_text()))
-    print(table(rows))
+    teacher = evaluate.load_teacher("config.control.teacher", options.teacher, bundle)
+    pairs, rows = [(name, calls) for name in names for calls in options.calls], []
+    main = parallel.hosts()[0] == 0  # all hosts draw and score, the first one writes
+    with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
+        for name, calls in pairs:
+            bar.set_description(f"{name}, {calls} calls")
+            about = _about(bundle, name, calls, teacher)
+            path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
+            if parallel.of_first(path.exists()):
+                bar.update(options.seeds)
+            else:
+                row = _row(bundle, config, name, calls, teacher, bar.update)
+                path.parent.mkdir(exist_ok=True)
+                if main:
+                    checkpoint.write_json(path, about | row)
+            rows += [json.loads(path.read_text())] if main else []
+    if main:
+        print(table(rows))
     return rows
 
 
-def _about(bundle: Bundle, name: str, calls: int) -> dict[str, Any]:
+def _about(
+    bundle: Bundle, name: str, calls: int, teacher: Bundle | None
+) -> dict[str, Any]:
     """All that a row depends on: another model, classifier or setting is another row."""
     used = TASKS[name].needs if name in TASKS else ()
     weights = {task: bundle.guides[task].params for task in used}
@@ -302,8 +313,21 @@ def _about(bundle: Bundle, name: str, calls: int) -> dict[str, Any]:
         "sample": bundle.config["sample"],
         "data": bundle.config["data"],
         "plan": PLANS[options["preset"]][name]._asdict(),
+        "teacher weights": checkpoint.crc(teacher.ema) if teacher else None,
+        "target files": _files(options["targets"]),
     }
+    if "pos" in name and bundle.config["data"]["source"] != "grammar":
+        about["tagger's text"] = _files(bundle.config["classifier"]["conllu"])
     return json.loads(json.dumps(about))
+
+
+def _files(path: str) -> int:
+    """A checksum of a file, or of all files of a folder."""
+    found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    total = 0
+    for file in (f for f in found if path and f.is_file()):
+        total = zlib.crc32(file.read_bytes(), total)
+    return total
 
 
 def _crc(record: Any) -> str:
@@ -311,12 +335,21 @@ def _crc(record: Any) -> str:
 
 
 def _row(
-    bundle: Bundle, config: Any, name: str, calls: int, teacher: Bundle | None
+    bundle: Bundle,
+    config: Any,
+    name: str,
+    calls: int,
+    teacher: Bundle | None,
+    tick: Callable[[], Any],
 ) -> dict[str, Any]:
     """Targets drawn, texts steered, texts scored."""
     options, rng = config.control, np.random.default_rng(0)
-    task = TASKS.get(name)
-    found = [s for s in sentences(config, name, options.n) if _can_say(bundle, name, s)]
+    task, all_found = TASKS.get(name), sentences(config, name, options.n)
+    found = [s for s in all_found if _can_say(bundle, name, s)]
+    if found != all_found:
+        tqdm.write(
+            f"{name}: {len(all_found) - len(found)} of {len(all_found)} left out"
+        )
     targets = [task.target(s, rng) if task else s.text for s in found]
     if not targets:
         raise UserError(
@@ -325,13 +358,23 @@ def _row(
     sizes = {"samples": options.samples, "seeds": options.seeds, "calls": calls}
     plan = PLANS[options.preset][name]
     judge = judge_of(config, name, teacher)
-    row = measure(bundle, task, targets, judge, plan, **sizes)
-    return {"targets": len(targets), **row, "config": bundle.config}
+    row = measure(bundle, task, targets, judge, plan, tick, **sizes)
+    left_out = len(all_found) - len(found)
+    return {
+        "targets": len(targets),
+        "left out": left_out,
+        **row,
+        "config": bundle.config,
+    }
 
 
 def _can_say(bundle: Bundle, name: str, sentence: Sentence) -> bool:
-    """Whether the model knows the words that a template would hold."""
-    return name != "infilling" or UNK not in bundle.tokenizer.encode(sentence.text)
+    """Whether the target has a place in the model: room, words, a constituent."""
+    if name == "infilling" and UNK in bundle.tokenizer.encode(sentence.text):
+        return False
+    if name == "span" and not _inner(sentence):
+        return False
+    return name == "unguided" or len(sentence.text.split()) <= bundle.length - 2
 
 
 def _equipped(bundle: Bundle, options: Any, names: list[str]) -> Bundle:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -471,12 +472,12 @@ class Run:
         self.host, self.hosts = parallel.hosts()
         self.record = json.loads(config.to_json_best_effort())
         checkpoint.check(workdir, self.record)
-        self.resumed = bool(checkpoint.steps(workdir))
+        self.newest = self._newest()
         tokenizer, saved, self.skipped = None, {}, 0
-        if self.resumed:
-            _, saved = checkpoint.read_json(workdir, checkpoint.latest(workdir))
+        if self.newest is not None:
+            _, saved = checkpoint.read_json(workdir, self.newest)
             tokenizer = from_dict(saved)
-        self.jumps = [tuple(jump) for jump in saved.get("jumps") or ()]
+        self.jumps = _jumps(saved.get("jumps") or [], workdir)
         self.corpus = self._corpus(tokenizer)
         record = self.corpus.record()
         for name, what in (("corpus", "text"), ("table", "model's embedding")):
@@ -487,10 +488,34 @@ class Run:
                 )
         self.state = self._begin()
         self.bundle = self._bundle()
-        if self.host == 0:
-            checkpoint.claim(workdir, self.record)
+        self._claim()
         self.valid = Validation(
             self.corpus.valid, self.recipe, config.train.valid_batches
+        )
+
+    def _newest(self) -> int | None:
+        """The step to go on from: what the first host sees, and all must."""
+        there = checkpoint.steps(self.workdir)
+        step = parallel.of_first(there[-1] if there else -1)
+        if step >= 0 and step not in there:
+            raise UserError(
+                f"--workdir {self.workdir}: host {self.host} does not see step {step}, "
+                "the first host's newest: all need one folder, shared or in a bucket"
+            )
+        return step if step >= 0 else None
+
+    def _claim(self) -> None:
+        """The first host writes config.json; the others must see it."""
+        if self.host == 0:
+            checkpoint.claim(self.workdir, self.record)
+        parallel.wait_for_all("claimed")
+        for _ in range(100):
+            if (self.workdir / "config.json").exists():
+                return
+            time.sleep(0.3)  # a network's disk may take its time
+        raise UserError(
+            f"--workdir {self.workdir}: host {self.host} does not see what the first "
+            "host wrote there: all need one folder, shared or in a bucket"
         )
 
     def _recipe(self) -> Recipe:
@@ -507,9 +532,9 @@ class Run:
             return init_state(key, self.recipe, vocab, table)
 
         self.shapes = jax.eval_shape(init, key)
-        if not self.resumed:
+        if self.newest is None:
             return self.layout.begin(key, init)
-        return self._restored(checkpoint.latest(self.workdir))
+        return self._restored(self.newest)
 
     def _restored(self, step: int) -> TrainState:
         like = self.shapes
@@ -587,6 +612,13 @@ class Run:
             progress.say(f"  | {text}")
 
 
+def _jumps(saved: Any, workdir: Any) -> list[tuple[int, int]]:
+    try:
+        return [(int(at), int(over)) for at, over in saved]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{workdir}: its record of rollbacks is damaged") from error
+
+
 def run(
     config: Any, workdir: str, make: type[Run] = Run, *, allow_fallback: bool = False
 ) -> None:
@@ -598,9 +630,14 @@ def run(
     try:
         task = make(config, workdir)
     except checkpoint.Damaged as error:
-        if not allow_fallback:
+        if not allow_fallback or parallel.lost(error):
             raise
-        _fall_back(error, workdir)
+        if parallel.hosts()[1] > 1:  # they would have to agree, and one may be waiting
+            raise UserError(
+                f"{error.path} is damaged: on several hosts nobody sets it aside, move it "
+                "out of its folder and start again"
+            ) from error
+        print(f"{error}: moved to {checkpoint.set_aside(error, workdir)}", flush=True)
         return run(config, workdir, make, allow_fallback=True)
     start, total = int(task.state.step), config.train.total_steps
     if start >= total:
@@ -629,14 +666,6 @@ def run(
             writer.close()
 
 
-def _fall_back(error: checkpoint.Damaged, workdir: str) -> None:
-    """Every host comes here; the first moves the damaged step away."""
-    parallel.wait_for_all("damaged")
-    if parallel.hosts()[0] == 0:
-        print(f"{error}: moved to {checkpoint.set_aside(error, workdir)}", flush=True)
-    parallel.wait_for_all("set aside")
-
-
 def _loop(
     task: Run, progress: Progress, writer: Any, asked: parallel.Preemption, total: int
 ) -> None:
@@ -661,6 +690,8 @@ def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) ->
             if before is not None:
                 _report(task, progress, step, before)  # of the step before: never waits
             before, done = metrics, step + 1
+            if done % every.log_steps == 0:
+                checkpoint.check_saves(writer)
             due = {n: every[n] and done % every[n] == 0 for n in every if "_steps" in n}
             last, stop = done == total, asked(done)
             if due["ckpt_steps"] or last or stop:

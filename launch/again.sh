@@ -7,24 +7,38 @@ set -euo pipefail
 restarts=${RESTARTS:-100}
 url=${METADATA_URL:-http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event}
 
-# A notice of maintenance becomes SIGTERM, once.
+# noticed: whether there is a notice of maintenance; it stands until that is over
+noticed() {
+  notice=$(curl --silent --max-time 2 --header 'Metadata-Flavor: Google' "$url" 2>/dev/null || true)
+  [[ $notice == MIGRATE* || $notice == TERMINATE* ]]
+}
+
+# pause SECONDS: a signal ends it early
+pause() {
+  sleep "$1" &
+  wait $! || true
+}
+
+# A notice becomes SIGTERM.
 watch_notices() {
-  local notice
   while kill -0 "$1" 2>/dev/null; do
-    notice=$(curl --silent --max-time 2 --header 'Metadata-Flavor: Google' "$url" 2>/dev/null || true)
-    case $notice in
-      MIGRATE* | TERMINATE*)
-        echo "maintenance notice: $notice" >&2
-        kill -TERM "$1" 2>/dev/null || true
-        return
-        ;;
-    esac
+    if noticed; then
+      echo "maintenance notice: $notice" >&2
+      kill -TERM "$1" 2>/dev/null || true
+      return
+    fi
     sleep "${NOTICE_SECONDS:-30}"
   done
 }
 
+command -v curl >/dev/null || echo "no curl: maintenance notices are not seen" >&2
 told=0
+trap 'told=1' TERM INT
 for ((i = 0; i <= restarts; i++)); do
+  while [ "$told" = 0 ] && noticed; do # it would be stopped at once
+    pause "${NOTICE_SECONDS:-30}"
+  done
+  [ "$told" = 0 ] || exit 143
   "$@" &
   child=$!
   trap 'told=1; kill -TERM "$child" 2>/dev/null' TERM INT
@@ -37,10 +51,11 @@ for ((i = 0; i <= restarts; i++)); do
     wait "$child" || status=$?
   done
   kill "$watcher" 2>/dev/null || true
+  trap 'told=1' TERM INT
   if [ "$told" = 1 ] || { [ "$status" != 75 ] && [ "$status" -lt 128 ]; }; then
     exit "$status"
   fi
   echo "ended with status $status: again ($((i + 1)) of $restarts)" >&2
-  sleep "${AGAIN_SECONDS:-5}"
+  pause "${AGAIN_SECONDS:-5}"
 done
 exit "$status"

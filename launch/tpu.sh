@@ -60,6 +60,11 @@ there() {
   [ -z "$dry" ] && gcloud compute tpus "$1" describe "$name" "${flags[@]}" >/dev/null 2>&1
 }
 
+# gone KIND: whether it is not there, which is said
+gone() {
+  [ -z "$dry" ] && ! there "$1" && echo "$name is gone"
+}
+
 install() {
   local archive
   archive=$(mktemp -d)/dlm_jax.tar.gz
@@ -107,7 +112,7 @@ main() {
       describe
       remote all 'kill -0 $(cat dlm_jax/run.pid) 2>/dev/null && echo runs || echo ended; tail -n 1 dlm_jax/run.log'
       ;;
-    stop) remote all 'kill -TERM $(cat dlm_jax/run.pid)' ;;
+    stop) remote all 'kill -TERM $(cat dlm_jax/run.pid) 2>/dev/null || echo "ended already"' ;;
     run)
       create
       install

@@ -33,6 +33,9 @@ wait_until_active() {
   done
 }
 
-delete() { call compute tpus queued-resources delete "$name" --force --quiet "${flags[@]}"; }
+delete() {
+  gone queued-resources ||
+    call compute tpus queued-resources delete "$name" --force --quiet "${flags[@]}"
+}
 
 main

@@ -14,6 +14,8 @@ create() {
     "--version=${RUNTIME:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot} "${flags[@]}"
 }
 
-delete() { call compute tpus tpu-vm delete "$name" --quiet "${flags[@]}"; }
+delete() {
+  gone tpu-vm || call compute tpus tpu-vm delete "$name" --quiet "${flags[@]}"
+}
 
 main

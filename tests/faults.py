@@ -75,11 +75,11 @@ def _rows(workdir: Path) -> bytes:
 
 
 def _reached(workdir: Path) -> int:
-    """The last step that was recorded, of this life or of one before."""
+    """The step that was recorded last."""
     if not _rows(workdir):
         return 0
     rows = metrics.read(workdir / "metrics.jsonl", "train")
-    return max((row["step"] for row in rows), default=0)
+    return rows[-1]["step"] if rows else 0
 
 
 def _one_life(
@@ -95,8 +95,10 @@ def _one_life(
         while process.poll() is None:
             if in_save:
                 if _new_save(workdir, left):
-                    time.sleep(rng.uniform(0, 0.05))
+                    time.sleep(rng.uniform(0, 0.02))
                     break
+                if time.monotonic() - began > 10 * LIFE:
+                    raise RuntimeError("it has not saved in all this time")
             elif time.monotonic() - began > end:
                 break
             time.sleep(0.001)
@@ -125,7 +127,7 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
     seen = redone = resumes = 0
     for number in itertools.count():
         wanted = in_saves - seen
-        if number == kills and wanted <= 0:
+        if number >= kills and wanted <= 0:
             break
         in_save = rng.random() < wanted / max(kills - number, 1)
         before = _rows(killed)

@@ -20,6 +20,7 @@ echo >> "$CALLS"
 case "$*" in
   *describe*) [ -f "$MADE" ] && echo ACTIVE || exit 1 ;;
   *" create "*) touch "$MADE" ;;
+  *" delete "*) rm "$MADE" ;;
 esac
 """
 
@@ -114,6 +115,9 @@ def test_the_other_actions(script, gcloud):
         status, _, stderr, calls = gcloud(script, action, "mine", ZONE="z")
         assert status == 0, stderr
         assert any(says in call for call in calls)
+    status, stdout, _, calls = gcloud(script, "delete", "mine", ZONE="z")
+    assert (status, stdout) == (0, "mine is gone\n")
+    assert not any(" delete " in call for call in calls)
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
@@ -196,15 +200,26 @@ def test_a_stopped_run_saves_and_is_not_begun_again(tmp_path):
     assert len((tmp_path / "n").read_text().splitlines()) == 1
 
 
-def test_a_maintenance_notice_is_a_sigterm(tmp_path):
-    notice = tmp_path / "notice"
-    notice.write_text("TERMINATE_ON_HOST_MAINTENANCE")
-    script = COUNT + "[ $n -gt 1 ] && exit 0\ntrap 'exit 75' TERM\n"
-    script += "while true; do sleep 0.05; done"
+def test_a_maintenance_notice_is_one_sigterm_however_long_it_stands(tmp_path):
+    notice, lives = tmp_path / "notice", tmp_path / "n"
+    notice.write_text("NONE")
+    script = COUNT + "[ $n -gt 1 ] && exit 0\ntrap 'echo x >> terms; exit 75' TERM\n"
+    script += "touch up; while true; do sleep 0.05; done"
     done = _again(tmp_path, script, METADATA_URL=notice.as_uri(), NOTICE_SECONDS="0.1")
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    notice.write_text("TERMINATE_ON_HOST_MAINTENANCE")
+    while not (tmp_path / "terms").exists():
+        time.sleep(0.02)
+    time.sleep(1.0)  # ten times the interval
+    assert done.poll() is None
+    assert lives.read_text() == "x\n"
+    notice.write_text("NONE")
     _, said = done.communicate(timeout=60)
     assert done.returncode == 0
-    assert "maintenance notice" in said
+    assert said.count("maintenance notice") == 1
+    assert (tmp_path / "terms").read_text() == "x\n"
+    assert lives.read_text() == "x\nx\n"
 
 
 # --- Slurm, containers

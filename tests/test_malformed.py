@@ -5,9 +5,11 @@ import base64
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,32 @@ def _bytes(name, raw):
     return lambda run: (run / name).write_bytes(raw)
 
 
+def _saved(part, change):
+    """A harm to a saved record by one who knows how its checksum is made."""
+
+    def harm(run):
+        path, sums = (run / STEP / name / "metadata" for name in (part, "sums"))
+        record = change(json.loads(path.read_text()))
+        path.write_text(json.dumps(record))
+        text = json.dumps(record, sort_keys=True)
+        kept = json.loads(sums.read_text())
+        sums.write_text(json.dumps(kept | {part: zlib.crc32(text.encode())}))
+        if part == "config":
+            (run / "config.json").write_text(json.dumps(record))
+
+    return harm
+
+
+def _model(**change):
+    return _saved("config", lambda c: c | {"model": c["model"] | change})
+
+
+def _link(run):
+    target = run / STEP / "state" / "_METADATA"
+    target.rename(run / "elsewhere")
+    target.symlink_to(run / "elsewhere")
+
+
 STEP = "checkpoints/1"
 RUNS = {
     "config.json cut short": _bytes("config.json", b'{"train": '),
@@ -164,17 +192,30 @@ RUNS = {
         shutil.rmtree(run / STEP),
         (run / STEP).write_bytes(b"\0" * 99),
     ),
-    "tokenizer of another kind": _json(
+    "tokenizer of another kind": _saved("tokenizer", lambda t: t | {"kind": "runes"}),
+    "tokenizer of a list": _saved("tokenizer", lambda t: [1]),
+    "rollbacks of a number": _saved("tokenizer", lambda t: t | {"jumps": 5}),
+    "a record with a flipped bit": _json(
         f"{STEP}/tokenizer/metadata", lambda t: t | {"kind": "runes"}
     ),
-    "tokenizer of a list": _bytes(f"{STEP}/tokenizer/metadata", b"[1]"),
-    "saved config of a larger network": _json(
-        f"{STEP}/config/metadata",
-        lambda c: c | {"model": c["model"] | {"width": 10**6}},
-    ),
     "sums of nothing": _bytes(f"{STEP}/sums/metadata", b"{}"),
+    "sums of a list": _bytes(f"{STEP}/sums/metadata", b"[]"),
+    "a link": _link,
     "no state": lambda run: shutil.rmtree(run / STEP / "state"),
     "state of bytes": _bytes(f"{STEP}/state/_METADATA", b"\0\1\2"),
+}
+STRANGERS = {  # sampled from, so that the saved config is what counts
+    "saved config of a larger network": _model(width=64),
+    "saved config without heads": _model(heads=0),
+    "saved config of endless layers": _model(layers=10**9),
+    "saved config of words": _model(width="wide"),
+    "saved config of an unknown knob": _model(colour="red"),
+    "saved config of endless steps": _saved(
+        "config", lambda c: c | {"schedule": c["schedule"] | {"steps": 10**11}}
+    ),
+    "saved config without a schedule": _saved(
+        "config", lambda c: {"model": c["model"]}
+    ),
 }
 PREPARED = {
     "manifest of a list": b"[]",
@@ -183,6 +224,10 @@ PREPARED = {
         {"rows": {"train": 9, "valid": 9, "../../x": 1}, "length": 32, "mode": "pad"}
     ).encode(),
     "manifest without text": b"{}",
+    "manifest of endless rows": json.dumps(
+        {"rows": {"train": 10**15, "valid": 9}, "length": 32, "mode": "pad", "crc": 1}
+        | {"dtype": "uint16", "tokenizer": {}}
+    ).encode(),
     "manifest of endless depth": b"[" * 100_000,
 }
 # the driver: a process that has imported all, and forks for each case
@@ -246,9 +291,30 @@ def _cases(folder, run):
         shutil.copytree(run, here / "run")
         harm(here / "run")
         yield name, _config("train.total_steps=2"), here
+    for name, harm in STRANGERS.items():
+        here = folder / str(len(list(folder.iterdir())))
+        here.mkdir()
+        shutil.copytree(run, here / "run")
+        harm(here / "run")
+        yield name, ("--workdir", "{}/run", "--mode", "sample"), here
 
 
-NAMES = [*VALUES, *FLAGS, *FILES, *TABLES, *PREPARED, *RUNS]
+NAMES = [*VALUES, *FLAGS, *FILES, *TABLES, *PREPARED, *RUNS, *STRANGERS]
+# what the line must say, where another mistake might speak first
+SAYS = {
+    "one line": "1 texts",
+    "CSV of nothing": "column|empty|no text|no line",
+    "tokenizer of another kind": "runes",
+    "a link": "is a link",
+    "sums of a list": "no object",
+    "rollbacks of a number": "rollbacks",
+    "a record with a flipped bit": "checksum",
+    "saved config without heads": "heads|zero|divi",
+    "saved config of endless layers": "layers",
+    "saved config of an unknown knob": "colour",
+    "saved config of endless steps": "steps",
+    "manifest of endless rows": "counts",
+}
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +359,7 @@ def test_they_are_many():
 def test_it_ends_in_one_line(name, endings):
     status, stderr, before, after = endings[name]
     assert status == 2, stderr[-2000:]
+    assert re.search(SAYS.get(name, ""), stderr), stderr
     lines = stderr.splitlines()
     assert len(lines) == 1, stderr[-2000:]
     assert lines[0].startswith("error: ")

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from configs import smoke
 from dlm_jax import checkpoint, metrics, parallel, train
 from dlm_jax.parallel import AXIS
+from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -63,20 +64,24 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _start(config, workdir, processes=1, devices=1, mode="train"):
-    """The command on every host."""
+def _start(config, workdir, processes=1, devices=1, mode="train", workdirs=()):
+    """The command on every host; workdirs: where they differ."""
     flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
     command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
     command += [f"--config.{name}={value}" for name, value in flat.items()]
-    command += ["--workdir", str(workdir), "--mode", mode]
+    command += ["--mode", mode]
     if processes > 1:
         command += ["--num_processes", str(processes)]
         command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
     env = os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)}
     kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    own = [
+        ["--process_id", str(i), "--workdir", str(workdir)] for i in range(processes)
+    ]
+    for last, folder in zip(own, workdirs, strict=False):
+        last[-1] = str(folder)
     return [
-        subprocess.Popen([*command, "--process_id", str(i)], cwd=ROOT, env=env, **kinds)
-        for i in range(processes)
+        subprocess.Popen([*command, *last], cwd=ROOT, env=env, **kinds) for last in own
     ]
 
 
@@ -209,7 +214,31 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+def test_hosts_with_a_folder_each_are_told(tmp_path):
+    """A disk of one's own, empty or with another's steps, is no run's folder."""
+    config, folders = _config(tmp_path), (tmp_path / "a", tmp_path / "b")
+    for what in ("does not see what the first host wrote", "does not see step 2"):
+        hosts = _start(config, "", 2, workdirs=folders)
+        _, said = hosts[1].communicate(timeout=240)
+        assert what in said, said
+        assert hosts[1].returncode == 2
+        hosts[0].communicate(timeout=240)
+        assert hosts[0].returncode not in (0, 2)
+        assert not checkpoint.steps(folders[1])
+        one = _config(tmp_path, train__total_steps=2)
+        _finish(_start(one, folders[0]))
+
+
 # --- alone
+
+
+def test_an_error_that_came_of_a_lost_host_says_so(monkeypatch):
+    error = UserError("cannot be saved: make room")
+    error.__cause__ = RuntimeError("Gloo all-reduce failed: peer closed\nand more")
+    assert not parallel.lost(error)  # with one host there is none to lose
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert parallel.lost(error) == "Gloo all-reduce failed: peer closed"
+    assert not parallel.lost(UserError("No space left on device"))
 
 
 @pytest.mark.parametrize(

@@ -148,19 +148,35 @@ def test_a_template_of_a_given_length(bundle):
 
 
 def test_a_classifier_and_a_template(bundle):
-    options = {"n": 4, "seed": 1, "plan": Plan(lr=1.0)}
-    free = bundle.infill("the ___ [...]", **options)
-    steered = bundle.infill(
-        "the ___ [...]", pos=["DET", "NOUN", "DET", "NOUN"], **options
-    )
-    assert free != steered
-    assert all(text.startswith("the ") for text in steered)
+    """The classifier's log-probability rises, and the known word stays."""
+    tags, n = ["DET", "NOUN", "DET", "NOUN"], 8
+    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=tags)
+    parts = steering.parse(bundle.tokenizer, "the ___ [...]")
+    vocab = bundle.tokenizer.vocab_size
+    placed = steering.of_template(parts, LENGTH, vocab, n, 1, len(tags))
+    rows = jax.tree.map(lambda x: np.repeat(x, n, 0), asked)
+    wishes = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
+    of = steering.log_prob(wishes, bundle.guides, bundle.schedule)
+    options = {"wishes": wishes, "seed": 1, "clamp": False}
+    free, steered = (bundle.draw(n, plan=Plan(lr=lr), **options) for lr in (0.0, 1.0))
+    before, after = (of(x.latents, np.full(n, 0.01, "f")) for x in (free, steered))
+    assert np.mean(after - before) > 0
+    assert all(text.startswith("the ") for text in steered.texts)
+    assert bundle.infill("the ___ [...]", n=4, pos=tags, seed=1)
+
+
+def test_a_guided_text_does_not_depend_on_its_batch(bundle):
+    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
+    wishes = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
+    options = {"seed": 3, "wishes": wishes, "plan": Plan(lr=0.5)}
+    assert bundle.draw(5, **options).texts == bundle.draw(5, batch=2, **options).texts
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         ("the cat", "has no blank"),
+        ("", "has no blank"),
         ("the ___ zebra", "'zebra' is not in the model's vocabulary"),
         ("the ___ " + "cat " * 9, "needs 13 positions"),
     ],
@@ -185,6 +201,12 @@ def test_bad_templates(bundle, template, message):
         ({"contains": "cat " * 9}, "a phrase of 9 words, and room for 8"),
         ({"contains": "cat", "lacks": "cat"}, "'cat' is both wished and to be lacked"),
         ({"pos": ["NOUN"], "length": 2}, "disagree on how many words.*length 2, pos 1"),
+        (
+            {"contains": ["cat", "dog", "old"], "length": 2},
+            "phrases of 3 different words, and room for 2",
+        ),
+        ({"span": (3, 8, "NP"), "length": 4}, "span: needs a classifier"),
+        ({"span": (0, 1, "NP"), "tree": [(0, 1, "S")]}, "ask one of the two"),
         ({"pos": ["VERB"]}, "pos 'VERB': not seen"),
         ({"tree": [(0, 1, "NP")]}, "tree: needs a classifier"),
         ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
@@ -196,6 +218,16 @@ def test_bad_templates(bundle, template, message):
 def test_bad_wishes(bundle, asked, message):
     with pytest.raises(UserError, match=message):
         bundle.control(1, **asked)
+
+
+def test_packed_text_has_no_places(bundle):
+    """A model of packed texts takes words, but no lengths and no templates."""
+    data = bundle.config["data"] | {"mode": "block"}
+    packed = dataclasses.replace(bundle, config=bundle.config | {"data": data})
+    for call in (lambda: packed.infill("the ___"), lambda: packed.control(length=3)):
+        with pytest.raises(UserError, match="packed end to end"):
+            call()
+    assert packed.control(1, contains="cat")
 
 
 def test_words_are_wished_without_a_classifier(bundle):

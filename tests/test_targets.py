@@ -21,9 +21,13 @@ def config():
 def test_targets_are_held_out_and_do_not_change(config):
     found = targets.sentences(config, "semantic", 50)
     assert found == targets.sentences(config, "semantic", 50)
-    train_texts = data.load_texts(config.data, "train")
-    assert [s.text for s in found] != train_texts[:50]
-    assert [s.text for s in found] != data.load_texts(config.data, "valid")[:50]
+    # the language is small: texts recur by chance, as among other held-out texts
+    train_texts = set(data.load_texts(config.data, "train"))
+    by_chance = set(grammar.sample(5_000_003, 50))
+    shared = [
+        len(train_texts & texts) for texts in ({s.text for s in found}, by_chance)
+    ]
+    assert shared[0] <= shared[1] + 5
     assert all(grammar.accepts(s.text) for s in found)
     assert found[0].tags == grammar.tags(found[0].text)
 
@@ -37,6 +41,10 @@ def test_published_targets(tmp_path):
         "words_": ["START", "dogs", "sleep", "\n", "END"],
     }
     (tmp_path / "target_pos.json").write_text(json.dumps(row))
+    spans = [[0, 1, "NP"], [1, 2, "VP"], [0, 2, "S"], [3, 3, "X"]]
+    (tmp_path / "target_spans.json").write_text(json.dumps(row | {"spans": spans}))
+    (span,) = targets.published(tmp_path, "span")  # they may end with the line's end
+    assert span.spans == [(0, 1, "NP"), (1, 1, "VP"), (0, 1, "S")]
     (semantic,) = targets.published(tmp_path, "semantic")
     assert semantic.fields == {"customer rating": "low"}
     (pos,) = targets.published(tmp_path, "pos")

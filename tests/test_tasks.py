@@ -180,13 +180,37 @@ def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
 
 
 def test_a_row_names_its_classifiers(bundle):
-    about = tasks._about(bundle, "span", 3)
+    about = tasks._about(bundle, "span", 3, None)
     assert set(about["classifiers in use"]) == {"tree"}
     tree = bundle.guides["tree"]
     moved = tree._replace(params=jax.tree.map(lambda x: x + 1, tree.params))
     other = dataclasses.replace(bundle, guides={**bundle.guides, "tree": moved})
-    assert tasks._about(other, "span", 3) != about
-    assert tasks._about(other, "pos", 3) == tasks._about(bundle, "pos", 3)
+    assert tasks._about(other, "span", 3, None) != about
+    assert tasks._about(other, "pos", 3, None) == tasks._about(bundle, "pos", 3, None)
+
+
+def test_a_row_names_the_text_of_its_tagger_and_its_targets(bundle, tmp_path):
+    file = tmp_path / "target_pos.json"
+    file.write_text("one")
+    data = bundle.config["data"] | {"source": "e2e"}
+    options = bundle.config["control"] | {"targets": str(tmp_path)}
+    labels = bundle.config["classifier"] | {"conllu": str(file)}
+    config = bundle.config | {"data": data, "control": options, "classifier": labels}
+    other = dataclasses.replace(bundle, config=config)
+    before = tasks._about(other, "pos", 3, None)
+    file.write_text("two")
+    after = tasks._about(other, "pos", 3, None)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"target files", "tagger's text"}
+
+
+def test_targets_that_have_no_place_are_left_out(bundle):
+    words = " ".join(["pub"] * (bundle.length - 1))
+    assert not tasks._can_say(bundle, "length", targets.Sentence(words))
+    assert tasks._can_say(bundle, "unguided", targets.Sentence(words))
+    flat = targets.Sentence("a pub", spans=[(0, 1, "S")])
+    assert not tasks._can_say(bundle, "span", flat)
+    assert tasks._can_say(bundle, "tree", flat)
 
 
 def test_nothing_can_be_said_of_texts_outside_the_language(judge):
@@ -210,10 +234,12 @@ def test_nothing_can_be_said_of_texts_outside_the_language(judge):
         ({"task": "tree"}, r"config\.control\.classifiers: none of task tree"),
         ({"preset": "best"}, r"config\.control\.preset='best'"),
         ({"task": "length", "n": 0}, r"config\.control\.n=0: must be 1 or more"),
+        ({"task": "length", "teacher": "SELF"}, "control.teacher=.*not of objective"),
     ],
 )
 def test_bad_options(workdir, change, message):
     bundle = generate.load(workdir)
-    bundle.config["control"].update(change)
+    own = {k: str(workdir) if v == "SELF" else v for k, v in change.items()}
+    bundle.config["control"].update(own)
     with pytest.raises(UserError, match=message):
         tasks.run(bundle, str(workdir))
