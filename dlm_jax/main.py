@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: python -m dlm_jax.main --config configs/grammar.py --workdir runs/x."""
 
+import contextlib
 import io
 import os
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -195,6 +198,20 @@ def parse(argv: list[str]) -> list[str]:
         _fail(f"--config: its file raises {type(error).__name__}: {error}; mend it")
 
 
+def keep_compilations() -> None:
+    """For a command, before JAX is there: what is compiled once is kept, up to 2 GB.
+
+    In ~/.cache/dlm_jax, apart for every kind of processor, unless JAX is told otherwise.
+    """
+    kind = b""
+    with contextlib.suppress(OSError):  # no such file but on Linux
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        kind = next((line for line in lines if line.startswith(b"flags")), b"")
+    folder = Path.home() / ".cache" / "dlm_jax" / f"{zlib.crc32(kind):08x}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
+
+
 def large_pages() -> None:
     """For a command, before all else: begins the process anew with MALLOC.
 
@@ -211,5 +228,6 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
+    keep_compilations()
     large_pages()
     cli()

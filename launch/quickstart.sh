@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the embedded default, evaluates it and prints samples: the whole of it in
-# about eight minutes on two cores. Arguments go to all three commands, such as
+# about seven minutes on two cores. Arguments go to all three commands, such as
 # --config.train.total_steps=100; --workdir or the variable WORKDIR names the run.
 . "$(dirname "$0")/setup.sh"
 # shellcheck disable=SC2119

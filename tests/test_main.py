@@ -2,6 +2,7 @@
 """The command: a user's mistake is one line on stderr and a status that is not 0."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -230,19 +231,27 @@ def test_every_shipped_config_describes_a_run(module, variant):
             module.get_config("wrong")
 
 
+SETTINGS = {
+    "GLIBC_TUNABLES": main.MALLOC,
+    "JAX_COMPILATION_CACHE_DIR": "/home/user/.cache/dlm_jax/[0-9a-f]{8}",
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**31),
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("theirs", [None, "", "glibc.malloc.check=0"])
-def test_the_command_takes_large_pages_unless_told_otherwise(theirs):
+def test_the_command_has_its_environment_unless_told_otherwise(name, theirs):
     """A config file tells the environment that the command sees it in."""
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    env |= {} if theirs is None else {"GLIBC_TUNABLES": theirs}
+    env = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+    env |= {"HOME": "/home/user"} | ({} if theirs is None else {name: theirs})
     done = subprocess.run(
         [sys.executable, "-m", "dlm_jax.main", "--config", "/dev/stdin", "--workdir=x"],
-        input="import os\ndef get_config(): raise OSError('<%s>' % os.environ['GLIBC_TUNABLES'])",
+        input=f"import os\ndef get_config(): raise OSError('<%s>' % os.environ['{name}'])",
         capture_output=True,
         text=True,
         env=env,
     )
-    found = main.MALLOC if theirs is None else theirs
+    found = SETTINGS[name] if theirs is None else theirs
     assert done.returncode == 2
-    assert done.stderr.strip().endswith(f": <{found}>")
+    assert re.search(f": <{found}>$", done.stderr.strip()), done.stderr

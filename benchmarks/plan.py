@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run costs on more hosts: throughput, checkpoints and restarts, from parts.
+
+    JAX_NUM_CPU_DEVICES=8 python benchmarks/plan.py --measure
+    python benchmarks/plan.py --peak 459e12 --links 600e9
+
+Measured here: what the compiled step of the 87M model sends between devices, per
+parameter; the seconds from the start of 1, 2 and 4 processes to their first step; and,
+by `restart.py`, how fast a checkpoint is written and read, and compiled for. Told: an
+accelerator's operations a second and its links' bytes a second. The table is arithmetic
+on those: work and exchange overlap, and the slower one is the step.
+"""
+
+import argparse
+import json
+import math
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import memory
+
+from dlm_jax import parallel, train
+
+ROOT = Path(__file__).parent.parent
+HOSTS, CHIPS = (1, 4, 16, 64, 256), 4  # chips of a host
+PARAMETERS = {"87M": 87_129_749, "1B": 1_017_809_045}
+# how often a result goes over a device's links, of many devices: a ring's way
+TRAVELS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
+
+
+def exchanged(mode: str) -> dict[str, float]:
+    """Bytes that a device sends in a step, by kind, per parameter of the 87M model."""
+    recipe, length = memory.recipe_of("87M")
+    layout, key = parallel.LAYOUTS[mode], jax.random.key(0)
+    shapes = jax.eval_shape(lambda k: train.init_state(k, recipe, memory.VOCAB), key)
+    state, devices = layout.like(shapes), jax.device_count()
+    one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+    step: Any = layout.step(one, state)
+    parts = devices if mode == "pmap" else 1
+    rows = jax.ShapeDtypeStruct((parts, recipe.batch // parts, length), "int32")
+    text = step.lower(key, state, rows).compile().as_text()
+    found = dict.fromkeys(TRAVELS, 0.0)
+    for shape, kind in re.findall(
+        r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text
+    ):
+        scattered = devices if kind == "reduce-scatter" else 1
+        found[kind] += TRAVELS[kind] * scattered * _bytes(shape)
+    return {kind: size / PARAMETERS["87M"] for kind, size in found.items()}
+
+
+def _bytes(shape: str) -> float:
+    """Of an HLO shape, or a tuple of them."""
+    sizes = {"f32": 4, "bf16": 2, "u32": 4, "s32": 4, "pred": 1}
+    parts = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    return sum(sizes[t] * math.prod(map(int, filter(None, n.split(",")))) for t, n in parts)
+
+
+def start(hosts: int) -> float:
+    """Seconds from the processes' start to the end of a first step, compilation cached."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
+        line += ["--config.train.total_steps=1", "--config.train.sample_steps=0"]
+        line += ["--workdir", f"{folder}/run"]
+        if hosts > 1:
+            line += ["--num_processes", str(hosts), "--coordinator", f"127.0.0.1:{port}"]
+        began = time.perf_counter()
+        own = [[*line, "--process_id", str(i)] for i in range(hosts)]
+        quiet = {"stdout": subprocess.DEVNULL, "cwd": ROOT}
+        for process in [subprocess.Popen(command, **quiet) for command in own]:
+            if process.wait():
+                raise RuntimeError(f"{process.args} ended with {process.returncode}")
+        return time.perf_counter() - began
+
+
+def measured() -> dict[str, Any]:
+    """What this machine can tell."""
+    sent = {mode: exchanged(mode) for mode in parallel.LAYOUTS}
+    start(1)  # fills the compilation cache, where there is one
+    return {
+        "devices": jax.device_count(),
+        "bytes sent a step, per parameter": sent,
+        "start to first step, s": {str(n): start(n) for n in (1, 2, 4)},
+    }
+
+
+def plan(known: dict, restart: dict, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a model, layout and number of hosts."""
+    disk = restart["87M"]["megabytes"] * 1e6
+    write, read = (disk / restart["87M"][n] for n in ("complete", "restored"))
+    rows = []
+    for name, count in PARAMETERS.items():
+        for mode, hosts in ((m, h) for m in parallel.LAYOUTS for h in HOSTS):
+            tokens = args.tokens * hosts * CHIPS
+            work = 6 * count * args.tokens / (args.peak * args.share)
+            sent = sum(known["bytes sent a step, per parameter"][mode].values()) * count
+            step = max(work, sent / args.links) if hosts * CHIPS > 1 else work
+            writers = hosts if mode == "fsdp" else 1
+            size = 16.0 * count
+            began = max(known["start to first step, s"].values())
+            compiled = restart["87M"]["compile, warm"]
+            rows.append(
+                {
+                    "model": name,
+                    "layout": mode,
+                    "hosts": hosts,
+                    "tokens/s": tokens / step,
+                    "efficiency": work / step,
+                    "checkpoint, GB": size / 1e9,
+                    "save, s": size / write / writers,
+                    "restart, s": began + compiled + size / read / writers,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Prints the table, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--peak", type=float, default=459e12, help="operations/s, a chip")
+    parser.add_argument("--links", type=float, default=600e9, help="bytes/s, a chip")
+    parser.add_argument("--share", type=float, default=0.5, help="of the peak, reached")
+    parser.add_argument("--tokens", type=int, default=4096, help="a chip and step")
+    parser.add_argument("--out", default="docs/plan.json")
+    args = parser.parse_args()
+    out = Path(args.out)
+    known = measured() if args.measure else json.loads(out.read_text())["measured"]
+    restart = json.loads((ROOT / "docs" / "restart.json").read_text())
+    rows = plan(known, restart, args)
+    told = {n: getattr(args, n) for n in ("peak", "links", "share", "tokens")}
+    record = {"measured": known, "told": told, "rows": rows}
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(known, indent=1))
+    print("| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|", sep="\n")
+    for row in rows:
+        cells = [v if isinstance(v, str) else f"{v:.3g}" for v in row.values()]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
