@@ -60,7 +60,9 @@ def _bytes(shape: str) -> float:
     """Of an HLO shape, or a tuple of them."""
     sizes = {"f32": 4, "bf16": 2, "u32": 4, "s32": 4, "pred": 1}
     parts = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(sizes[t] * math.prod(map(int, filter(None, n.split(",")))) for t, n in parts)
+    return sum(
+        sizes[t] * math.prod(map(int, filter(None, n.split(",")))) for t, n in parts
+    )
 
 
 def start(hosts: int) -> float:
@@ -73,7 +75,12 @@ def start(hosts: int) -> float:
         line += ["--config.train.total_steps=1", "--config.train.sample_steps=0"]
         line += ["--workdir", f"{folder}/run"]
         if hosts > 1:
-            line += ["--num_processes", str(hosts), "--coordinator", f"127.0.0.1:{port}"]
+            line += [
+                "--num_processes",
+                str(hosts),
+                "--coordinator",
+                f"127.0.0.1:{port}",
+            ]
         began = time.perf_counter()
         own = [[*line, "--process_id", str(i)] for i in range(hosts)]
         quiet = {"stdout": subprocess.DEVNULL, "cwd": ROOT}
@@ -128,7 +135,9 @@ def main() -> None:
     """Prints the table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--peak", type=float, default=459e12, help="operations/s, a chip")
+    parser.add_argument(
+        "--peak", type=float, default=459e12, help="operations/s, a chip"
+    )
     parser.add_argument("--links", type=float, default=600e9, help="bytes/s, a chip")
     parser.add_argument("--share", type=float, default=0.5, help="of the peak, reached")
     parser.add_argument("--tokens", type=int, default=4096, help="a chip and step")

@@ -207,8 +207,9 @@ def keep_compilations() -> None:
     with contextlib.suppress(OSError):  # no such file but on Linux
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
         kind = next((line for line in lines if line.startswith(b"flags")), b"")
-    folder = Path.home() / ".cache" / "dlm_jax" / f"{zlib.crc32(kind):08x}"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    with contextlib.suppress(RuntimeError):  # who runs it has no home
+        folder = Path.home() / ".cache" / "dlm_jax" / f"{zlib.crc32(kind):08x}"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 
 

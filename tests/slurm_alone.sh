@@ -50,7 +50,7 @@ done
 sinfo
 
 run=$folder/run
-JAX_NUM_CPU_DEVICES=1 job=$(JAX_NUM_CPU_DEVICES=1 sbatch --parsable --nodes=1 --ntasks=2 \
+job=$(JAX_NUM_CPU_DEVICES=1 sbatch --parsable --nodes=1 --ntasks=2 \
   --output="$folder/out" launch/slurm.sh --config configs/smoke.py --workdir "$run" \
   --config.train.total_steps=600 --config.train.ckpt_steps=100 --config.train.batch=16 \
   --config.optim.decay=constant --config.train.valid_steps=0 --config.train.sample_steps=0)
