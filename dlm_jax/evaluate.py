@@ -19,8 +19,6 @@ from dlm_jax.generate import Bundle
 from dlm_jax.likelihood import Summary
 from dlm_jax.types import PAD, START, UserError
 
-SHARED = 0.9  # share of the words that a teacher and a run have in common
-
 
 class Reference(NamedTuple):
     """What samples are measured against. held_out: texts for the measures alone."""
@@ -186,7 +184,9 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
 
 def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
-    teacher = load_teacher("config.evaluate.teacher", config.evaluate.teacher, bundle)
+    teacher = generate.load_teacher(
+        "config.evaluate.teacher", config.evaluate.teacher, bundle
+    )
     train = data.load_texts(config.data, "train")
     held_out = data.load_texts(config.data, "valid")
     half = len(held_out) // 2
@@ -194,23 +194,6 @@ def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     grammatical = config.data.source == "grammar"
     reference = Reference(frozenset(train), seen, held_out[half:], teacher, grammatical)
     return reference, held_out[:half]
-
-
-def load_teacher(name: str, workdir: str, bundle: Bundle) -> Bundle | None:
-    """The teacher of that option, if it knows the very words and lengths of the run."""
-    if not workdir:
-        return None
-    teacher, flag = generate.load(workdir), f"{name}={workdir}"
-    if not teacher.cfg.causal:
-        raise UserError(f"{flag}: not of objective 'ar'")
-    mine, its = (set(b.tokenizer.tokens()) for b in (bundle, teacher))
-    if len(mine & its) < SHARED * len(mine | its) or teacher.length < bundle.length:
-        raise UserError(
-            f"{flag}: trained on other text, or shorter ({len(mine & its)} of "
-            f"{len(mine | its)} words shared, length {teacher.length} for "
-            f"{bundle.length}); train one on this run's data"
-        )
-    return teacher
 
 
 def _check(options: Any, bundle: Bundle) -> None:

@@ -441,6 +441,26 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     return from_parts(cfg, found.pop("params"), tok, config, step=step, **found)
 
 
+SHARED = 0.9  # share of the words that a teacher and a run have in common
+
+
+def load_teacher(name: str, workdir: str, bundle: Bundle) -> Bundle | None:
+    """The teacher of that option, if it knows the very words and lengths of the run."""
+    if not workdir:
+        return None
+    teacher, flag = load(workdir), f"{name}={workdir}"
+    if not teacher.cfg.causal:
+        raise UserError(f"{flag}: not of objective 'ar'")
+    mine, its = (set(b.tokenizer.tokens()) for b in (bundle, teacher))
+    if len(mine & its) < SHARED * len(mine | its) or teacher.length < bundle.length:
+        raise UserError(
+            f"{flag}: trained on other text, or shorter ({len(mine & its)} of "
+            f"{len(mine | its)} words shared, length {teacher.length} for "
+            f"{bundle.length}); train one on this run's data"
+        )
+    return teacher
+
+
 def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
     """(network, schedule, shapes of Params) that a resolved config describes."""
     try:

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax import checkpoint, evaluate, measures, parallel, steering
+from dlm_jax import checkpoint, generate, measures, parallel, steering
 from dlm_jax.generate import Bundle
 from dlm_jax.labels import Fields, Spans
 from dlm_jax.steering import Plan, Wishes
@@ -273,7 +273,7 @@ def run(bundle: Bundle, workdir: str) -> list[dict]:
     options = config.control
     names = ["unguided", *TASKS] if options.task == "all" else [options.task]
     bundle = _equipped(bundle, options, names)
-    teacher = evaluate.load_teacher("config.control.teacher", options.teacher, bundle)
+    teacher = generate.load_teacher("config.control.teacher", options.teacher, bundle)
     pairs, rows = [(name, calls) for name in names for calls in options.calls], []
     main = parallel.hosts()[0] == 0  # all hosts draw and score, the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
