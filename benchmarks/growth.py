@@ -16,7 +16,7 @@ import numpy as np
 from alternate import Case, Contender
 from matplotlib.figure import Figure
 
-BASE = Case("configs/e2e_small.py:faithful", batch=16)
+BASE = Case("configs/e2e_small.py:faithful", batch=16, steps=5)
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (1, 4, 16, 64, 256, 512),
     "length": (64, 128, 256, 512),
@@ -24,7 +24,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "steps": (20, 200, 2000),
     "devices": (1, 2, 8),
 }
-JOBS = {"training step": "train", "20 reverse steps, clamp": "chain"}
+JOBS = {"training step": "train", "5 reverse steps, clamp": "chain"}
 
 
 def measured(axis: str, size: int, job: str, args: Any) -> dict[str, float]:
