@@ -88,7 +88,7 @@ def _start(config, workdir, processes=1, devices=1, mode="train", workdirs=()):
 def _finish(hosts, status=0):
     """What each host printed, once all have ended with that status."""
     try:
-        ends = [host.communicate(timeout=240) for host in hosts]
+        ends = [host.communicate(timeout=480) for host in hosts]
     finally:
         for host in hosts:
             host.kill()
