@@ -143,6 +143,7 @@ def main(argv: list[str]) -> None:
     from dlm_jax import checkpoint, parallel
     from dlm_jax.types import Stopped, UserError
 
+    sys.unraisablehook = _unraisable
     try:
         if len(argv) > 1:
             raise UserError(f"{argv[1]}: not a flag; see --help")
@@ -168,6 +169,12 @@ def main(argv: list[str]) -> None:
             line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
             _fail(line, leave=parallel.leave)
         raise
+
+
+def _unraisable(found: Any) -> None:
+    """Threads that still read a damaged file say that nobody waits for them: silence."""
+    if "Event loop is closed" not in str(found.exc_value):
+        sys.__unraisablehook__(found)
 
 
 def _fail(error: object, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
