@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,8 +181,8 @@ def machine() -> dict[str, Any]:
     versions = {}
     for name in ("jax", "jaxlib", "flax", "optax", "torch", "transformers"):
         try:
-            versions[name] = importlib.import_module("importlib.metadata").version(name)
-        except ModuleNotFoundError:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
     return {
         "processor": names[0] if names else platform.processor(),

@@ -212,7 +212,7 @@ class Bundle:
         """
         _positive("n", n)
         tok = self.tokenizer
-        asked = {n: options.pop(n) for n in steering.WISHES if n in options}
+        asked = {name: options.pop(name) for name in steering.WISHES if name in options}
         placed = template is not None or asked.keys() & steering.PLACED
         if placed and self.config["data"].get("mode") == "block":
             raise UserError(

@@ -71,6 +71,24 @@ def test_known_tokens_come_back_exactly(bundle, solver, noised):
     )
 
 
+def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
+    """Else the reading that is not told would see the known tokens, clean."""
+    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
+    table, x = bundle.ema.table, np.zeros((6, LENGTH, 8), "f")
+    keys = samplers.keys_of(jax.random.key(0), 6)
+    times = samplers.Times(*map(np.float32, (0.6, 0.5, 0.4)))
+    clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
+    for scale in (1.0, 2.0):
+        rest = (table, bundle.schedule, wishes, {}, Plan(scale=scale))
+        step = steering.step(lambda keys, state, times: state, *rest)
+        state = step(keys, samplers.State(x, x), times)
+        np.testing.assert_array_equal(state.x0_hat[wishes.known], clean)
+        seen[scale] = np.abs(state.x_t[wishes.known] - clean).mean()
+    assert seen[1.0] == 0
+    assert seen[2.0] > 0.1
+
+
 def test_nothing_wished_or_no_strength_changes_nothing(bundle):
     free = bundle.draw(5, seed=3)
     asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
