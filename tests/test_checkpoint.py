@@ -19,7 +19,7 @@ import pytest
 
 import dlm_jax
 from configs import smoke
-from dlm_jax import checkpoint, train
+from dlm_jax import checkpoint, main, train
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -331,6 +331,32 @@ def test_nothing_is_set_aside_where_nothing_else_is_left(texts, tmp_path):
     call = functools.partial(train.run, _config(texts), allow_fallback=True)
     _fails("checkpoints/1: damaged", call, str(tmp_path))
     assert _digest(tmp_path) == before
+
+
+def test_in_a_bucket_a_step_is_complete_when_orbax_says_so(tmp_path, monkeypatch):
+    """There a save writes into its last place from the start."""
+    for step in (2, 4):
+        (tmp_path / str(step)).mkdir()
+    (tmp_path / "2" / "commit_success.txt").write_text("")
+
+    class Bucket:
+        is_dir, iterdir = tmp_path.is_dir, tmp_path.iterdir
+
+        def __str__(self):
+            return "gs://bucket/run/checkpoints"
+
+    monkeypatch.setattr(checkpoint, "folder", lambda workdir: Bucket())
+    assert checkpoint.steps("gs://bucket/run") == [2]
+    assert checkpoint.latest("gs://bucket/run") == 2
+
+
+@pytest.mark.parametrize("mode", main.LOCAL)
+def test_modes_that_write_to_disks_say_so_of_a_bucket(mode):
+    command = [sys.executable, "-m", "dlm_jax.main", "--workdir", "gs://bucket/run"]
+    command += ["--config", "configs/smoke.py", "--mode", mode]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --mode {mode} writes to a disk")
 
 
 def _no_room():
