@@ -14,6 +14,7 @@ on those: work and exchange overlap, and the slower one is the step.
 import argparse
 import json
 import math
+import os
 import re
 import socket
 import subprocess
@@ -83,7 +84,8 @@ def start(hosts: int) -> float:
             ]
         began = time.perf_counter()
         own = [[*line, "--process_id", str(i)] for i in range(hosts)]
-        quiet = {"stdout": subprocess.DEVNULL, "cwd": ROOT}
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        quiet = {"stdout": subprocess.DEVNULL, "cwd": ROOT, "env": env}
         for process in [subprocess.Popen(command, **quiet) for command in own]:
             if process.wait():
                 raise RuntimeError(f"{process.args} ended with {process.returncode}")
