@@ -21,6 +21,13 @@ import pytest  # noqa: E402
 from jax.extend.core import jaxprs_in_params  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module():
+    """A worker that keeps them all meets the kernel's limit on a process's mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """Arrays of the published code's own modules on a tiny network; see README.md."""
