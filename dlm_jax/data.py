@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
+from ml_collections import ConfigDict
 
 from dlm_jax import grammar, records
 from dlm_jax.tokenizer import TRAINERS, Tokenizer
@@ -79,12 +80,17 @@ def _grammar(cfg: Any, split: str) -> list[str]:
     return grammar.sample(cfg.seed + VALID_SEED, cfg.valid_size)
 
 
-def _file(read: Callable[[Path, Any], list], cfg: Any, split: str) -> list:
-    """Texts of `path`, validation from `valid_path` or held out of `path`."""
-    if cfg.valid_path:
-        path = cfg.path if split == "train" else cfg.valid_path
-        return read(_existing(path, "path" if split == "train" else "valid_path"), cfg)
-    return _hold_out(read(_existing(cfg.path, "path"), cfg), cfg, split)
+def _file(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
+    """What is read of `path`; validation from `valid_path` or held out of `path`."""
+    path = _path(cfg, split)
+    found = _non_empty(list(read(path, cfg)), str(path))
+    return found if cfg.valid_path else _hold_out(found, cfg, split)
+
+
+def _path(cfg: Any, split: str) -> Path:
+    """The file that holds a split."""
+    name = "valid_path" if split == "valid" and cfg.valid_path else "path"
+    return _existing(cfg[name], name)
 
 
 def _e2e(cfg: Any, split: str) -> list[str]:
@@ -136,21 +142,11 @@ def _existing(path: str, flag: str) -> Path:
     return Path(path)
 
 
-def _read(path: Path) -> str:
-    """The whole file; UserError naming the line that is not UTF-8."""
-    try:
-        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return _decode(raw, path, 1)
-
-
 def _decode(raw: bytes, path: Path, line: int) -> str:
-    """The text that begins in that line of the file."""
+    """The text of that line of the file."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
         raise UserError(
             f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}): "
             "convert the file to UTF-8"
@@ -158,7 +154,14 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, stripped, with their numbers from 1; never all."""
+    """The lines that are not blank, stripped, with their numbers from 1."""
+    for number, line in enumerate(_raw_lines(path), 1):
+        if stripped := line.strip():
+            yield number, stripped
+
+
+def _raw_lines(path: Path) -> Iterator[str]:
+    """One after the other, never all; UserError naming the one that is not UTF-8."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -166,43 +169,40 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with file:
         for number, raw in enumerate(file, 1):
             raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            if stripped := _decode(raw, path, number).strip():
-                yield number, stripped
+            yield _decode(raw, path, number)
 
 
 def stream(cfg: Any, split: str) -> Iterator[str]:
-    """`load_texts`, one after the other where the source is a file of lines."""
-    if cfg.source != "text":
+    """`load_texts`, one after the other where the source is a file of texts."""
+    if cfg.source not in FILES:
         yield from load_texts(cfg, split)
         return
-    path, which = _lines_of(cfg, split)
-    yield from islice((line for _, line in _lines(path)), *which)
+    path, read = _path(cfg, split), FILES[cfg.source]
+    yield from islice(read(path, cfg), *_part_of(path, cfg, split))
 
 
 def count(cfg: Any, split: str) -> int:
     """How many texts `stream` gives."""
-    if cfg.source != "text":
+    if cfg.source not in FILES:
         return len(load_texts(cfg, split))
-    first, last = _lines_of(cfg, split)[1]
+    first, last = _part_of(_path(cfg, split), cfg, split)
     return last - first
 
 
-def _lines_of(cfg: Any, split: str) -> tuple[Path, tuple[int, int]]:
-    """The file of a split, and which of its lines that are not blank."""
-    name = "valid_path" if split == "valid" and cfg.valid_path else "path"
-    path = _existing(cfg[name], name)
-    texts = _count(path, path.stat().st_mtime_ns)
-    return path, (0, texts) if cfg.valid_path else part(texts, cfg, split)
+def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
+    """(first, last) of a split's texts in its file."""
+    texts = _count(path, cfg.source, cfg.column, path.stat().st_mtime_ns)
+    return (0, texts) if cfg.valid_path else part(texts, cfg, split)
 
 
 @lru_cache(maxsize=4)
-def _count(path: Path, changed: int) -> int:
-    """The lines that are not blank, as long as the file does not change."""
-    return sum(1 for _ in _lines(path))
+def _count(path: Path, source: str, column: str, changed: int) -> int:
+    """The texts of a file, as long as it does not change."""
+    return sum(1 for _ in FILES[source](path, ConfigDict({"column": column})))
 
 
-def _read_text(path: Path, cfg: Any) -> list[str]:
-    return _non_empty([line for _, line in _lines(path)], str(path))
+def _read_text(path: Path, cfg: Any) -> Iterator[str]:
+    return (line for _, line in _lines(path))
 
 
 def _read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
@@ -217,7 +217,7 @@ def _read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
         told = (part.partition(":") for part in record.split("|"))
         fields = {field.strip(): value.strip() for field, _, value in told}
         found.append((text.strip(), fields))
-    return _non_empty(found, str(path))
+    return found
 
 
 def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
@@ -237,15 +237,15 @@ def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
                         "text needs a label"
                     )
                 pairs.append((text, label))
-        return _non_empty(pairs, str(path))
+        return pairs
 
     pairs = _file(read, cfg, split)
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
-def _read_records(records: Callable, path: Path, cfg: Any) -> list[str]:
-    texts = [_cell(record, cfg.column, where) for where, record in records(path)]
-    return _non_empty([text for text in texts if text], str(path))
+def _read_records(records: Callable, path: Path, cfg: Any) -> Iterator[str]:
+    texts = (_cell(record, cfg.column, where) for where, record in records(path))
+    return (text for text in texts if text)
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -264,7 +264,8 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of each row."""
-    rows = csv.DictReader(io.StringIO(_read(path), newline=""))
+    pieces = chain.from_iterable(io.StringIO(x, newline="") for x in _raw_lines(path))
+    rows = csv.DictReader(pieces)
     try:
         for row in rows:
             yield f"{path} line {rows.line_num}", row
@@ -381,12 +382,15 @@ def _prepared_ids(cfg: Any, split: str) -> list[str]:
     return records.texts(cfg.path, split)
 
 
+FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
+    "text": _read_text,
+    "csv": partial(_read_records, _csv_records),
+    "jsonl": partial(_read_records, _jsonl_records),
+}
 SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,
-    "text": partial(_file, _read_text),
     "e2e": _e2e,
-    "csv": partial(_file, partial(_read_records, _csv_records)),
-    "jsonl": partial(_file, partial(_read_records, _jsonl_records)),
+    **{name: partial(_file, read) for name, read in FILES.items()},
     "tfds": _tfds,
     "prepared": _prepared_ids,
 }

@@ -161,13 +161,15 @@ def main(argv: list[str]) -> None:
         sys.exit(RESTART)
     except Exception as error:
         if reason := parallel.lost(error):
+            with contextlib.suppress(Exception):  # who kept what they know is lost
+                parallel.hear()
             print(f"another host is lost ({reason}): start all again", file=sys.stderr)
             parallel.leave(RESTART)
         if isinstance(error, UserError):
-            _fail(error, leave=parallel.leave)
+            _fail(error, parallel.fail)
         if isinstance(error, OSError):
             line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
-            _fail(line, leave=parallel.leave)
+            _fail(line, parallel.fail)
         raise
 
 
@@ -177,12 +179,14 @@ def _unraisable(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
-def _fail(error: object, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+def _fail(error: object, end: Callable[[str], NoReturn] | None = None) -> NoReturn:
     """One line, and the end with status 2."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.stderr = io.StringIO()  # threads that still read a damaged file stay silent
-    leave(2)
+    if end is not None:
+        end(line)
+    sys.exit(2)
 
 
 def parse(argv: list[str]) -> list[str]:

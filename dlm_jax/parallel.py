@@ -6,18 +6,21 @@ no leading device axis). `fsdp`: parameters, average and optimiser state are spl
 all devices by jit. Sampling and evaluation split their rows in both (`spread`).
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,6 +30,8 @@ AXIS = "data"
 SMALL = 2**12  # elements of a leaf that is not worth splitting
 # seconds that hosts wait for: a sign of life, each other's start, each other's end
 HEARTBEAT, START, END = 30, 300, 60
+MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # what a host tells; seconds between questions
+ENDING = threading.Lock()
 
 
 # --- hosts
@@ -57,6 +62,47 @@ def start(coordinator: str, processes: int, process: int) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"--coordinator={coordinator}" if coordinator else "this cluster"
         raise UserError(f"{where}: {error}") from error
+    threading.Thread(target=_listen, daemon=True).start()
+
+
+def _store() -> Any:
+    """What hosts know together; JAX has no public name for it."""
+    return distributed.global_state.client
+
+
+def fail(line: str) -> NoReturn:
+    """Ends all hosts, status 2: to start the others again would be no help."""
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(Exception):  # another was first, or all are gone
+            _store().key_value_set(MISTAKE, f"process {jax.process_index()}: {line}")
+            time.sleep(2 * EVERY)
+    leave(2)
+
+
+def hear() -> None:
+    """Ends this host, status 2, if another has told what their user must mend.
+
+    The first one last: it keeps what they know.
+    """
+    try:
+        line = _store().key_value_try_get(MISTAKE)
+    except Exception as error:
+        if "NOT_FOUND" in str(error):
+            return
+        raise
+    if line.startswith(f"process {jax.process_index()}:"):
+        return
+    with ENDING:
+        print(f"error: {line}", file=sys.__stderr__)  # sys.stderr may be set aside
+        time.sleep(0 if jax.process_index() else 3 * EVERY)
+        leave(2)
+
+
+def _listen() -> None:
+    with contextlib.suppress(Exception):  # until the hosts part
+        while True:
+            time.sleep(EVERY)
+            hear()
 
 
 def in_cluster(env: Any) -> bool:

@@ -152,7 +152,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"source": "xml"}, "config.data.source='xml': .*grammar, text, e2e"),
+        ({"source": "xml"}, "config.data.source='xml': .*grammar, e2e, text"),
         ({"path": ""}, "config.data.path is empty"),
         ({"path": "nowhere.txt"}, r"nowhere.txt does not exist: set config.data.path"),
         ({"path": "."}, "is a folder: set config.data.path"),

@@ -229,16 +229,34 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+def _both_say(what, erring, hosts):
+    """Both end with status 2, which nothing starts again, and with the line of one."""
+    for host in hosts:
+        _, said = host.communicate(timeout=240)
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, said
+        assert what in lines[0]
+        by_other = f"error: process {erring}: " in lines[0]
+        assert by_other == (host is not hosts[erring]), said
+        assert host.returncode == 2, said
+
+
+@pytest.mark.parametrize("erring", [0, 1])
+def test_the_mistake_of_one_host_ends_all(tmp_path, erring):
+    """A file that one of them cannot write stands where its metrics go."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    taken = tmp_path / "taken"
+    taken.write_text("a file, not a folder")
+    folders[erring] = taken
+    hosts = _start(_config(tmp_path), "", 2, workdirs=folders)
+    _both_say("taken", erring, hosts)
+
+
 def test_hosts_with_a_folder_each_are_told(tmp_path):
     """A disk of one's own, empty or with another's steps, is no run's folder."""
     config, folders = _config(tmp_path), (tmp_path / "a", tmp_path / "b")
     for what in ("does not see what the first host wrote", "does not see step 2"):
-        hosts = _start(config, "", 2, workdirs=folders)
-        _, said = hosts[1].communicate(timeout=240)
-        assert what in said, said
-        assert hosts[1].returncode == 2
-        hosts[0].communicate(timeout=240)
-        assert hosts[0].returncode not in (0, 2)
+        _both_say(what, 1, _start(config, "", 2, workdirs=folders))
         assert not checkpoint.steps(folders[1])
         one = _config(tmp_path, train__total_steps=2)
         _finish(_start(one, folders[0]))

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preparing: the rows of the text as it is trained on in memory."""
 
+import csv
+import itertools
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import prepare, records, train
+from dlm_jax import data, prepare, records, train
 from dlm_jax.types import UserError
 
 TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)]
@@ -13,10 +18,17 @@ TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)
 
 def _config(folder, **changes):
     (folder / "t.txt").write_text("\n\n".join(TEXTS))
+    (folder / "t.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
+    )
+    with (folder / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("label", "text"), *(("a\nb", t) for t in TEXTS)])
     config = smoke.get_config()
     options = {"data.source": "text", "data.path": str(folder / "t.txt")}
     options |= {"data.length": 12, "data.min_count": 2}
     options |= {name.replace("__", "."): value for name, value in changes.items()}
+    if options["data.source"] in ("csv", "jsonl"):
+        options["data.path"] = str(folder / f"t.{options['data.source']}")
     config.update_from_flattened_dict(options)
     return config
 
@@ -24,6 +36,8 @@ def _config(folder, **changes):
 KINDS = {
     "pad": {},
     "block": {"data__mode": "block"},
+    "csv": {"data__source": "csv"},
+    "jsonl": {"data__source": "jsonl"},
     "pieces": {
         "data__tokenizer": "sentencepiece",
         "data__vocab_size": 23,
@@ -46,6 +60,19 @@ def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
     assert found.tokenizer == whole.tokenizer
     for one, other in ((found.train, whole.train), (found.valid, whole.valid)):
         np.testing.assert_array_equal(one[: len(one)], other)
+
+
+@pytest.mark.parametrize("source", ["text", "csv", "jsonl"])
+def test_files_are_read_on_demand(source, tmp_path):
+    """A line that cannot be read is not met by who asks for the texts before it."""
+    cfg = _config(tmp_path, data__source=source).data
+    assert data.count(cfg, "train") == 92
+    with open(cfg.path, "ab") as file:
+        file.write(b"\n\xff\n")
+    texts = data.FILES[source](Path(cfg.path), cfg)
+    assert list(itertools.islice(texts, len(TEXTS))) == TEXTS
+    with pytest.raises(UserError, match="UTF-8"):
+        next(texts)
 
 
 def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
