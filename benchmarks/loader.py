@@ -150,6 +150,7 @@ def main() -> None:
     record = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(args.folder or folder)
+        scratch.mkdir(parents=True, exist_ok=True)
         if args.data:
             record["rates"] = rates(args.data, scratch, args.repeats)
         if args.gigabytes:

@@ -104,7 +104,7 @@ def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
     """
     if not cfg.valid_path and Path(cfg.path).is_dir():
         path = Path(cfg.path) / f"src1_{split}.txt"
-        pairs = _read_e2e(_existing(str(path), "path"), cfg)
+        pairs = _non_empty(_read_e2e(_existing(str(path), "path"), cfg), str(path))
     else:
         pairs = _file(_read_e2e, cfg, split)
     return [text for text, _ in pairs], [record for _, record in pairs]
@@ -191,12 +191,15 @@ def count(cfg: Any, split: str) -> int:
 
 def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
     """(first, last) of a split's texts in its file."""
-    texts = _count(path, cfg.source, cfg.column, path.stat().st_mtime_ns)
+    state = path.stat()
+    texts = _count(path, cfg.source, cfg.column, (state.st_mtime_ns, state.st_size))
+    if not texts:
+        _non_empty([], str(path))
     return (0, texts) if cfg.valid_path else part(texts, cfg, split)
 
 
 @lru_cache(maxsize=4)
-def _count(path: Path, source: str, column: str, changed: int) -> int:
+def _count(path: Path, source: str, column: str, state: tuple[int, int]) -> int:
     """The texts of a file, as long as it does not change."""
     return sum(1 for _ in FILES[source](path, ConfigDict({"column": column})))
 

@@ -73,17 +73,20 @@ def _store() -> Any:
 def fail(line: str) -> NoReturn:
     """Ends all hosts, status 2: to start the others again would be no help."""
     if jax.distributed.is_initialized():
+        text = line.encode("utf-8", "replace").decode()
         with contextlib.suppress(Exception):  # another was first, or all are gone
-            _store().key_value_set(MISTAKE, f"process {jax.process_index()}: {line}")
-            time.sleep(2 * EVERY)
+            _store().key_value_set(MISTAKE, f"process {jax.process_index()}: {text}")
+        _linger()
     leave(2)
 
 
-def hear() -> None:
-    """Ends this host, status 2, if another has told what their user must mend.
+def _linger() -> None:
+    """The first host ends last: it keeps what they know."""
+    time.sleep(0 if jax.process_index() else 2 * EVERY)
 
-    The first one last: it keeps what they know.
-    """
+
+def hear() -> None:
+    """Ends this host, status 2, if another has told what their user must mend."""
     try:
         line = _store().key_value_try_get(MISTAKE)
     except Exception as error:
@@ -93,15 +96,17 @@ def hear() -> None:
     if line.startswith(f"process {jax.process_index()}:"):
         return
     with ENDING:
-        print(f"error: {line}", file=sys.__stderr__)  # sys.stderr may be set aside
-        time.sleep(0 if jax.process_index() else 3 * EVERY)
-        leave(2)
+        try:
+            print(f"error: {line}", file=sys.__stderr__)  # sys.stderr may be set aside
+            _linger()
+        finally:
+            leave(2)
 
 
 def _listen() -> None:
-    with contextlib.suppress(Exception):  # until the hosts part
-        while True:
-            time.sleep(EVERY)
+    while _store() is not None:
+        time.sleep(EVERY)
+        with contextlib.suppress(Exception):
             hear()
 
 
@@ -129,11 +134,15 @@ def describe() -> str:
 
 
 def lost(error: BaseException | None) -> str:
-    """What it, or what it came of, tells of another host's end; else ""."""
-    signs = ("Gloo", "heartbeat", "coordination", "preempted", "UNAVAILABLE", "peer")
+    """What it, or what it came of, tells of another host's end; else "".
+
+    A user's mistake and a disk's names a file, whatever that is called.
+    """
+    signs = ("Gloo", "heartbeat", "oordination", "preempted", "UNAVAILABLE", "peer")
     while error is not None and jax.process_count() > 1:
-        if any(sign in str(error) for sign in signs):
-            return str(error).splitlines()[0][:200]
+        said = "" if isinstance(error, UserError | OSError) else str(error)
+        if any(sign in said for sign in signs):
+            return said.splitlines()[0][:200]
         error = error.__cause__
     return ""
 

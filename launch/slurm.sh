@@ -29,7 +29,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   arguments+=("--config.seed=$SLURM_ARRAY_TASK_ID")
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
-command=(srun --kill-on-bad-exit=1 .venv/bin/python -m dlm_jax.main "${arguments[@]}")
+# Tasks end each other, with one status; those that hang are killed after --wait seconds.
+command=(srun --kill-on-bad-exit=0 --wait=120 .venv/bin/python -m dlm_jax.main "${arguments[@]}")
 if [ -n "$dry" ]; then
   printf '%q ' "${command[@]}"
   echo

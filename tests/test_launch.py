@@ -263,7 +263,7 @@ def test_slurm_goes_back_into_the_queue(tmp_path):
     calls.unlink()
     command.insert(2, "--dry_run")
     done = subprocess.run(command, env=env, cwd=tmp_path, **kinds)
-    assert done.stdout.startswith("srun --kill-on-bad-exit=1")
+    assert done.stdout.startswith("srun --kill-on-bad-exit=0 --wait=120")
     assert not calls.exists()
 
 

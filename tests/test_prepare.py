@@ -103,6 +103,14 @@ def test_mistakes_are_one_line(tmp_path):
     _fails("length=16: .* prepared with 12", train.corpus_of, config)
     config.data.path = str(tmp_path)
     _fails("--mode prepare_data", train.corpus_of, config)
+    config = _config(tmp_path, data__source="jsonl", data__tokenizer="sentencepiece")
+    config.data.valid_path = config.data.path
+    (tmp_path / "none.jsonl").touch()
+    for name in ("path", "valid_path"):
+        config.data[name] = str(tmp_path / "none.jsonl")
+        _fails("none.jsonl holds no text", prepare.run, config, str(tmp_path / "e"))
+        config.data[name] = str(tmp_path / "t.jsonl")
+    assert not (tmp_path / "e").exists()
     config = _config(tmp_path, data__length=4)
     _fails("more than config.data.length=4", prepare.run, config, str(tmp_path / "r"))
     config = _config(tmp_path, data__length=4, data__too_long="drop")
