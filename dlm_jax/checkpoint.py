@@ -89,7 +89,8 @@ def manager(workdir: Where, *, keep: int) -> ocp.CheckpointManager:
 
 def _quiet() -> None:
     """Orbax logs some fifty lines a save; its errors reach us as exceptions."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def save(
