@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Slurm for real on this machine alone (Debian: slurmctld slurmd slurm-client munge), as
 # root: two tasks on the CPU train by launch/slurm.sh, the job is preempted by a SIGTERM,
-# goes back into the queue and ends the run.   bash tests/slurm_alone.sh
+# goes back into the queue and ends the run; one with a mistake in it does not.
+#   bash tests/slurm_alone.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 host=$(hostname -s)
 finish() {
   kill "${pids[@]}" 2>/dev/null || true
+  wait
   rm -rf "$folder"
 }
 pids=()
@@ -68,4 +70,12 @@ ls "$run/checkpoints"
 grep -q 'stopped by SIGTERM' "$folder/out"
 grep -q 'back into the queue' "$folder/out"
 test -d "$run/checkpoints/600"
-echo "preempted, requeued and ended"
+
+status=0
+JAX_NUM_CPU_DEVICES=1 sbatch --wait --nodes=1 --ntasks=2 --output="$folder/mistaken" \
+  launch/slurm.sh --config configs/smoke.py --workdir "$folder/mistaken_run" \
+  --config.data.source=text --config.data.path="$folder/none.txt" || status=$?
+cat "$folder/mistaken"
+test "$status" = 2
+! grep -q 'back into the queue' "$folder/mistaken" || exit 1
+echo "preempted, requeued and ended; a mistake is final"
