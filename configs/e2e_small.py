@@ -4,10 +4,10 @@
     python -m dlm_jax.main --config configs/e2e_small.py --workdir runs/e2e_small \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
-Two cores of an AMD EPYC, nothing else running, still in float32: 358 s. Held-out cross-entropy, nats per
-position of 64: 0.955 at step 200, 0.736 at 800, 0.702 at 1200, 0.693 at 1600. Of the last
-16 samples: "Loch Fyne is a family priced restaurant . It is located in the riverside .",
-"The Phoenix is a cheap restaurant called The Ranch ."
+Two cores of an AMD EPYC, nothing else running, still in float32: 358 s. Held-out
+cross-entropy, nats per position of 64: 0.955 at step 200, 0.736 at 800, 0.702 at 1200, 0.693
+at 1600. Of the last 16 samples: "Loch Fyne is a family priced restaurant . It is
+located in the riverside .", "The Phoenix is a cheap restaurant called The Ranch ."
 """
 
 from typing import Any
