@@ -63,6 +63,11 @@ class DenoiserConfig:
     remat: bool = False
 
     @property
+    def precision(self) -> tuple[str, str]:
+        """The precision of the trunk's products, and of what flows between them."""
+        return DTYPES[self.dtype]
+
+    @property
     def products(self) -> str:
         """The precision of the trunk's products."""
         return DTYPES[self.dtype][0]
@@ -95,24 +100,30 @@ def _uniform(fan_in: int) -> Callable:
 # the product of a matrix that lies by columns, as a transpose does.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def times(
-    a: Float[Array, "*s m k"], b: Float[Array, "*s k n"], dtype: str
+    a: Float[Array, "*s m k"],
+    b: Float[Array, "*s k n"],
+    dtype: str,
+    out: str = "float32",
 ) -> Float[Array, "*s m n"]:
-    """a b: multiplied in dtype, accumulated and returned in float32."""
-    return _dot(a.astype(dtype), b.astype(dtype), 1, 0)
+    """Computes a b: multiplied in dtype, accumulated in float32, returned in out."""
+    return _dot(a.astype(dtype), b.astype(dtype), 1, 0, out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def across(
-    a: Float[Array, "*s m k"], b: Float[Array, "*s n k"], dtype: str
+    a: Float[Array, "*s m k"],
+    b: Float[Array, "*s n k"],
+    dtype: str,
+    out: str = "float32",
 ) -> Float[Array, "*s m n"]:
-    """a b^T, likewise."""
-    return _dot(a.astype(dtype), b.astype(dtype), 1, 1)
+    """Computes a b^T, likewise."""
+    return _dot(a.astype(dtype), b.astype(dtype), 1, 1, out)
 
 
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    """Over these of the last two axes."""
+def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out: str = "float32") -> Array:
+    """Contracts these of the last two axes."""
     rest = tuple(range(a.ndim - 2))
     over = ((len(rest) + axis_a,), (len(rest) + axis_b,))
     return jax.lax.dot_general(
@@ -120,7 +131,7 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
         b,
         (over, (rest, rest)),
         precision="highest",
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.dtype(out),
     )
 
 
@@ -134,15 +145,17 @@ def _by_rows(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=constrained, default=lambda x: x)
 
 
-def _forward(axis_b: int, a: Array, b: Array, dtype: str) -> tuple:
+def _forward(axis_b: int, a: Array, b: Array, dtype: str, out: str) -> tuple:
     low = a.astype(dtype), b.astype(dtype)
-    return _dot(*low, 1, axis_b), (low, a[:0], b[:0])
+    return _dot(*low, 1, axis_b, out), (low, a[:0], b[:0])
 
 
-def _backward(axis_b: int, dtype: str, saved: tuple, g: Array) -> tuple[Array, Array]:
+def _backward(
+    axis_b: int, dtype: str, out: str, saved: tuple, g: Array
+) -> tuple[Array, Array]:
     (a, b), like_a, like_b = saved
     g = _by_rows(g.astype(dtype))
-    d_a = _dot(g, b, 1, 1 - axis_b)
+    d_a = _dot(g, b, 1, 1 - axis_b, out)
     d_b = _outer(g, a) if axis_b else _outer(a, g)
     return d_a.astype(like_a.dtype), d_b.astype(like_b.dtype)
 
@@ -159,10 +172,15 @@ across.defvjp(functools.partial(_forward, 1), functools.partial(_backward, 1))
 
 
 class Dense(nn.Module):
-    """x w + b over the last axis; zero: both start there, else as PyTorch's."""
+    """x w + b over the last axis; zero: both start there, else as PyTorch's.
+
+    stream: the precision that products are returned in; out: that of the result, the
+    input's if "".
+    """
 
     features: int
     dtype: str
+    stream: str = "float32"
     zero: bool = False
     out: str = ""
 
@@ -172,8 +190,8 @@ class Dense(nn.Module):
         init = nn.initializers.zeros if self.zero else _uniform(k)
         w = self.param("kernel", init, (k, self.features))
         b = self.param("bias", init, (self.features,))
-        y: Any = times(x.reshape(-1, k), w, self.dtype)
-        return (y + b).astype(out).reshape(*x.shape[:-1], self.features)
+        y: Any = times(x.reshape(-1, k), w, self.dtype, self.stream)
+        return (y + b.astype(y.dtype)).astype(out).reshape(*x.shape[:-1], self.features)
 
 
 class Dropout(nn.Module):
@@ -225,7 +243,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         cfg, (b, l, h) = self.cfg, x.shape
-        qkv = Dense(3 * h, cfg.products, name="qkv")(x)
+        qkv = Dense(3 * h, *cfg.precision, name="qkv")(x)
         heads = qkv.reshape(b, l, 3 * cfg.heads, -1).swapaxes(1, 2)
         q, k, v = jnp.split(heads, 3, 1)  # [b heads l k]
         if self.rotary:
@@ -240,9 +258,9 @@ class Attention(nn.Module):
                 scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
             weights = jax.nn.softmax(scores, -1)
             weights = Dropout(cfg.attention_dropout)(weights, deterministic)
-            mixed = times(weights, v, cfg.products)
+            mixed = times(weights, v, *cfg.precision)
         mixed = mixed.astype(x.dtype).swapaxes(1, 2).reshape(b, l, h)
-        return Dense(h, cfg.products, name="out")(mixed)
+        return Dense(h, *cfg.precision, name="out")(mixed)
 
 
 # backend: who computes attention there without its scores in memory
@@ -332,7 +350,7 @@ class AdaBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
         cfg, h = self.cfg, x.shape[-1]
-        six = Dense(6 * h, cfg.products, zero=True, name="modulation")(time)
+        six = Dense(6 * h, *cfg.precision, zero=True, name="modulation")(time)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = jnp.split(six, 6, -1)
         y = _bare_norm(cfg.stream)(x) * (1 + scale) + shift
         y = Attention(cfg, rotary=True, name="attention")(y, deterministic)
@@ -344,8 +362,8 @@ class AdaBlock(nn.Module):
 
 def _feed_forward(cfg: DenoiserConfig, phi: Callable) -> Callable[[Array], Array]:
     """up, GELU, down: modules of the block that calls it."""
-    up = Dense(cfg.ff, cfg.products, name="up")
-    down = Dense(cfg.width, cfg.products, out=cfg.stream, name="down")
+    up = Dense(cfg.ff, *cfg.precision, name="up")
+    down = Dense(cfg.width, *cfg.precision, out=cfg.stream, name="down")
     return lambda x: down(gelu(up(x.astype(cfg.products)), phi))
 
 
@@ -389,9 +407,9 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
         cfg, h, post = self.cfg, self.cfg.width, self.cfg.trunk == "post_ln"
-        x = Dense(h, cfg.products, name="in")(x.astype(cfg.stream))
+        x = Dense(h, *cfg.precision, name="in")(x.astype(cfg.stream))
         if post:
-            x = Dense(h, cfg.products, name="in_2")(jnp.tanh(x))
+            x = Dense(h, *cfg.precision, name="in_2")(jnp.tanh(x))
         table = self.param("positions", _positions(post), (cfg.positions, h))
         x = x + table[: x.shape[1]].astype(x.dtype)
         if post:
@@ -403,8 +421,8 @@ class Trunk(nn.Module):
         for i in range(cfg.layers):
             x = layer(block(cfg, name=f"layer_{i}"), x)
         if post:
-            return jnp.tanh(Dense(h, cfg.products, name="out")(x))
-        two = Dense(2 * h, cfg.products, zero=True, name="modulation")(time)
+            return jnp.tanh(Dense(h, *cfg.precision, name="out")(x))
+        two = Dense(2 * h, *cfg.precision, zero=True, name="modulation")(time)
         shift, scale = jnp.split(two, 2, -1)
         return _bare_norm(cfg.stream)(x) * (1 + scale) + shift
 
