@@ -6,16 +6,21 @@ within a round. A contender waits for its turn on its input, without using the m
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,19 +52,29 @@ class Case(NamedTuple):
 def settings(case: Case) -> Any:
     """The config of a case. Schedules do not adapt, every batch feeds its estimate back:
     so a step always does the same work."""
-    path, _, variant = case.config.partition(":")
-    spec = importlib.util.spec_from_file_location("config", HERE.parent / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant) if variant else module.get_config()
+    config = load_config(case.config)
     config.train.batch = case.batch or config.train.batch
     config.data.length = case.length or config.data.length
     config.model.positions = max(config.model.positions, config.data.length)
     config.schedule.adaptive = ""
     config.loss.self_cond = 1.0 if config.model.self_cond else 0.0
-    for pair in case.change:
+    return changed(config, case.change)
+
+
+def load_config(name: str) -> Any:
+    """The config of FILE[:variant], a path from the root of the repository."""
+    path, _, variant = name.partition(":")
+    spec = importlib.util.spec_from_file_location("config", HERE.parent / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def changed(config: Any, change: Iterable[str]) -> Any:
+    """The config with further keys set, as section.name=value."""
+    for pair in change:
         name, _, value = pair.partition("=")
         section, _, key = name.partition(".")
         kind = type(config[section][key])
@@ -93,8 +108,20 @@ def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> No
         for _ in range(int(line)):
             run()
         say({"seconds": (time.perf_counter() - began) / int(line)})
-    peak = resident("VmHWM") - spared
-    say({"peak_mb": peak, "imports_mb": imports - spared})
+    peak = {"peak_mb": resident("VmHWM") - spared, "imports_mb": imports - spared}
+    say(peak | {"device_mb": device_memory()})
+
+
+def device_memory() -> float | None:
+    """MB of an accelerator that this process used at most; None on a CPU.
+
+    A PyTorch peer keeps JAX on the CPU, so the two are never counted together.
+    """
+    torch, jax = (sys.modules.get(name) for name in ("torch", "jax"))
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    stats = jax.local_devices()[0].memory_stats() if jax else None
+    return stats["peak_bytes_in_use"] / 2**20 if stats else None
 
 
 def _imported(alone: str) -> float:
@@ -109,56 +136,165 @@ def say(record: dict) -> None:
     print("@" + json.dumps(record), flush=True)
 
 
-class Contender:
-    """A process that measures when asked."""
+class Ended(RuntimeError):
+    """A contender that ended before it had measured; its message is the reason."""
 
-    def __init__(self, script: str, case: Case, variant: str = "", **env: str):
+
+OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED|MemoryError", re.I)
+
+
+class Contender:
+    """A process that measures when asked; it starts at once and is ready at `started`.
+
+    seconds: it is killed when it is older than that. Raises Ended when it is gone.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        case: Case,
+        variant: str = "",
+        seconds: float | None = None,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / script), json.dumps(case), variant],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env={**os.environ, **FAIR, **env},
         )
-        self.started = self._heard()
+        self.limit = threading.Timer(seconds or threading.TIMEOUT_MAX, self._overdue)
+        self.limit.daemon, self.overdue = True, False
+        self.limit.start()
+
+    @functools.cached_property
+    def started(self) -> dict[str, float]:
+        """Waits until it is ready; seconds to build its work, and of the first run."""
+        return self._heard()
+
+    def ask(self, times: int = 1) -> float:
+        """Seconds of one run, the mean of so many."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{times}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise Ended(self._reason()) from error
+        return self._heard()["seconds"]
+
+    def close(self) -> dict[str, float]:
+        """Ends it; returns what it took at most of the host's and device's memory."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        found = self._heard()
+        self.process.wait()
+        self.limit.cancel()
+        return found
+
+    def kill(self) -> None:
+        """Ends it without a word."""
+        self.limit.cancel()
+        self.process.kill()
+        self.process.wait()
+
+    def _overdue(self) -> None:
+        self.overdue = True
+        self.process.kill()
 
     def _heard(self) -> dict[str, float]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
-        raise RuntimeError(f"{self.process.args} ended: {self.process.wait()}")
-
-    def ask(self, times: int = 1) -> float:
-        """Seconds of one run, the mean of so many."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{times}\n")
-        self.process.stdin.flush()
-        return self._heard()["seconds"]
-
-    def close(self) -> dict[str, float]:
-        """Its end, and what it took at most of the host's memory."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        found = self._heard()
         self.process.wait()
-        return found
+        raise Ended(self._reason())
+
+    def _reason(self) -> str:
+        if self.overdue:
+            return f"not done after {self.limit.interval:.0f} s"
+        self.errors.seek(0)
+        text = self.errors.read()
+        if OUT_OF_MEMORY.search(text):
+            return "out of memory"
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        errors = [
+            line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)
+        ]
+        last = (errors or lines or ["no word"])[-1]
+        return f"{last[:200]} (status {self.process.returncode})"
+
+
+Makers = dict[str, Callable[[], Contender]]
 
 
 def alternate(
-    contenders: dict[str, Callable[[], Contender]], repeats: int, seconds: float = 1.0
+    contenders: Makers, repeats: int, seconds: float = 1.0
 ) -> dict[str, dict[str, Any]]:
-    """All of them, round by round; a turn is as many runs as fill `seconds`."""
-    living = {name: make() for name, make in contenders.items()}
-    times = {n: max(1, round(seconds / c.ask())) for n, c in living.items()}
-    found: dict[str, list[float]] = {name: [] for name in living}
-    for _ in range(repeats):
-        for name, contender in living.items():
-            found[name].append(contender.ask(times[name]))
-    return {
-        name: {"all": found[name], **summary(found[name]), **c.started, **c.close()}
-        for name, c in living.items()
-    }
+    """Measures all, round by round; a turn is as many runs as fill `seconds`.
+
+    Raises Ended if one of them fails.
+    """
+    found = race(contenders, repeats, seconds)
+    for name, row in found.items():
+        if "error" in row:
+            raise Ended(f"{name}: {row['error']}")
+    return found
+
+
+def race(
+    contenders: Makers, repeats: int, seconds: float = 1.0, *, together: bool = False
+) -> dict[str, dict[str, Any]]:
+    """`alternate`, but a contender that fails has a row {"error": its reason}.
+
+    together: all start at the same time, which saves time where there are many cores;
+    the seconds of "build" and "first" are then those of a busy machine.
+    """
+    living: dict[str, Contender] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def each(work: Callable[[str], Any]) -> None:
+        for name in [n for n in contenders if n not in rows]:
+            try:
+                work(name)
+            except Ended as error:
+                rows[name] = {"error": str(error)}
+
+    def start(name: str) -> None:
+        living[name] = contenders[name]()
+        if not together:
+            _ = living[name].started
+
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        _ = living[name].started
+        counts[name] = max(1, round(seconds / living[name].ask()))
+
+    def measure(name: str) -> None:
+        times[name].append(living[name].ask(counts[name]))
+
+    def end(name: str) -> None:
+        rows[name] = {
+            "all": times[name],
+            **summary(times[name]),
+            **living[name].started,
+            **living[name].close(),
+        }
+
+    try:
+        each(start)
+        each(count)
+        for _ in range(repeats):
+            each(measure)
+        each(end)
+    finally:
+        for contender in living.values():
+            contender.kill()
+    return {name: rows[name] for name in contenders}
 
 
 def summary(values: list[float]) -> dict[str, float]:

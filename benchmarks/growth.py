@@ -36,7 +36,9 @@ def measured(axis: str, size: int, job: str, args: Any) -> dict[str, float]:
     else:
         case = case._replace(**{axis: size})
     rows = alternate.alternate(
-        {"ours": lambda: Contender("ours.py", case, **env)}, args.repeats, args.seconds
+        {"ours": lambda: Contender("ours.py", case, env=env)},
+        args.repeats,
+        args.seconds,
     )
     return rows["ours"]
 

@@ -180,7 +180,7 @@ def row(name: str, dtype: str, batch: int) -> dict[str, Any]:
     limits = peak(config, dtype)
     forward = operations(config, case.vocab)
     passes = 4 if config.model.self_cond else 3  # forward, backward, a first estimate
-    step = ours.Training(case)
+    step = ours.Training(config, case.vocab)
     seconds = best(step)
     chain = ours.chain(case._replace(job="chain", steps=10))
     reverse = best(chain, 3) / 10

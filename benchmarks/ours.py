@@ -17,10 +17,10 @@ CLASSES = 17
 TAGGER = {"width": 128, "layers": 2, "heads": 4, "ff": 512, "trunk": "adaln"}
 
 
-def ids_of(case: Case, config: Any) -> np.ndarray:
+def ids_of(config: Any, vocab: int) -> np.ndarray:
     """Random words [b l]; no data is read."""
     shape = (config.train.batch, config.data.length)
-    return np.random.default_rng(0).integers(4, case.vocab, shape, dtype=np.int32)
+    return np.random.default_rng(0).integers(4, vocab, shape, dtype=np.int32)
 
 
 def tagger_config(config: Any) -> DenoiserConfig:
@@ -38,15 +38,14 @@ def tagger_config(config: Any) -> DenoiserConfig:
 class Training:
     """A step of the run's own layout, on all devices; waits for its end."""
 
-    def __init__(self, case: Case):
-        config = alternate.settings(case)
+    def __init__(self, config: Any, vocab: int):
         recipe, self.key = train.recipe_of(config), jax.random.key(0)
         layout = parallel.LAYOUTS[config.parallel.mode]
-        init = partial(train.init_state, recipe=recipe, vocab=case.vocab)
+        init = partial(train.init_state, recipe=recipe, vocab=vocab)
         self.state = layout.begin(self.key, init)
         one = partial(train.train_step, recipe=recipe, axis=layout.axis)
         self.step: Any = layout.step(one, self.state)
-        self.rows = layout.rows(ids_of(case, config)[None])
+        self.rows = layout.rows(ids_of(config, vocab)[None])
 
     def __call__(self) -> None:
         self.state, metrics = self.step(self.key, self.state, self.rows)
@@ -63,7 +62,7 @@ def chain(case: Case) -> Callable[[], Any]:
     recipe = train.recipe_of(config)
     cfg, schedule = recipe.cfg, recipe.schedule
     params = model.init(jax.random.key(0), cfg, case.vocab)
-    ids = ids_of(case, config)
+    ids = ids_of(config, case.vocab)
     tagger, layout = (
         tagger_config(config),
         classifier.Layout("tags", ids.shape[1:], CLASSES),
@@ -91,7 +90,9 @@ def chain(case: Case) -> Callable[[], Any]:
 
 def make(case: Case, variant: str) -> Callable[[], Any]:
     """The work of a case."""
-    return Training(case) if case.job == "train" else chain(case)
+    if case.job == "train":
+        return Training(alternate.settings(case), case.vocab)
+    return chain(case)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def check(name: str, case: Case) -> bool:
     forward = limit.operations(config, case.vocab)
     passes = 4 if config.model.self_cond else 3
     work = {
-        "training step": (ours.Training(case), passes * forward),
+        "training step": (ours.Training(config, case.vocab), passes * forward),
         "10 reverse steps": (ours.chain(case._replace(job="chain")), 10 * forward),
     }
     for (what, (run, operations)), bound in zip(

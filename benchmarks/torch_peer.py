@@ -401,7 +401,7 @@ def trainer(
 
 
 def _compiled(function: Callable) -> Callable:
-    mode = "max-autotune" if device() == "cuda" else "default"
+    mode = "reduce-overhead" if device() == "cuda" else "default"  # CUDA graphs
     return torch.compile(function, mode=mode)
 
 
@@ -588,7 +588,7 @@ def make(case: Any, variant: str) -> Callable[[], Any]:
     assert not (recipe.cfg.self_cond and recipe.cfg.dropout)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = Model(recipe.cfg, case.vocab, recipe.schedule, plain=plain)
-    ids = torch.tensor(ours.ids_of(case, config), device=device()).long()
+    ids = torch.tensor(ours.ids_of(config, case.vocab), device=device()).long()
     if case.job == "train":
         of = {"objective": recipe.objective, "normalize": recipe.normalize}
         step = trainer(net, variant, optim=config.optim, **of)

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from dlm_jax.tokenizer import Tokenizer, from_dict
 from dlm_jax.types import PAD, UserError
@@ -36,6 +34,8 @@ class Rows:
         if missing:
             raise UserError(f"{missing[0]} is missing: prepare the data again")
         with _reading(folder):
+            from array_record.python import array_record_data_source
+
             self.source = array_record_data_source.ArrayRecordDataSource(paths)
             pages = len(self.source)
         if pages != -(-self.count // PAGE):
@@ -146,6 +146,8 @@ class Writer:
         if place == 0:
             if self.file:
                 self.file.close()
+            from array_record.python.array_record_module import ArrayRecordWriter
+
             path = str(_path(self.folder, self.split, number))
             self.file = ArrayRecordWriter(path, "group_size:1")
         raw = page.tobytes()

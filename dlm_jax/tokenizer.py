@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from jaxtyping import Int
 
 from dlm_jax.types import END, PAD, START, UNK, Array, UserError
@@ -65,7 +64,9 @@ class PieceTokenizer:
     model: bytes
 
     @cached_property
-    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+    def _processor(self) -> Any:
+        import sentencepiece
+
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
     @property
@@ -117,6 +118,8 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> PieceTokeni
     One thread and no shuffling: the same texts give the same bytes. Raises UserError
     if the texts are empty or do not allow for `vocab_size` pieces.
     """
+    import sentencepiece
+
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

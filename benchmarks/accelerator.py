@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything worth knowing about an accelerator, in the minutes that there are.
+
+    python benchmarks/accelerator.py --out FOLDER --minutes 9 --data FOLDER_OF_E2E
+    python benchmarks/accelerator.py --out FOLDER --rehearse     # tiny, on the CPU
+
+Four stages, each in a process and a time box of its own: what the machine can do
+(`machine`), whether it computes the right numbers (`right`), training and sampling
+beside PyTorch (`speed`), and a small model trained in what is left (`learn`). FOLDER gets
+a JSON file a stage, as soon as there is something to say, `log.txt`, and the model. What
+does not fit is skipped and named. Status 1 if a stage failed, 2 for a user's mistake.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+HERE = Path(__file__).parent
+# a stage's share of the time that is left when it starts; what it leaves goes on
+STAGES = {"machine": 0.1, "right": 0.18, "speed": 0.6, "learn": 1.0}
+LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 150}  # seconds; else skipped
+USES = {"speed": "machine", "learn": "speed"}  # whose record a stage is given
+GRACE = 10  # seconds between SIGTERM and SIGKILL
+WRONG = 3  # status of a stage whose results are wrong
+# what is compiled takes no time there, so compile quickly
+REHEARSAL = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def fail(line: str) -> NoReturn:
+    """Ends for a user's mistake."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def arguments() -> argparse.Namespace:
+    """The flags, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="a folder for the results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages")
+    parser.add_argument("--data", default="data/e2e", help="E2E's src1_*.txt")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--profile", action="store_true", help="save a step's trace")
+    args = parser.parse_args()
+    if not 0 < args.minutes <= 24 * 60:
+        fail(f"--minutes={args.minutes:g}: give a number of minutes over 0, up to 1440")
+    if not args.rehearse:
+        check_data(args)
+        check_device()
+    claim(Path(args.out), args.stages)
+    return args
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """E2E's files must be there before the first minute is spent."""
+    for name in ("src1_train.txt", "src1_valid.txt"):
+        if "learn" in args.stages and not (Path(args.data) / name).is_file():
+            fail(
+                f"--data={args.data}: no {name} there; name the folder of the E2E data, "
+                "or leave out learning: --stages machine right speed"
+            )
+
+
+def check_device() -> None:
+    """Asks JAX in a process of its own, which leaves the device free."""
+    ask = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    backend = done.stdout.strip()
+    if done.returncode or backend == "cpu":
+        lines = done.stderr.strip().splitlines() or ["JAX sees the CPU alone"]
+        fail(f"no accelerator ({lines[-1][:150]}); on the CPU: --rehearse")
+
+
+def claim(out: Path, stages: list[str]) -> None:
+    """Makes the folder; results that lie there are never replaced."""
+    there = [name for name in stages if (out / f"{name}.json").exists()]
+    if there:
+        fail(f"--out={out}: holds results of {', '.join(there)}; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.txt").touch()
+    except OSError as error:
+        fail(f"--out={out}: {error.strerror}; choose another folder")
+
+
+def toy_data(folder: Path) -> str:
+    """Files in E2E's format for a rehearsal; they are our own sentences."""
+    folder.mkdir(exist_ok=True)
+    names, foods = ("Aromi", "Zizzi", "The Mill", "Cotto"), ("Thai", "French", "Indian")
+    areas, prices = ("city centre", "riverside"), ("cheap", "moderate", "high")
+    lines = [
+        f"name : {n} | food : {f} | area : {a}||{n} serves {f} food at {p} prices in "
+        f"the {a} ."
+        for n in names
+        for f in foods
+        for a in areas
+        for p in prices
+    ]
+    for split, part in (("train", lines), ("valid", lines[::2])):
+        (folder / f"src1_{split}.txt").write_text("\n".join(part) + "\n")
+    return str(folder)
+
+
+def start(
+    stage: str, args: argparse.Namespace, seconds: float, cache: str
+) -> dict[str, Any]:
+    """Runs a stage in its box; its state, and the first line of an error.
+
+    cache: a folder for what is compiled, so that no stage compiles a program again.
+    """
+    out = Path(args.out)
+    flags = [f"--{name}" for name in ("rehearse", "profile") if getattr(args, name)]
+    command = [sys.executable, __file__, "--stage", stage, str(out), str(seconds)]
+    env = {**os.environ, **(REHEARSAL if args.rehearse else {})}
+    env["JAX_COMPILATION_CACHE_DIR"] = cache
+    began = time.monotonic()
+    with (out / "log.txt").open("a") as log:
+        process = subprocess.Popen(
+            [*command, args.data, *flags],
+            stdout=log,
+            stderr=log,
+            env=env,
+            start_new_session=True,  # with what it starts, so that all can be ended
+        )
+        try:
+            status: int | None = process.wait(seconds + 5)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end(process)
+    error = "" if status == 0 else f"ended with status {status}"
+    if status is None:
+        error = f"stopped after {seconds:.0f} s"
+    note = out / f"{stage}.error"
+    if note.exists():
+        error = note.read_text().strip()
+        note.unlink()
+    took = time.monotonic() - began
+    return {"seconds": took, "error": error, "wrong": status == WRONG}
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a stage and all that it started."""
+    for number, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        if number == signal.SIGTERM and process.poll() is not None:
+            wait = 1
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
+    """The stage's own process; an error's first line goes beside its results."""
+    began = time.monotonic()
+    sys.path.insert(0, str(HERE.parent))
+    from stages import Job, Wrong
+
+    module = importlib.import_module(f"stages.{stage}")
+    job = Job(
+        Path(out) / f"{stage}.json",
+        float(seconds),
+        began,
+        data,
+        "--rehearse" in flags,
+        "--profile" in flags,
+    )
+    before = USES.get(stage)
+    given = [read(Path(out), before)] if before else []
+    try:
+        module.run(job, *given)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        name = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "
+        job.path.with_suffix(".error").write_text(f"{name}{first}"[:300])
+        if isinstance(error, Wrong):
+            sys.exit(WRONG)
+        raise
+
+
+def read(out: Path, stage: str) -> dict[str, Any]:
+    """What a stage has reported; {} if nothing."""
+    path = out / f"{stage}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def show(out: Path, states: dict[str, dict[str, Any]]) -> None:
+    """The tables of all stages."""
+    for stage, state in states.items():
+        print(f"\n{stage}: {state.get('error') or 'done'}, {state['seconds']:.0f} s")
+        record = read(out, stage)
+        if record:
+            lines = importlib.import_module(f"stages.{stage}").table(record)
+            print("\n".join(f"  {line}" for line in lines))
+
+
+def main() -> None:
+    """Runs the stages one after the other; a wrong result ends the run."""
+    args = arguments()
+    out = Path(args.out)
+    if args.rehearse:
+        args.data = toy_data(out / "toy_e2e")
+    with tempfile.TemporaryDirectory() as cache:
+        states = run(args, cache)
+    show(out, states)
+    failed = [s["error"] for s in states.values() if s["error"]]
+    sys.exit(int(any(not error.startswith("skipped") for error in failed)))
+
+
+def run(args: argparse.Namespace, cache: str) -> dict[str, dict[str, Any]]:
+    """All stages, each with its share of what is left; their states."""
+    states: dict[str, dict[str, Any]] = {}
+    deadline = time.monotonic() + 60 * args.minutes
+    for stage in args.stages:
+        left = deadline - time.monotonic()
+        if left < LEAST[stage] and not args.rehearse:
+            states[stage] = {"seconds": 0.0, "error": f"skipped: {left:.0f} s left"}
+            continue
+        last = stage == args.stages[-1]
+        seconds = left if last or args.rehearse else left * STAGES[stage]
+        print(f"{stage}: up to {seconds:.0f} s", flush=True)
+        states[stage] = start(stage, args, seconds, cache)
+        if states[stage]["wrong"]:
+            break
+    return states
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--stage"]:
+        inside(*sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small E2E model trained in the minutes that are left, and what it can do.
+
+The modern recipe at 5M parameters, whose averaged weights come back as a run directory
+that `dlm_jax.load` reads, packed into files of at most 15 MiB:
+
+    cat model.tar.xz.* | tar xJ -C runs    # then dlm_jax.load("runs/model")
+"""
+
+import io
+import json
+import lzma
+import os
+import signal
+import tarfile
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import alternate
+import numpy as np
+import ours
+
+import dlm_jax
+from dlm_jax import (
+    checkpoint,
+    data,
+    evaluate,
+    measures,
+    parallel,
+    steering,
+    tasks,
+    train,
+)
+from dlm_jax import targets as held_out
+from dlm_jax.generate import Bundle
+from dlm_jax.steering import Plan
+from dlm_jax.tasks import TASKS, Task
+from dlm_jax.types import UNK, Stopped
+from stages import Job, together
+
+SIZE = ("model.width=256", "model.ff=1024", "model.layers=4", "model.heads=4")
+TINY = ("model.width=32", "model.ff=64", "model.layers=1", "model.heads=2")
+VOCAB = 821
+EVALUATION = 75.0  # seconds that the evaluation needs, compilation included
+FAST = 0.01  # seconds of a step up to which the larger batch is taken
+PART = 15 * 2**20
+
+
+def config_of(job: Job, batch: int) -> Any:
+    """`configs/e2e.py:modern` at this size; learning rate and average fitted to it."""
+    config = alternate.load_config("configs/e2e.py:modern")
+    alternate.changed(config, TINY if job.rehearse else SIZE)
+    config.data.path = job.data
+    config.data.min_count = 1 if job.rehearse else 10
+    config.model.update(dim=32, positions=64, attention_dropout=0.0)
+    config.model.dtype = "float32" if job.rehearse else "bfloat16"
+    config.optim.update(lr=3e-3, warmup=20 if job.rehearse else 200, ema=0.999)
+    config.train.update(batch=batch, ckpt_steps=0, sample_steps=0, valid_batches=8)
+    config.sample.update(n=64, batch=64, seed=0)
+    return config
+
+
+def batch_of(job: Job, speed: dict[str, Any]) -> int:
+    """256 if the speed measured at 87M parameters predicts a fast step, else 64."""
+    if job.rehearse:
+        return 8
+    rows = speed.get("rows", {}).values()
+    rate = max((r["tokens/s"] for r in rows if "tokens/s" in r), default=0.0)
+    predicted = 256 * 64 / rate * 5 / 87 if rate else 1.0
+    return 256 if predicted < FAST else 64
+
+
+def run(job: Job, speed: dict[str, Any]) -> None:
+    """Trains until the evaluation must begin; reports every piece as it is there."""
+    config = config_of(job, batch_of(job, speed))
+    record: dict[str, Any] = {"batch": config.train.batch}
+    steps = 30 if job.rehearse else _steps(job, config, record)
+    config.train.update(total_steps=steps, valid_steps=max(1, steps // 8))
+    record["config"] = json.loads(config.to_json_best_effort())
+    job.report(record)
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = str(Path(folder) / "run")
+        record |= _train(job, config, workdir)
+        job.report(record)
+        lm = dlm_jax.load(workdir)
+        record["parameters"] = dlm_jax.model.count(lm.ema)
+        record["model"] = pack(lm, workdir, job.path.parent)
+        job.report(record)
+        for name, result in together(_pieces(lm, config, job.rehearse)).items():
+            record[name] = result
+        _by_chance(record)
+        job.report(record)
+
+
+def _steps(job: Job, config: Any, record: dict[str, Any]) -> int:
+    """How many updates fit, by the time of one with random words."""
+    step = ours.Training(config, VOCAB)
+    for _ in range(2):
+        step()
+    began = time.perf_counter()
+    for _ in range(20):
+        step()
+    record["seconds per step"] = (time.perf_counter() - began) / 20
+    left = job.left() - EVALUATION - 30  # loading, compilation, validation
+    return max(200, int(0.8 * left / record["seconds per step"]))
+
+
+def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
+    """Trains; a run that takes too long is stopped as by SIGTERM, which saves it."""
+    limit = max(5.0, job.left() - EVALUATION)
+    stop = threading.Timer(limit, os.kill, (os.getpid(), signal.SIGTERM))
+    began = time.monotonic()
+    stop.start()
+    try:
+        train.run(config, workdir)
+    except Stopped as error:
+        print(error, flush=True)
+    finally:
+        stop.cancel()
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    curve = [(r["step"], r["loss"]) for r in rows if r["kind"] == "valid"]
+    return {
+        "steps": checkpoint.latest(workdir),
+        "training seconds": time.monotonic() - began,
+        "held-out cross-entropy by step, nats per position": curve,
+    }
+
+
+def pack(lm: Bundle, workdir: str, out: Path) -> list[str]:
+    """Writes the averaged weights as a run directory's archive, in parts; their names."""
+    _, words = checkpoint.read_json(workdir, lm.step)
+    step = np.asarray(lm.step, np.int32)
+    state = train.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        checkpoint.claim(model, lm.config)
+        writer = checkpoint.manager(model, keep=1)
+        checkpoint.save(writer, lm.step, parallel.place(state), lm.config, words)
+        checkpoint.finish(writer)
+        writer.close()
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as file:
+            file.add(model, "model")
+    # a window over the whole file: the second copy of the weights takes no room
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**27}]
+    packed = lzma.compress(archive.getvalue(), filters=filters)
+    names = []
+    for i in range(0, len(packed), PART):
+        names.append(f"model.tar.xz.{i // PART}")
+        (out / names[-1]).write_bytes(packed[i : i + PART])
+    return names
+
+
+# --- what it can do
+
+
+def _pieces(lm: Bundle, config: Any, tiny: bool) -> dict[str, Any]:
+    """Each measure as a function, to be run side by side."""
+    texts = data.load_texts(config.data, "valid")
+    rows = np.random.default_rng(0).permutation(len(texts))
+    n = 8 if tiny else 256
+    some = [texts[i] for i in rows[:n]]
+    return {
+        "bound": partial(_bound, lm, some, 2 if tiny else 8),
+        "samples": partial(lm.sample, 64, seed=0),
+        **{
+            f"control: {name}": partial(_control, lm, config, name, 8 if tiny else 64)
+            for name in CONTROLS
+        },
+    }
+
+
+def _bound(lm: Bundle, texts: list[str], draws: int) -> dict[str, Any]:
+    """Nats per token (END counted) and per position, each with its standard error."""
+    found = evaluate.scores(lm, texts, draws)
+    names = ("nats/token", "nats/position")
+    return {name: tuple(found[name]) for name in names} | {"texts": len(texts)}
+
+
+def _a_word(sentence: Any, rng: Any) -> str:
+    words = [w for w in sentence.text.split() if len(w) > 3]
+    return words[rng.integers(len(words))]
+
+
+CONTROLS = {
+    "length": TASKS["length"],
+    "infilling": TASKS["infilling"],
+    "word": Task(
+        _a_word,
+        lambda word, lm: steering.wish(lm.tokenizer, lm.length, {}, contains=word),
+        lambda text, word, judge: {"word": float(held_out.contained(word, text))},
+    ),
+}
+
+
+def _control(lm: Bundle, config: Any, name: str, n: int) -> dict[str, Any]:
+    """Success over held-out targets at 32 steps, with targets and texts."""
+    task, rng = CONTROLS[name], np.random.default_rng(0)
+    found = [
+        s
+        for s in held_out.sentences(config, name, 2 * n)
+        if UNK not in lm.tokenizer.encode(s.text)
+        and any(len(w) > 3 for w in s.text.split())
+        and len(s.text.split()) <= lm.length - 2
+    ][:n]
+    targets = [task.target(s, rng) for s in found]
+    judge = held_out.judge_of(config, name, None)
+    options: Any = {"samples": 1, "seeds": 1, "calls": 32}
+    row = tasks.measure(lm, task, targets, judge, Plan(), **options)
+    keep = ("success", "texts", "seconds per 50", "unigram entropy")
+    return {"targets": targets, **{k: row[k] for k in keep}}
+
+
+def _by_chance(record: dict[str, Any]) -> None:
+    """What the free samples have of the same targets; and their entropy."""
+    samples, word = record["samples"], record["control: word"]["targets"]
+    pairs = [(t, w) for t in samples for w in word]
+    by_chance = [held_out.contained(w, t) for t, w in pairs]
+    record["control: word"]["by chance"] = float(np.mean(by_chance))
+    lengths = record["control: length"]["targets"]
+    same = [len(t.split()) == n for t in samples for n in lengths]
+    record["control: length"]["by chance"] = float(np.mean(same))
+    record["samples' unigram entropy, nats"] = measures.unigram_entropy(samples)
+    record["samples' words"] = float(np.mean(measures.lengths(samples)))
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    if "steps" not in record:
+        return ["nothing was trained"]
+    lines = [
+        f"{record.get('parameters', 0):,} parameters, {record['steps']} steps of "
+        f"{record['batch']} texts in {record['training seconds']:.0f} s"
+    ]
+    curve = record["held-out cross-entropy by step, nats per position"]
+    lines.append("held-out: " + ", ".join(f"{x:.3f} at {n}" for n, x in curve))
+    if "bound" in record:
+        mean, error = record["bound"]["nats/token"]
+        place, _ = record["bound"]["nats/position"]
+        lines.append(
+            f"bound: {mean:.3f} ± {error:.3f} nats a token, {place:.3f} a position"
+        )
+    for name in CONTROLS:
+        if row := record.get(f"control: {name}"):
+            shares = ", ".join(f"{n} {v[0]:.1%}" for n, v in row["success"].items())
+            chance = (
+                f" (by chance {row['by chance']:.1%})" if "by chance" in row else ""
+            )
+            lines.append(f"{name} at 32 steps: {shares}{chance}")
+    if "samples" in record:
+        entropy = record["samples' unigram entropy, nats"]
+        lines.append(f"entropy of 64 samples {entropy:.3f} nats; the first of them:")
+        lines += [f"  | {text}" for text in record["samples"][:8]]
+    return lines

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the device computes what the CPU computes in float32.
+
+The reference runs beside it in a process of its own that has no accelerator. Errors are
+|found - reference| / |reference| over all numbers of a result; of a chain with the
+clamp, whose results are words, the share of positions whose word differs.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+if __name__ == "__main__":  # the reference's process; else accelerator.py is in charge
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import alternate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ours
+from alternate import Case
+
+from dlm_jax import denoiser, model, train
+from stages import Job, Wrong, together
+
+TRUNKS = {"post_ln": "configs/e2e.py", "adaln": "configs/e2e.py:modern"}
+SMALL = ("model.width=256", "model.ff=1024", "model.layers=2", "model.heads=4")
+TINY = ("model.width=32", "model.ff=64", "model.layers=1", "model.heads=2")
+VOCAB = 821
+
+# The largest error allowed. bfloat16 keeps 8 bits, about 0.4% a rounding; in a step of
+# Adam or of sign guidance, numbers near zero may change their sign.
+LIMITS = {
+    "forward": {"float32": 1e-3, "bfloat16": 5e-2},
+    "gradient": {"float32": 1e-3, "bfloat16": 8e-2},
+    "fused attention": {"bfloat16": 2e-2},
+    "three optimizer steps": {"float32": 5e-2},
+    "guided step": {"float32": 5e-2},
+    "20 steps with clamp, other words": {"float32": 5e-2},
+}
+
+
+def case(trunk: str, dtype: str, *, tiny: bool, **other: Any) -> Case:
+    """A small network of this trunk; without dropout, whose order of bits may differ."""
+    size, batch, length = (TINY, 2, 16) if tiny else (SMALL, 8, 64)
+    still = ("model.dropout=0.0", "model.attention_dropout=0.0")
+    change = (*size, *still, f"model.dtype={dtype}")
+    return Case(
+        TRUNKS[trunk], batch=batch, length=length, vocab=VOCAB, change=change, **other
+    )
+
+
+def passes(trunk: str, dtype: str, tiny: bool) -> dict[str, Any]:
+    """The network's output and its gradients by weights and input."""
+    config = alternate.settings(case(trunk, dtype, tiny=tiny))
+    recipe = train.recipe_of(config)
+    cfg = dataclasses.replace(recipe.cfg, output_prior=False)  # whose logits drown it
+    params = _moved(model.init(jax.random.key(0), cfg, VOCAB))
+    shape = (config.train.batch, config.data.length, cfg.dim)
+    x_t, x0_prev = jax.random.normal(jax.random.key(2), (2, *shape))
+    t = jnp.linspace(0.3, 0.9, shape[0])
+
+    def loss(params: Any, x_t: Any) -> tuple[Any, Any]:
+        run = partial(model.apply, schedule=recipe.schedule)
+        y = run(params, cfg, x_t, t, x0_prev)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, y), grads = both(params, x_t)
+    return {"forward": y, "gradient": grads}
+
+
+def _moved(params: Any) -> Any:
+    """Away from the start, where the gates of adaln are closed."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        x + 0.05 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def attention(fused: bool, tiny: bool) -> dict[str, Any]:
+    """softmax(q k^T / sqrt k) v and its gradients, of numbers that bfloat16 keeps."""
+    shape = (2, 2, 16, 16) if tiny else (8, 4, 64, 64)
+    q, k, v = jax.random.normal(jax.random.key(3), (3, *shape)).astype(jnp.bfloat16)
+    how: Literal["xla", "cudnn"] | None = denoiser.FUSED.get(jax.default_backend())
+
+    def plain(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        scores = jnp.einsum("bnqk,bnlk->bnql", q, k) / shape[-1] ** 0.5
+        return jnp.einsum("bnql,bnlk->bnqk", jax.nn.softmax(scores), v)
+
+    def library(q: Any, k: Any, v: Any) -> Any:
+        places = (x.swapaxes(1, 2) for x in (q, k, v))
+        y = jax.nn.dot_product_attention(*places, implementation=how)
+        return y.swapaxes(1, 2)
+
+    def loss(*qkv: Any) -> tuple[Any, Any]:
+        y = (library if fused else plain)(*qkv).astype(jnp.float32)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(shape)), y
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    return {"fused attention": both(q, k, v)}
+
+
+def steps(trunk: str, tiny: bool) -> dict[str, Any]:
+    """What three optimizer steps add to the weights."""
+    config = alternate.settings(case(trunk, "float32", tiny=tiny))
+    config.optim.warmup = 0
+    recipe = train.recipe_of(config)
+    ids = jnp.asarray(ours.ids_of(config, VOCAB))
+    step = jax.jit(partial(train.train_step, recipe=recipe))
+    first = state = train.init_state(jax.random.key(0), recipe, VOCAB)
+    for _ in range(3):
+        state, _ = step(jax.random.key(1), state, ids)
+    added = jax.tree.map(jnp.subtract, state.params, first.params)
+    return {"three optimizer steps": added}
+
+
+def chains(trunk: str, tiny: bool) -> dict[str, Any]:
+    """A chain with the clamp; two steps of which the first is guided by a classifier."""
+    of = partial(case, trunk, "float32", tiny=tiny)
+    chain = ours.chain(of(job="chain", steps=20, clamp=True))
+    guided = ours.chain(of(job="guided", steps=2, clamp=False))
+    name = "20 steps with clamp, other words"
+    return {name: chain(), "guided step": guided()}
+
+
+def compute(*, tiny: bool, reference: bool) -> dict[str, np.ndarray]:
+    """All results, flat, by name, trunk and precision; the reference's in float32."""
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "/bfloat16": partial(attention, not reference, tiny)
+    }
+    for trunk in TRUNKS:
+        work[f", {trunk}/float32"] = partial(_all, trunk, tiny)
+        if not reference:
+            work[f", {trunk}/bfloat16"] = partial(passes, trunk, "bfloat16", tiny)
+    found = together(work, threads=4)
+    return {
+        f"{name}{where}": _flat(tree)
+        for where, results in found.items()
+        for name, tree in results.items()
+    }
+
+
+def _flat(tree: Any) -> np.ndarray:
+    leaves = [np.ravel(x).astype(np.float32) for x in jax.tree.leaves(tree)]
+    return np.concatenate(leaves)
+
+
+def _all(trunk: str, tiny: bool) -> dict[str, Any]:
+    parts = passes(trunk, "float32", tiny), steps(trunk, tiny), chains(trunk, tiny)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """An error and the largest that is allowed; NaN is never allowed."""
+
+    error: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the result is right."""
+        return self.error <= self.limit
+
+
+def compare(
+    found: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+) -> dict[str, Check]:
+    """Checks every result; one in bfloat16 against the reference's float32."""
+    checks = {}
+    for name, value in found.items():
+        kind, _, dtype = name.rpartition("/")
+        what = kind.partition(", post_ln")[0].partition(", adaln")[0]
+        wanted = reference.get(name, reference.get(f"{kind}/float32"))
+        assert wanted is not None, name
+        error = words_apart if "words" in what else apart
+        checks[name] = Check(error(value, wanted), LIMITS[what][dtype])
+    return checks
+
+
+def apart(found: np.ndarray, wanted: np.ndarray) -> float:
+    """|found - wanted| / |wanted|."""
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def words_apart(
+    found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-3
+) -> float:
+    """The share of coordinates that differ: those of other words do."""
+    return float(np.mean(~(np.abs(found - wanted) <= tolerance)))
+
+
+def run(job: Job) -> None:
+    """Reports all errors; raises Wrong for the first that is too large."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reference.npz"
+        reference = subprocess.Popen(
+            [sys.executable, __file__, str(path), *["tiny"] * job.rehearse],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        found = compute(tiny=job.rehearse, reference=False)
+        if reference.wait(max(1.0, job.left())):
+            raise RuntimeError(
+                f"the reference ended with status {reference.returncode}"
+            )
+        with np.load(path) as arrays:
+            checks = compare(found, {name: arrays[name] for name in arrays.files})
+    rows = {n: {**dataclasses.asdict(c), "holds": c.holds} for n, c in checks.items()}
+    job.report({"checks": rows})
+    for name, check in checks.items():
+        if not check.holds:
+            raise Wrong(f"{name}: error {check.error:.3g}, allowed {check.limit:g}")
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """A line a check."""
+    return [
+        f"{'ok   ' if row['holds'] else 'WRONG'} {name}: {row['error']:.2g}"
+        f" (allowed {row['limit']:g})"
+        for name, row in record.get("checks", {}).items()
+    ]
+
+
+if __name__ == "__main__":
+    arrays: Any = compute(tiny="tiny" in sys.argv[2:], reference=True)
+    np.savez(sys.argv[1], **arrays)

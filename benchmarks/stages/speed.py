@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps and chains of the 87M model, beside PyTorch's on the same card.
+
+Every contender has a process of its own (`alternate`). Those of a race compile at the
+same time and are then measured in turn, so that what disturbs one disturbs all.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import alternate
+import limit
+from alternate import Case, Contender, Makers
+
+from stages import Job
+
+CONFIGS = {"e2e": "configs/e2e.py", "e2e:modern": "configs/e2e.py:modern"}
+# The peer cannot leave dropout out of its first estimate, as ours does; and the fused
+# attention of both is without. The published recipe has no such estimate.
+CHANGE = {"e2e": (), "e2e:modern": ("model.dropout=0.0", "model.attention_dropout=0.0")}
+TINY = (
+    "model.width=32",
+    "model.ff=64",
+    "model.layers=1",
+    "model.heads=2",
+    "model.dim=16",
+)
+PEERS = {"e2e": ("eager", "bf16", "compiled"), "e2e:modern": ("bf16", "compiled")}
+GUARD = 20.0  # seconds that a race needs besides its slowest contender's start
+PATIENCE = 100.0
+
+
+class Plan:
+    """What is measured at full size, and in a rehearsal; seconds: what a race may take."""
+
+    def __init__(self, job: Job):
+        tiny = job.rehearse
+        self.batches = (2,) if tiny else (64, 256)
+        self.larger = (4,) if tiny else (512, 1024, 2048)
+        self.chain_batch, self.steps = (2, (3,)) if tiny else (50, (32, 200))
+        self.change = TINY if tiny else ()
+        self.dtype = "float32" if tiny else "bfloat16"
+        self.repeats, self.turn = (2, 0.01) if tiny else (5, 0.3)
+        self.seconds = 10 if tiny else 60
+
+    def case(self, name: str, batch: int, **other: Any) -> Case:
+        """A case of this config, as our peer computes it too."""
+        change = (*CHANGE[name], *self.change)
+        length = 16 if self.change else 0
+        return Case(CONFIGS[name], batch=batch, length=length, change=change, **other)
+
+
+def peers(job: Job, backend: str) -> tuple[tuple[str, ...], str]:
+    """The peers that can run beside us, and why not all."""
+    missing = [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]
+    if missing:
+        return (), f"no peers: {' and '.join(missing)} not installed (extra `peer`)"
+    if backend == "tpu":
+        return (), "no peers: PyTorch does not run on this device"
+    if backend == "gpu":
+        ask = "import torch; raise SystemExit(not torch.cuda.is_available())"
+        if subprocess.run([sys.executable, "-c", ask]).returncode:
+            return (), "no peers: this PyTorch does not see the GPU"
+    return ("eager", "bf16") if job.rehearse else ("eager", "bf16", "compiled"), ""
+
+
+class Races:
+    """Runs races while the box has room, and reports every row at once."""
+
+    def __init__(self, job: Job, plan: Plan, record: dict[str, Any]):
+        self.job, self.plan, self.record = job, plan, record
+
+    def run(self, cases: dict[str, Case], variants: dict[str, tuple[str, ...]]) -> None:
+        """All cases at once, each beside its peers."""
+        if self.job.left() < self.plan.seconds:
+            for name in cases:
+                self.keep(name, {"skipped": f"{max(0, self.job.left()):.0f} s left"})
+            return
+        makers: Makers = {}
+        for name, case in cases.items():
+            dtype = f"model.dtype={self.plan.dtype}"
+            mine = case._replace(change=(*case.change, dtype))
+            seconds = max(1.0, self.job.left() - GUARD)
+            patience = min(seconds, PATIENCE)  # a peer that compiles for longer is out
+            makers[f"{name}/ours"] = partial(Contender, "ours.py", mine, "", seconds)
+            for variant in variants.get(name, ()):
+                makers[f"{name}/{variant}"] = partial(
+                    Contender,
+                    "torch_peer.py",
+                    case,
+                    variant,
+                    patience,
+                    env={"JAX_PLATFORMS": "cpu"},  # it asks JAX for the config alone
+                )
+        found = alternate.race(makers, self.plan.repeats, self.plan.turn, together=True)
+        for name, case in cases.items():
+            start = f"{name}/"
+            rows = {n[len(start) :]: r for n, r in found.items() if n.startswith(start)}
+            self.keep(name, self._row(case, rows))
+
+    def _row(self, case: Case, rows: dict[str, Any]) -> dict[str, Any]:
+        row: dict[str, Any] = {**case._asdict(), "contenders": rows}
+        if "error" in rows["ours"]:
+            return {**row, "error": rows["ours"]["error"]}
+        others = [n for n in rows if n != "ours" and "error" not in rows[n]]
+        row["ratios"] = {n: alternate.ratio(rows, n, "ours") for n in others}
+        config = alternate.settings(case)
+        forward = limit.operations(config, case.vocab)
+        seconds = rows["ours"]["median"]
+        passes = case.steps
+        if case.job == "train":
+            passes = 4 if config.model.self_cond else 3
+            row["tokens/s"] = config.train.batch * config.data.length / seconds
+        if case.job != "guided":  # a classifier's operations are not counted
+            row["TFLOP/s"] = 1e-12 * passes * forward / seconds
+            if peak := self.record.get("peak, TFLOP/s"):
+                row["share of the peak"] = row["TFLOP/s"] / peak
+        return row
+
+    def keep(self, name: str, row: dict[str, Any]) -> None:
+        """Reports a row."""
+        self.record["rows"][name] = row
+        self.job.report(self.record)
+
+    def rate(self, name: str) -> float:
+        """Tokens per second of a row; 0 where there are none."""
+        return self.record["rows"].get(name, {}).get("tokens/s", 0.0)
+
+
+def run(job: Job, machine: dict[str, Any]) -> None:
+    """Reports a row for every case; machine: what that stage found."""
+    variants, note = peers(job, machine.get("backend", "cpu"))
+    record: dict[str, Any] = {"note": note, "rows": {}}
+    record["peak, TFLOP/s"] = machine.get("bfloat16, TFLOP/s")
+    job.report(record)
+    plan = Plan(job)
+    races = Races(job, plan, record)
+    beside = {n: tuple(v for v in PEERS[n] if v in variants) for n in CONFIGS}
+    first, *others = plan.batches
+    _train(races, first, beside)
+    # a guided chain under torch.compile takes minutes to compile
+    plain = {n: tuple(x for x in v if x != "compiled") for n, v in beside.items()}
+    _chains(races, plain)
+    for batch in others:
+        _train(races, batch, beside)
+    for name in CONFIGS:
+        _largest(races, name, beside[name])
+    if job.profile:
+        record["profile"] = profile(job, plan)
+        job.report(record)
+
+
+def _train(races: Races, batch: int, beside: dict[str, tuple[str, ...]]) -> None:
+    names = {f"{n}, training step, batch {batch}": n for n in CONFIGS}
+    cases = {full: races.plan.case(n, batch) for full, n in names.items()}
+    races.run(cases, {full: beside[n] for full, n in names.items()})
+
+
+def _chains(races: Races, beside: dict[str, tuple[str, ...]]) -> None:
+    """Chains and guided chains; peers beside the shorter, as theirs take long."""
+    plan = races.plan
+    for steps in plan.steps:
+        cases, variants = {}, {}
+        for name in CONFIGS:
+            for job in ("chain", "guided"):
+                full = f"{name}, {job}, {steps} steps, {plan.chain_batch} samples"
+                cases[full] = plan.case(name, plan.chain_batch, job=job, steps=steps)
+                variants[full] = beside[name] if steps == plan.steps[0] else ()
+        races.run(cases, variants)
+
+
+def _largest(races: Races, name: str, variants: tuple[str, ...]) -> None:
+    """Larger batches while they are faster; then the peers at the best of them."""
+    best, rate = (
+        0,
+        max(
+            races.rate(f"{name}, training step, batch {b}") for b in races.plan.batches
+        ),
+    )
+    for batch in races.plan.larger:
+        full = f"{name}, training step, batch {batch}"
+        races.run({full: races.plan.case(name, batch)}, {})
+        if races.rate(full) <= rate:
+            break
+        best, rate = batch, races.rate(full)
+    if best and variants:
+        full = f"{name}, training step, batch {best}"
+        alone = races.record["rows"][full]
+        fast = tuple(v for v in variants if v != "eager")
+        races.run({full: races.plan.case(name, best)}, {full: fast})
+        row = races.record["rows"][full]
+        if "tokens/s" not in row:
+            races.keep(full, alone)
+        else:  # what was compiled the first time is taken from the cache now
+            start = {n: alone["contenders"]["ours"][n] for n in ("build", "first")}
+            row["contenders"]["ours"] |= start
+            races.keep(full, row)
+
+
+def profile(job: Job, plan: Plan) -> list[str]:
+    """Saves a trace of a training step beside the JSON; what takes its time, in words."""
+    case = plan.case("e2e", plan.batches[-1])
+    change = (*case.change, f"model.dtype={plan.dtype}")
+    command = [
+        sys.executable,
+        str(alternate.HERE / "stages" / "trace.py"),
+        str(job.path.with_name("trace.tar.gz")),
+        alternate.json.dumps(case._replace(change=change)),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=max(1.0, job.left())
+    )
+    if done.returncode:
+        return [f"no profile: {(done.stderr.strip().splitlines() or ['?'])[-1]}"]
+    return done.stdout.splitlines()
+
+
+HEAD = f"{'':52s}{'ms':>10s}{'eager':>7s}{'best':>7s}{'tokens/s':>11s}{'peak':>6s}{'MB':>8s}{'compile':>9s}"
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """A line a row: time, the peers' times over ours, rate, share, memory, compilation."""
+    lines = [record["note"]] if record.get("note") else []
+    lines.append(HEAD)
+    for name, row in record.get("rows", {}).items():
+        lines.append(f"{name:52s}" + _cells(row))
+        for peer, found in row.get("contenders", {}).items():
+            if peer != "ours" and "error" in found:
+                lines.append(f"    {peer}: {found['error']}")
+    return lines + record.get("profile", [])
+
+
+def _cells(row: dict[str, Any]) -> str:
+    if why := row.get("error") or row.get("skipped"):
+        return f"  {why}"
+    mine, ratios = row["contenders"]["ours"], row["ratios"]
+    fast = [r["median"] for n, r in ratios.items() if n != "eager"]
+    eager = f"{ratios['eager']['median']:7.2f}" if "eager" in ratios else f"{'-':>7s}"
+    best = f"{min(fast):7.2f}" if fast else f"{'-':>7s}"
+    rate = f"{row['tokens/s']:11,.0f}" if "tokens/s" in row else f"{'-':>11s}"
+    share = row.get("share of the peak")
+    share = f"{share:6.0%}" if share else f"{'-':>6s}"
+    memory = mine.get("device_mb") or mine["peak_mb"]
+    ready = mine["build"] + mine["first"]
+    return f"{1e3 * mine['median']:10.1f}{eager}{best}{rate}{share}{memory:8.0f}{ready:8.0f}s"
