@@ -42,7 +42,7 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()
     records = {name: json.loads((out / f"{name}.json").read_text()) for name in STAGES}
     assert records["machine"]["copy, GB/s"] > 0
-    assert len(records["right"]["checks"]) == 13
+    assert len(records["right"]["checks"]) == 15
     rows = records["speed"]["rows"].values()
     assert len(rows) == 8
     assert all(row["contenders"]["ours"]["median"] > 0 for row in rows)
