@@ -2,14 +2,21 @@
 # Runs a command, and again when it was preempted or killed, as it then goes on from its
 # checkpoint: bash launch/again.sh .venv/bin/python -m dlm_jax.main --config ...
 # Status 75 and death by a signal mean again; anything else ends it. RESTARTS bounds it.
-# On Google Cloud a maintenance notice becomes a SIGTERM, which the command saves upon.
+# On Google Cloud a maintenance notice becomes a SIGTERM, which the command saves upon;
+# PYTHON (python3) asks for it.
 set -euo pipefail
 restarts=${RESTARTS:-100}
 url=${METADATA_URL:-http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event}
+python=${PYTHON:-python3}
+ask='import signal, sys
+from urllib.request import ProxyHandler, Request, build_opener
+signal.alarm(5)  # for the name server too
+request = Request(sys.argv[1], headers={"Metadata-Flavor": "Google"})
+print(build_opener(ProxyHandler({})).open(request).read().decode())'
 
 # noticed: whether there is a notice of maintenance; it stands until that is over
 noticed() {
-  notice=$(curl --silent --max-time 2 --header 'Metadata-Flavor: Google' "$url" 2>/dev/null || true)
+  { notice=$("$python" -I -c "$ask" "$url" || true); } 2>/dev/null
   [[ $notice == MIGRATE* || $notice == TERMINATE* ]]
 }
 
@@ -31,7 +38,7 @@ watch_notices() {
   done
 }
 
-command -v curl >/dev/null || echo "no curl: maintenance notices are not seen" >&2
+command -v "$python" >/dev/null || echo "no $python: maintenance notices are not seen" >&2
 told=0
 trap 'told=1' TERM INT
 for ((i = 0; i <= restarts; i++)); do

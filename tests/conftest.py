@@ -3,6 +3,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -50,6 +51,14 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def wait_until(condition, what, seconds=60):
+    """Returns once condition() holds; fails, naming what it waited for, past seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not so after {seconds} seconds"
+        time.sleep(0.002)
 
 
 def sizes(jaxpr):

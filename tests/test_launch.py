@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch scripts: what they would call, against a gcloud that only takes notes."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import wait_until
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -57,7 +61,8 @@ def test_scripts_are_clean(path):
     assert "set -euo pipefail" in text or ". " in text
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the extra `test`
     command = [str(shellcheck), "-x", path.name]
-    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    kinds = {"capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, cwd=path.parent, **kinds)
     assert done.returncode == 0, done.stdout
 
 
@@ -69,6 +74,8 @@ def test_scripts_are_clean(path):
     ],
 )
 def test_a_run_is_created_installed_started_and_followed(script, kind, node, gcloud):
+    if shutil.which("git") is None:
+        pytest.skip("git, which packs what is sent, is not installed")
     arguments = ("--config", "configs/e2e.py", "--workdir", "gs://b/a run")
     options = {"ZONE": "z", "SPOT": "1", "TYPE": "v5p-32"}
     status, _, stderr, calls = gcloud(
@@ -150,7 +157,9 @@ def test_mistakes(arguments, says, gcloud):
 # --- again
 
 
+@contextlib.contextmanager
 def _again(tmp_path, script, **env):
+    """The script run by again.sh; what is left of both in the end is killed."""
     path = tmp_path / "command.sh"
     path.write_text(script)
     env = (
@@ -164,7 +173,13 @@ def _again(tmp_path, script, **env):
     )
     command = ["bash", str(LAUNCH / "again.sh"), "bash", str(path)]
     kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, cwd=tmp_path, **kinds)
+    kinds["start_new_session"] = True
+    with subprocess.Popen(command, env=env, cwd=tmp_path, **kinds) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 COUNT = "echo x >> n; n=$(wc -l < n); "
@@ -181,8 +196,8 @@ COUNT = "echo x >> n; n=$(wc -l < n); "
     ],
 )
 def test_again_after_a_preemption_and_nothing_else(script, status, times, tmp_path):
-    done = _again(tmp_path, COUNT + script, RESTARTS="4")
-    done.communicate(timeout=60)
+    with _again(tmp_path, COUNT + script, RESTARTS="4") as done:
+        done.communicate(timeout=60)
     assert done.returncode == status
     assert len((tmp_path / "n").read_text().splitlines()) == times
 
@@ -190,32 +205,62 @@ def test_again_after_a_preemption_and_nothing_else(script, status, times, tmp_pa
 def test_a_stopped_run_saves_and_is_not_begun_again(tmp_path):
     script = COUNT + "trap 'sleep 0.3; echo saved > s; exit 75' TERM\n"
     script += "touch up; while true; do sleep 0.05; done"
-    done = _again(tmp_path, script)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
-    done.send_signal(signal.SIGTERM)
-    done.communicate(timeout=60)
+    with _again(tmp_path, script) as done:
+        wait_until((tmp_path / "up").exists, "the command is up")
+        done.send_signal(signal.SIGTERM)
+        done.communicate(timeout=60)
     assert done.returncode == 75
     assert (tmp_path / "s").exists()
     assert len((tmp_path / "n").read_text().splitlines()) == 1
 
 
-def test_a_maintenance_notice_is_one_sigterm_however_long_it_stands(tmp_path):
-    notice, lives = tmp_path / "notice", tmp_path / "n"
+@pytest.fixture
+def metadata(tmp_path):
+    """(a file, the address of a metadata server that tells what is in it)."""
+    notice = tmp_path / "notice"
     notice.write_text("NONE")
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            ours = self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if ours else 403)
+            self.end_headers()
+            self.wfile.write(notice.read_bytes() if ours else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield notice, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def few_programs(tmp_path):
+    """An environment with Python, bash and three programs that every machine has."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "sleep", "touch", "wc"):
+        (folder / name).symlink_to(shutil.which(name))
+    return {"PATH": str(folder), "PYTHON": sys.executable}
+
+
+def test_a_maintenance_notice_is_one_sigterm_however_long_it_stands(
+    metadata, few_programs, tmp_path
+):
+    (notice, url), lives = metadata, tmp_path / "n"
     script = COUNT + "[ $n -gt 1 ] && exit 0\ntrap 'echo x >> terms; exit 75' TERM\n"
     script += "touch up; while true; do sleep 0.05; done"
-    done = _again(tmp_path, script, METADATA_URL=notice.as_uri(), NOTICE_SECONDS="0.1")
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
-    notice.write_text("TERMINATE_ON_HOST_MAINTENANCE")
-    while not (tmp_path / "terms").exists():
-        time.sleep(0.02)
-    time.sleep(1.0)  # ten times the interval
-    assert done.poll() is None
-    assert lives.read_text() == "x\n"
-    notice.write_text("NONE")
-    _, said = done.communicate(timeout=60)
+    with _again(tmp_path, script, METADATA_URL=url, **few_programs) as done:
+        wait_until((tmp_path / "up").exists, "the command is up")
+        notice.write_text("TERMINATE_ON_HOST_MAINTENANCE")
+        wait_until((tmp_path / "terms").exists, "the notice has become a SIGTERM")
+        time.sleep(1.0)  # ten times the interval
+        assert done.poll() is None
+        assert lives.read_text() == "x\n"
+        notice.write_text("NONE")
+        _, said = done.communicate(timeout=60)
     assert done.returncode == 0
     assert said.count("maintenance notice") == 1
     assert (tmp_path / "terms").read_text() == "x\n"
@@ -269,7 +314,8 @@ def test_slurm_goes_back_into_the_queue(tmp_path):
 
 def test_gpu_dry_run():
     command = ["bash", str(LAUNCH / "gpu.sh"), "--dry_run", "--config", "c.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kinds = {"capture_output": True, "text": True, "check": True, "timeout": 60}
+    done = subprocess.run(command, **kinds)
     assert (
         "launch/again.sh .venv/bin/python -m dlm_jax.main --config c.py" in done.stdout
     )
@@ -323,7 +369,11 @@ def test_hosts_of_a_cluster_find_each_other(tool, tmp_path):
         starts = [(command, slurm | rank) for rank in ranks]
     kinds = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     hosts = [subprocess.Popen(c, env=os.environ | e, **kinds) for c, e in starts]
-    said = "".join(host.communicate(timeout=120)[0] for host in hosts)
+    try:
+        said = "".join(host.communicate(timeout=120)[0] for host in hosts)
+    finally:
+        for host in hosts:
+            host.kill()
     assert sorted(line for line in said.splitlines() if "found" in line) == [
         "found 0 2",
         "found 1 2",
