@@ -92,19 +92,22 @@ def _one_life(
     began, env = time.monotonic(), os.environ | QUICKLY
     kinds = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(line, cwd=ROOT, env=env, **kinds) as process:
-        while process.poll() is None:
-            if in_save:
-                if _new_save(workdir, left):
-                    time.sleep(rng.uniform(0, 0.02))
+        try:
+            while process.poll() is None:
+                if in_save:
+                    if _new_save(workdir, left):
+                        time.sleep(rng.uniform(0, 0.02))
+                        break
+                    if time.monotonic() - began > 10 * LIFE:
+                        raise RuntimeError("it has not saved in all this time")
+                elif time.monotonic() - began > end:
                     break
-                if time.monotonic() - began > 10 * LIFE:
-                    raise RuntimeError("it has not saved in all this time")
-            elif time.monotonic() - began > end:
-                break
-            time.sleep(0.001)
-        if process.poll() is not None:
-            raise RuntimeError(f"it ended by itself: {process.stderr.read().decode()}")
-        process.kill()
+                time.sleep(0.001)
+            if process.poll() is not None:
+                said = process.stderr.read().decode()
+                raise RuntimeError(f"it ended by itself: {said}")
+        finally:
+            process.kill()
     return _new_save(workdir, left)
 
 
@@ -146,6 +149,7 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
             env=env,
             check=True,
             stdout=subprocess.DEVNULL,
+            timeout=600 + 10 * LIFE * kills,  # its steps grow with the kills
         )
     config = smoke.get_config()
     config.update_from_flattened_dict(options)

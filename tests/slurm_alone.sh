@@ -5,10 +5,18 @@
 #   bash tests/slurm_alone.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+for program in munged slurmctld slurmd sbatch; do
+  command -v "$program" >/dev/null || {
+    echo "error: no $program: apt-get install slurmctld slurmd slurm-client munge" >&2
+    exit 2
+  }
+done
 folder=$(mktemp -d)
 host=$(hostname -s)
 finish() {
   kill "${pids[@]}" 2>/dev/null || true
+  sleep 2
+  kill -KILL "${pids[@]}" 2>/dev/null || true
   wait
   rm -rf "$folder"
 }
@@ -72,7 +80,7 @@ grep -q 'back into the queue' "$folder/out"
 test -d "$run/checkpoints/600"
 
 status=0
-JAX_NUM_CPU_DEVICES=1 sbatch --wait --nodes=1 --ntasks=2 --output="$folder/mistaken" \
+JAX_NUM_CPU_DEVICES=1 timeout 300 sbatch --wait --nodes=1 --ntasks=2 --output="$folder/mistaken" \
   launch/slurm.sh --config configs/smoke.py --workdir "$folder/mistaken_run" \
   --config.data.source=text --config.data.path="$folder/none.txt" || status=$?
 cat "$folder/mistaken"

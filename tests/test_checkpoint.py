@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import wait_until
 
 import dlm_jax
 from configs import smoke
@@ -130,10 +130,12 @@ def _kill_after_first_checkpoint(command, workdir):
     env, silent = os.environ | QUICKLY, subprocess.DEVNULL
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=silent) as process:
         try:
-            deadline = time.monotonic() + 120
-            while not checkpoint.steps(workdir) and time.monotonic() < deadline:
-                assert process.poll() is None, "ended before it saved anything"
-                time.sleep(0.005)
+            wait_until(
+                lambda: checkpoint.steps(workdir) or process.poll() is not None,
+                "a checkpoint or an end",
+                seconds=120,
+            )
+            assert process.poll() is None, "ended before it saved anything"
         finally:
             process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
@@ -198,9 +200,8 @@ def test_restores_under_another_number_of_devices(start):
     )
     command = [sys.executable, "-c", program, str(start)]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "3"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    )
+    kinds = {"capture_output": True, "text": True, "check": True, "timeout": 240}
+    done = subprocess.run(command, cwd=ROOT, env=env, **kinds)
     mine = jax.tree.leaves(dlm_jax.load(start).ema)
     assert float(done.stdout) == sum(float(np.abs(x).sum()) for x in mine)
 
@@ -354,7 +355,8 @@ def test_in_a_bucket_a_step_is_complete_when_orbax_says_so(tmp_path, monkeypatch
 def test_modes_that_write_to_disks_say_so_of_a_bucket(mode):
     command = [sys.executable, "-m", "dlm_jax.main", "--workdir", "gs://bucket/run"]
     command += ["--config", "configs/smoke.py", "--mode", mode]
-    done = subprocess.run(command, capture_output=True, text=True)
+    kinds = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, **kinds)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: --mode {mode} writes to a disk")
 
@@ -383,8 +385,7 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path):
     class Harmed(train.Run):
         def batch(self, step):
             if step == 3:
-                while not checkpoint.steps(self.workdir):
-                    time.sleep(0.01)
+                wait_until(lambda: checkpoint.steps(self.workdir), "a checkpoint")
                 harm(self.workdir)
             return super().batch(step)
 

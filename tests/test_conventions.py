@@ -228,6 +228,7 @@ def test_importing_the_mathematics_loads_no_edge():
         f"print([n for n in {names} if n in sys.modules])"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    kinds = {"capture_output": True, "text": True, "check": True, "timeout": 120}
+    done = subprocess.run(command, cwd=ROOT, **kinds)
     loaded = set(ast.literal_eval(done.stdout))
     assert not loaded & {"orbax", "tensorflow_datasets", "sentencepiece"}

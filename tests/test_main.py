@@ -251,6 +251,7 @@ def test_the_command_has_its_environment_unless_told_otherwise(name, theirs):
         capture_output=True,
         text=True,
         env=env,
+        timeout=120,
     )
     found = SETTINGS[name] if theirs is None else theirs
     assert done.returncode == 2
