@@ -160,17 +160,26 @@ def main(argv: list[str]) -> None:
         print(error, file=sys.stderr, flush=True)
         sys.exit(RESTART)
     except Exception as error:
-        if reason := parallel.lost(error):
-            with contextlib.suppress(Exception):  # who kept what they know is lost
-                parallel.hear()
-            print(f"another host is lost ({reason}): start all again", file=sys.stderr)
-            parallel.leave(RESTART)
-        if isinstance(error, UserError):
-            _fail(error, parallel.fail)
-        if isinstance(error, OSError):
-            line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
-            _fail(line, parallel.fail)
+        with parallel.ENDING:  # what another host tells is not said beside it
+            _end(error)
         raise
+
+
+def _end(error: Exception) -> None:
+    """Ends in one line, if a lost host or the user's mistake is the reason."""
+    from dlm_jax import parallel
+    from dlm_jax.types import UserError
+
+    if reason := parallel.lost(error):
+        with contextlib.suppress(Exception):  # who kept what they know is lost
+            parallel.hear()
+        print(f"another host is lost ({reason}): start all again", file=sys.stderr)
+        parallel.leave(RESTART)
+    if isinstance(error, UserError):
+        _fail(error, parallel.fail)
+    if isinstance(error, OSError):
+        line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
+        _fail(line, parallel.fail)
 
 
 def _unraisable(found: Any) -> None:

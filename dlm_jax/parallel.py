@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ SMALL = 2**12  # elements of a leaf that is not worth splitting
 # seconds that hosts wait for: a sign of life, each other's start, each other's end
 HEARTBEAT, START, END = 30, 300, 60
 MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # what a host tells; seconds between questions
-ENDING = threading.Lock()
+ENDING = threading.RLock()  # one line is a process's last
 
 
 # --- hosts
@@ -63,6 +64,36 @@ def start(coordinator: str, processes: int, process: int) -> None:
         where = f"--coordinator={coordinator}" if coordinator else "this cluster"
         raise UserError(f"{where}: {error}") from error
     threading.Thread(target=_listen, daemon=True).start()
+    _check_name(socket.gethostname())
+
+
+def _check_name(name: str) -> None:
+    """UserError unless Gloo, which links CPUs, will find this host by its own name.
+
+    JAX makes that link wherever a CPU is one of its backends, and its own word for the
+    failure names neither the host nor a remedy.
+    """
+    config: Any = jax.config  # types do not show its settings
+    gloo = config.jax_cpu_collectives_implementation == "gloo"
+    if not gloo or "cpu" not in (config.jax_platforms or "cpu").split(","):
+        return
+    found = []
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    if any(_is_here(family, address) for family, _, _, _, address in found):
+        return
+    what = "is no address of this machine" if found else "does not resolve"
+    raise UserError(
+        f"the host name {name} {what}; add it to /etc/hosts ('127.0.0.1 {name}' where "
+        "all hosts are on this machine)"
+    )
+
+
+def _is_here(family: int, address: Any) -> bool:
+    with contextlib.suppress(OSError), socket.socket(family) as tried:
+        tried.bind(address)
+        return True
+    return False
 
 
 def _store() -> Any:
@@ -70,19 +101,24 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
+def _joined() -> tuple[int, int]:
+    """`hosts()`, but starts no backend: errors may be that none can be started."""
+    return distributed.global_state.process_id, distributed.global_state.num_processes
+
+
 def fail(line: str) -> NoReturn:
     """Ends all hosts, status 2: to start the others again would be no help."""
     if jax.distributed.is_initialized():
         text = line.encode("utf-8", "replace").decode()
         with contextlib.suppress(Exception):  # another was first, or all are gone
-            _store().key_value_set(MISTAKE, f"process {jax.process_index()}: {text}")
+            _store().key_value_set(MISTAKE, f"process {_joined()[0]}: {text}")
         _linger()
     leave(2)
 
 
 def _linger() -> None:
     """The first host ends last: it keeps what they know."""
-    time.sleep(0 if jax.process_index() else 2 * EVERY)
+    time.sleep(0 if _joined()[0] else 2 * EVERY)
 
 
 def hear() -> None:
@@ -93,7 +129,7 @@ def hear() -> None:
         if "NOT_FOUND" in str(error):
             return
         raise
-    if line.startswith(f"process {jax.process_index()}:"):
+    if line.startswith(f"process {_joined()[0]}:"):
         return
     with ENDING:
         try:
@@ -139,7 +175,7 @@ def lost(error: BaseException | None) -> str:
     A user's mistake and a disk's names a file, whatever that is called.
     """
     signs = ("Gloo", "heartbeat", "oordination", "preempted", "UNAVAILABLE", "peer")
-    while error is not None and jax.process_count() > 1:
+    while error is not None and _joined()[1] > 1:
         said = "" if isinstance(error, UserError | OSError) else str(error)
         if any(sign in said for sign in signs):
             return said.splitlines()[0][:200]

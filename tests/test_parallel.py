@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from conftest import wait_until
 from jax.sharding import PartitionSpec
 
 from configs import smoke
@@ -24,6 +26,7 @@ from dlm_jax.types import UserError
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ROOT = Path(__file__).parent.parent
+STARTED = []
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 HALF, STEPS = 3, 6
 SMALL = {
@@ -64,10 +67,23 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _start(config, workdir, processes=1, devices=1, mode="train", workdirs=()):
-    """The command on every host; workdirs: where they differ."""
+# The command in a namespace whose host name nobody resolves.
+NAMELESS = """
+import ctypes, socket, sys
+if ctypes.CDLL(None).unshare(0x04000000):  # CLONE_NEWUTS
+    sys.exit(77)
+socket.sethostname("nowhere.invalid")
+from dlm_jax import main
+main.cli()
+"""
+
+
+def _start(
+    config, workdir, processes=1, devices=1, mode="train", workdirs=(), nameless=()
+):
+    """The command on every host; workdirs: where they differ; nameless: by NAMELESS."""
     flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
-    command = [sys.executable, "-m", "dlm_jax.main", "--config", "configs/smoke.py"]
+    command = ["--config", "configs/smoke.py"]
     command += [f"--config.{name}={value}" for name, value in flat.items()]
     command += ["--mode", mode]
     if processes > 1:
@@ -80,18 +96,27 @@ def _start(config, workdir, processes=1, devices=1, mode="train", workdirs=()):
     ]
     for last, folder in zip(own, workdirs, strict=False):
         last[-1] = str(folder)
-    return [
-        subprocess.Popen([*command, *last], cwd=ROOT, env=env, **kinds) for last in own
-    ]
+    hosts = []
+    for number, last in enumerate(own):
+        program = ["-c", NAMELESS] if number in nameless else ["-m", "dlm_jax.main"]
+        whole = [sys.executable, *program, *command, *last]
+        hosts.append(subprocess.Popen(whole, cwd=ROOT, env=env, **kinds))
+    STARTED.extend(hosts)
+    return hosts
+
+
+@pytest.fixture(autouse=True)
+def no_host_outlives_its_test():
+    yield
+    for host in STARTED:
+        host.kill()
+        host.wait(timeout=60)
+    STARTED.clear()
 
 
 def _finish(hosts, status=0):
     """What each host printed, once all have ended with that status."""
-    try:
-        ends = [host.communicate(timeout=480) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
+    ends = [host.communicate(timeout=480) for host in hosts]
     for host, (_, stderr) in zip(hosts, ends, strict=True):
         assert host.returncode == status, stderr
     return [stdout for stdout, _ in ends]
@@ -172,11 +197,14 @@ def test_hosts_share_the_sampling(layouts):
 
 
 def _wait(condition, hosts, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        assert all(host.poll() is None for host in hosts), hosts[0].communicate()
-        time.sleep(0.002)
+    def ended():
+        return any(host.poll() is not None for host in hosts)
+
+    wait_until(lambda: ended() or condition(), "what the test waits for", seconds)
+    if ended():
+        for host in hosts:
+            host.kill()
+        pytest.fail("".join(host.communicate(timeout=60)[1] for host in hosts))
 
 
 def _saves(run):
@@ -262,6 +290,17 @@ def test_hosts_with_a_folder_each_are_told(tmp_path):
         _finish(_start(one, folders[0]))
 
 
+@pytest.mark.parametrize("erring", [(1,), (0, 1)])
+def test_a_host_name_that_does_not_resolve_ends_all(tmp_path, erring):
+    """Gloo asks for the address of a host's own name; see /etc/hosts."""
+    hosts = _start(_config(tmp_path), tmp_path / "run", 2, nameless=erring)
+    wait_until(lambda: hosts[1].poll() is not None, "the end of the second host", 120)
+    if hosts[1].returncode == 77:
+        pytest.skip("this user may give no process a host name of its own")
+    says = "host name nowhere.invalid does not resolve; add it to /etc/hosts"
+    _both_say(says, erring[0], hosts)
+
+
 # --- alone
 
 
@@ -269,10 +308,50 @@ def test_an_error_that_came_of_a_lost_host_says_so(monkeypatch):
     error = UserError("cannot be saved: make room")
     error.__cause__ = RuntimeError("Gloo all-reduce failed: peer closed\nand more")
     assert not parallel.lost(error)  # with one host there is none to lose
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel.distributed.global_state, "num_processes", 2)
     assert parallel.lost(error) == "Gloo all-reduce failed: peer closed"
     assert not parallel.lost(UserError("peers.txt does not exist"))
     assert not parallel.lost(OSError(28, "No space left on device", "heartbeats.txt"))
+
+
+def test_errors_are_handled_without_a_backend():
+    """The error may be that none can be started."""
+    program = (
+        "import jax; from dlm_jax import parallel; "
+        "jax.config.update('jax_platforms', 'none_such'); "
+        "parallel.distributed.global_state.num_processes = 2; "
+        "print(repr(parallel.lost(RuntimeError('peer closed'))), flush=True); "
+        "parallel._linger(); parallel.fail('')"
+    )
+    command = [sys.executable, "-c", program]
+    kinds = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, cwd=ROOT, **kinds)
+    assert (done.returncode, done.stdout) == (2, "'peer closed'\n"), done.stderr
+
+
+FAR = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))]  # of no machine
+HERE = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [([], "does not resolve"), (FAR, "is no address of this"), (FAR + HERE, None)],
+)
+def test_a_host_is_to_be_found_by_its_name(found, says, monkeypatch):
+    def look_up(name, *_, **__):
+        if not found:
+            raise socket.gaierror(-2, "Name or service not known")
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    if says is None:
+        parallel._check_name("mine")
+        return
+    with pytest.raises(UserError, match=f"the host name mine {says}.*/etc/hosts"):
+        parallel._check_name("mine")
+    config = {"jax_platforms": "cuda", "jax_cpu_collectives_implementation": "gloo"}
+    monkeypatch.setattr(jax, "config", SimpleNamespace(**config))
+    parallel._check_name("mine")  # only CPUs are linked by it
 
 
 @pytest.mark.parametrize(
