@@ -68,7 +68,13 @@ gone() {
 install() {
   local archive
   archive=$(mktemp -d)/dlm_jax.tar.gz
-  git archive --format=tar.gz --output="$archive" HEAD
+  if [ -z "$dry" ]; then
+    command -v git >/dev/null || {
+      echo "error: git, which packs what is sent, is not there: install it" >&2
+      exit 2
+    }
+    git archive --format=tar.gz --output="$archive" HEAD
+  fi
   call compute tpus tpu-vm scp "$archive" "$name:dlm_jax.tar.gz" --worker=all "${flags[@]}"
   rm -r "$(dirname "$archive")"
   # these images' own Python is older than ours
