@@ -24,8 +24,10 @@ from sacrebleu.metrics.bleu import BLEU
 
 import dlm_jax
 from configs import stories as stories_config
-from dlm_jax import mbr, measures, steering, train
-from dlm_jax.generate import Bundle
+from dlm_jax.evaluation import text_metrics
+from dlm_jax.inference import constraints, mbr, pipeline
+from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.training import trainer
 from dlm_jax.types import UNK
 
 LENGTH = 64
@@ -75,7 +77,7 @@ def trained(
     )
     config.loss.known, config.train.total_steps = 0.9, steps
     config.train.sample_steps, config.sample.batch = 0, 32
-    train.run(config, str(folder / "run"))
+    trainer.run(config, str(folder / "run"))
     return dlm_jax.load(folder / "run")
 
 
@@ -86,14 +88,14 @@ def candidates(
     rng, wishes, sizes = np.random.default_rng(0), [], []
     vocab = bundle.tokenizer.vocab_size
     for i, (first, _, last) in enumerate(rows):
-        template = steering.parse(bundle.tokenizer, f"{first} [...] {last}")
+        template = constraints.parse(bundle.tokenizer, f"{first} [...] {last}")
         room = bundle.length - 1 - template.size
         for j in range(n):
             width = min(int(rng.choice(lengths)), room)
             made = {"words": template.size - 1 + width}
             seed = i * n + j
             wishes.append(
-                steering.of_template(template, bundle.length, vocab, 1, seed, **made)
+                constraints.of_template(template, bundle.length, vocab, 1, seed, **made)
             )
             sizes.append((len(first.split()), width))
     together = jax.tree.map(lambda *x: np.concatenate(x), *wishes)
@@ -115,7 +117,7 @@ def scores(said: list[str], true: list[str]) -> dict[str, float]:
     return {
         "BLEU-4": bleu,
         "ROUGE-L": 100 * float(np.mean(rouge)),
-        "unigram entropy": measures.unigram_entropy(said),
+        "unigram entropy": text_metrics.unigram_entropy(said),
         "distinct": len(set(said)) / len(said),
     }
 
@@ -146,7 +148,7 @@ def main() -> None:
     }
     unaware = bundle.config | {"loss": bundle.config["loss"] | {"known": 0.0}}
     for name, config in (("told", bundle.config), ("written in only", unaware)):
-        model = dlm_jax.generate.from_parts(
+        model = pipeline.from_parts(
             bundle.cfg, bundle.params, tok, config, ema=bundle.ema, noise=bundle.noise
         )
         drawn = candidates(model, rows, lengths, args.candidates, steps=args.steps)
@@ -157,7 +159,7 @@ def main() -> None:
         "candidates": args.candidates,
         "calls": args.steps,
         "step": bundle.step,
-        "held-out": measures.unigram_entropy(true),
+        "held-out": text_metrics.unigram_entropy(true),
         "scores": {name: scores(texts, true) for name, texts in said.items()},
         "texts": [
             {"window": window, **{name: texts[i] for name, texts in said.items()}}

@@ -26,8 +26,11 @@ from nltk import Tree
 
 import dlm_jax
 from configs import grammar as grammar_config
-from dlm_jax import classifier, generate, grammar, targets, tasks, teacher
-from dlm_jax.embedding import embed
+from dlm_jax.data import grammar
+from dlm_jax.diffusion import autoregressive, classifier
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.evaluation import control_targets, control_tasks
+from dlm_jax.inference import pipeline
 from dlm_jax.types import PAD, START
 
 BAR = "||"
@@ -64,8 +67,8 @@ def pairs(task: str, seed: int, n: int) -> list[tuple[Any, str, str]]:
     """(target, control's words, text) of n sentences of the grammar."""
     rng, found = np.random.default_rng(0), []
     for tree in grammar.trees(seed, n):
-        sentence = targets.annotate(tree)
-        target = tasks.TASKS[task].target(sentence, rng)
+        sentence = control_targets.annotate(tree)
+        target = control_tasks.TASKS[task].target(sentence, rng)
         found.append((target, WORDS[task](target, tree), sentence.text))
     return found
 
@@ -79,7 +82,7 @@ def command(config: str, workdir: Path, **options: Any) -> Path:
     return workdir
 
 
-def fine_tuned(task: str, steps: int) -> generate.Bundle:
+def fine_tuned(task: str, steps: int) -> pipeline.Bundle:
     """The teacher on "control || text"."""
     folder, length = Path("runs/baselines") / task, LENGTH.get(task, 48)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,13 +106,13 @@ def fine_tuned(task: str, steps: int) -> generate.Bundle:
     return dlm_jax.load(run)
 
 
-def guided(task: str, steps: int) -> generate.Bundle:
+def guided(task: str, steps: int) -> pipeline.Bundle:
     """The plain teacher, and the classifier of prefixes that the task needs."""
     folder = Path("runs/baselines")
     teacher_run = command(
         "configs/grammar.py:teacher", folder / "teacher", train__total_steps=steps
     )
-    (need,) = tasks.TASKS[task].needs
+    (need,) = control_tasks.TASKS[task].needs
     run = command(
         f"configs/classifier.py:{need}",
         folder / f"fudge_{need}",
@@ -120,7 +123,7 @@ def guided(task: str, steps: int) -> generate.Bundle:
 
 
 def after_words(
-    bundle: generate.Bundle, words: list[str], seed: int, *, search: bool
+    bundle: pipeline.Bundle, words: list[str], seed: int, *, search: bool
 ) -> list[str]:
     """What the teacher says after each control."""
     rows = [[START, *bundle.tokenizer.encode(f"{w} {BAR}")] for w in words]
@@ -130,9 +133,9 @@ def after_words(
 
     def run(key: jax.Array, prefix: jax.Array) -> Any:
         if search:
-            return teacher.search(*model, bundle.length, prefix=prefix, beams=4)
+            return autoregressive.search(*model, bundle.length, prefix=prefix, beams=4)
         keys = jax.random.split(key, len(prefix))
-        return teacher.sample(keys, *model, bundle.length, prefix=prefix)
+        return autoregressive.sample(keys, *model, bundle.length, prefix=prefix)
 
     said = _in_slices(bundle, run, prefix, seed)
     return [answer(text) for text in said]
@@ -144,11 +147,11 @@ def answer(text: str) -> str:
 
 
 def by_fudge(
-    bundle: generate.Bundle, task: str, wanted: list, samples: int, seed: int
+    bundle: pipeline.Bundle, task: str, wanted: list, samples: int, seed: int
 ) -> list[str]:
     """What the teacher says where a classifier weighs each token."""
-    rows = [tasks.TASKS[task].wish(target, bundle) for target in wanted]
-    (need,) = tasks.TASKS[task].needs
+    rows = [control_tasks.TASKS[task].wish(target, bundle) for target in wanted]
+    (need,) = control_tasks.TASKS[task].needs
     asked = np.repeat(np.concatenate([r.labels[need] for r in rows]), samples, 0)
     guide = bundle.guides[need]
 
@@ -164,7 +167,7 @@ def by_fudge(
             return of(embed(bundle.ema.table, ids), jnp.zeros(len(ids)))
 
         keys = jax.random.split(key, len(asked))
-        return teacher.fudge(
+        return autoregressive.fudge(
             keys,
             bundle.ema,
             bundle.cfg,
@@ -178,7 +181,7 @@ def by_fudge(
 
 
 def _in_slices(
-    bundle: generate.Bundle, run: Callable, rows: np.ndarray, seed: int
+    bundle: pipeline.Bundle, run: Callable, rows: np.ndarray, seed: int
 ) -> list[str]:
     """Texts of all rows, some at a time, in one compilation; the last slice is full."""
     size, found, run = min(100, len(rows)), [], jax.jit(run)
@@ -191,15 +194,15 @@ def _in_slices(
 
 
 def measure(
-    method: str, task: str, bundle: generate.Bundle, args: argparse.Namespace
+    method: str, task: str, bundle: pipeline.Bundle, args: argparse.Namespace
 ) -> dict[str, Any]:
     """A row as `tasks.measure` gives it."""
     config = grammar_config.get_config()
-    found = pairs(task, config.data.seed + targets.TARGET_SEED, args.n)
+    found = pairs(task, config.data.seed + control_targets.TARGET_SEED, args.n)
     wanted, words, _ = (list(part) for part in zip(*found, strict=True))
     once = method == "FT-search"  # it has one answer
     samples, seeds = (1, 1) if once else (args.samples, args.seeds)
-    judge = targets.judge_of(config, task, None)
+    judge = control_targets.judge_of(config, task, None)
     scores, said, began = [], [], time.monotonic()
     for seed in range(seeds):
         if method == "FUDGE":
@@ -207,7 +210,7 @@ def measure(
         else:
             all_words = [w for w in words for _ in range(samples)]
             drawn = after_words(bundle, all_words, seed, search=once)
-        score = tasks.TASKS[task].score
+        score = control_tasks.TASKS[task].score
         pair = zip(drawn, [t for t in wanted for _ in range(samples)], strict=True)
         scores.append([score(text, target, judge) for text, target in pair])
         said += drawn
@@ -219,8 +222,8 @@ def measure(
         "samples": samples,
         "seeds": seeds,
         "steps": args.steps,
-        "success": tasks.summaries(scores, samples),
-        **tasks.fluency(said, judge),
+        "success": control_tasks.summaries(scores, samples),
+        **control_tasks.fluency(said, judge),
         "seconds per 50": seconds,
         "texts": said[:: max(1, len(said) // 8)][:8],
     }

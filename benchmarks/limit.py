@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import ours
 from alternate import Case
 
-from dlm_jax.denoiser import times
 from dlm_jax.main import large_pages
+from dlm_jax.nn.transformer import times
 
 CASES = {
     "e2e": Case("configs/e2e.py", batch=16),

@@ -25,7 +25,9 @@ import jax
 import numpy as np
 
 from configs import e2e_small
-from dlm_jax import data, grammar, parallel, prepare, train
+from dlm_jax.data import grammar, prepare, sources
+from dlm_jax.runtime import parallel
+from dlm_jax.training import trainer
 
 
 def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
@@ -33,11 +35,11 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     config = e2e_small.get_config()
     config.data.path = folder
     prepare.run(config, str(scratch / "prepared"))
-    runs = {"in memory": train.Run(config, str(scratch / "run"))}
+    runs = {"in memory": trainer.Run(config, str(scratch / "run"))}
     config.data.source, config.data.path = "prepared", str(scratch / "prepared")
-    runs["prepared"] = train.Run(config, str(scratch / "run_prepared"))
+    runs["prepared"] = trainer.Run(config, str(scratch / "run_prepared"))
     first = runs["in memory"]
-    one = partial(train.train_step, recipe=first.recipe, axis=first.layout.axis)
+    one = partial(trainer.train_step, recipe=first.recipe, axis=first.layout.axis)
     step_fn, key = first.layout.step(one, first.state), jax.random.key(0)
 
     def step(number: int, batch: Any) -> None:
@@ -49,7 +51,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for name, run in runs.items():
             found[name].append(seconds(lambda i, r=run: r.batch(i), 50) / 50)
-        ahead = data.Ahead(runs["prepared"].batch, range(100))
+        ahead = sources.Ahead(runs["prepared"].batch, range(100))
         began, waited = time.perf_counter(), 0.0
         for i in range(10):
             asked = time.perf_counter()

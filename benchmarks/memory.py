@@ -18,7 +18,9 @@ from typing import Any
 import jax
 
 from configs import e2e
-from dlm_jax import model, parallel, train
+from dlm_jax.diffusion import model
+from dlm_jax.runtime import parallel
+from dlm_jax.training import trainer
 
 SIZES: dict[str, dict[str, int]] = {
     "87M": {},
@@ -27,11 +29,11 @@ SIZES: dict[str, dict[str, int]] = {
 VOCAB = 821
 
 
-def recipe_of(size: str, *, remat: bool = False) -> tuple[train.Recipe, int]:
+def recipe_of(size: str, *, remat: bool = False) -> tuple[trainer.Recipe, int]:
     """The recipe of configs/e2e.py at a size, and its length."""
     config = e2e.get_config()
     config.model.update(SIZES[size], remat=remat)
-    return train.recipe_of(config), config.data.length
+    return trainer.recipe_of(config), config.data.length
 
 
 def held(tree: Any) -> int:
@@ -46,7 +48,7 @@ def by_shapes(size: str) -> dict[str, Any]:
     """MB a device of each part of the state, in both layouts."""
     recipe, _ = recipe_of(size)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: train.init_state(k, recipe, VOCAB), key)
+    shapes = jax.eval_shape(lambda k: trainer.init_state(k, recipe, VOCAB), key)
     row: dict[str, Any] = {"parameters": model.count(shapes.params)}
     for name, layout in parallel.LAYOUTS.items():
         like = layout.like(shapes)
@@ -60,13 +62,13 @@ def kept(size: str, *, remat: bool) -> float:
     """MB that the backward pass of one device's rows needs, but for the parameters."""
     recipe, length = recipe_of(size, remat=remat)
     batch, key = recipe.batch // jax.device_count(), jax.random.key(0)
-    params = jax.eval_shape(lambda k: train.init_state(k, recipe, VOCAB), key).params
+    params = jax.eval_shape(lambda k: trainer.init_state(k, recipe, VOCAB), key).params
 
     def residuals(params: Any, ids: jax.Array) -> Any:
-        draws = train.make_draws(key, ids, recipe, 0, ())
+        draws = trainer.make_draws(key, ids, recipe, 0, ())
 
         def loss(p: Any) -> Any:
-            return train.loss_fn(p, ids, draws, recipe, key=key)[0]
+            return trainer.loss_fn(p, ids, draws, recipe, key=key)[0]
 
         return jax.vjp(loss, params)[1]
 
@@ -81,9 +83,9 @@ def by_compiling(mode: str) -> dict[str, float]:
     """MB that XLA plans for the 87M step on a device."""
     recipe, length = recipe_of("87M")
     layout, key = parallel.LAYOUTS[mode], jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: train.init_state(k, recipe, VOCAB), key)
+    shapes = jax.eval_shape(lambda k: trainer.init_state(k, recipe, VOCAB), key)
     state = layout.like(shapes)
-    one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+    one = partial(trainer.train_step, recipe=recipe, axis=layout.axis)
     step: Any = layout.step(one, state)
     devices = jax.device_count()
     rows = (devices, recipe.batch // devices, length)

@@ -10,8 +10,11 @@ import jax
 import numpy as np
 from alternate import Case
 
-from dlm_jax import classifier, control, model, parallel, samplers, train
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.diffusion import classifier, guidance, model, samplers
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import parallel
+from dlm_jax.training import trainer
+from dlm_jax.types import HeadSpec
 
 CLASSES = 17
 TAGGER = {"width": 128, "layers": 2, "heads": 4, "ff": 512, "trunk": "adaln"}
@@ -39,11 +42,11 @@ class Training:
     """A step of the run's own layout, on all devices; waits for its end."""
 
     def __init__(self, config: Any, vocab: int):
-        recipe, self.key = train.recipe_of(config), jax.random.key(0)
+        recipe, self.key = trainer.recipe_of(config), jax.random.key(0)
         layout = parallel.LAYOUTS[config.parallel.mode]
-        init = partial(train.init_state, recipe=recipe, vocab=vocab)
+        init = partial(trainer.init_state, recipe=recipe, vocab=vocab)
         self.state = layout.begin(self.key, init)
-        one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+        one = partial(trainer.train_step, recipe=recipe, axis=layout.axis)
         self.step: Any = layout.step(one, self.state)
         self.rows = layout.rows(ids_of(config, vocab)[None])
 
@@ -59,13 +62,13 @@ class Training:
 def chain(case: Case) -> Callable[[], Any]:
     """The config's solver over a grid, with or without clamp and classifier."""
     config = alternate.settings(case)
-    recipe = train.recipe_of(config)
+    recipe = trainer.recipe_of(config)
     cfg, schedule = recipe.cfg, recipe.schedule
     params = model.init(jax.random.key(0), cfg, case.vocab)
     ids = ids_of(config, case.vocab)
     tagger, layout = (
         tagger_config(config),
-        classifier.Layout("tags", ids.shape[1:], CLASSES),
+        HeadSpec("tags", ids.shape[1:], CLASSES),
     )
     head = classifier.init(jax.random.key(1), tagger, layout)
     options = {"eta": config.sample.eta} if config.sample.solver == "ddim" else {}
@@ -74,11 +77,11 @@ def chain(case: Case) -> Callable[[], Any]:
     def whole(params: Any, head: Any, labels: Any, keys: Any, x_T: Any) -> Any:
         denoise = model.bind(params, cfg, schedule=schedule)
         if case.clamp:
-            denoise = control.clamp(denoise, params.table)
+            denoise = guidance.clamp(denoise, params.table)
         step = samplers.SOLVERS[config.sample.solver](denoise, schedule, **options)
         if case.job == "guided":
             of = classifier.log_prob(head, tagger, layout, labels, schedule)
-            step = control.guide(step, of, schedule, lr=0.2, updates=case.updates)
+            step = guidance.guide(step, of, schedule, lr=0.2, updates=case.updates)
         return samplers.sample(keys, step, x_T, times)[0].x0_hat
 
     keys = samplers.keys_of(jax.random.key(1), len(ids))

@@ -28,7 +28,8 @@ from typing import Any
 import jax
 import memory
 
-from dlm_jax import parallel, train
+from dlm_jax.runtime import parallel
+from dlm_jax.training import trainer
 
 ROOT = Path(__file__).parent.parent
 HOSTS, CHIPS = (1, 4, 16, 64, 256), 4  # chips of a host
@@ -41,9 +42,9 @@ def exchanged(mode: str) -> dict[str, float]:
     """Bytes that a device sends in a step, by kind, per parameter of the 87M model."""
     recipe, length = memory.recipe_of("87M")
     layout, key = parallel.LAYOUTS[mode], jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: train.init_state(k, recipe, memory.VOCAB), key)
+    shapes = jax.eval_shape(lambda k: trainer.init_state(k, recipe, memory.VOCAB), key)
     state, devices = layout.like(shapes), jax.device_count()
-    one = partial(train.train_step, recipe=recipe, axis=layout.axis)
+    one = partial(trainer.train_step, recipe=recipe, axis=layout.axis)
     step: Any = layout.step(one, state)
     parts = devices if mode == "pmap" else 1
     rows = jax.ShapeDtypeStruct((parts, recipe.batch // parts, length), "int32")

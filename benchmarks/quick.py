@@ -22,9 +22,9 @@ import limit
 import ours
 from alternate import Case
 
-from dlm_jax import denoiser as product
-from dlm_jax.denoiser import DTYPES
 from dlm_jax.main import large_pages
+from dlm_jax.nn import transformer as product
+from dlm_jax.nn.transformer import DTYPES
 
 CASES = {
     "post_ln": Case("configs/e2e_small.py:faithful", batch=32, steps=10),

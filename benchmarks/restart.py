@@ -23,7 +23,9 @@ import jax
 import numpy as np
 
 from configs import e2e
-from dlm_jax import checkpoint, model, parallel, train
+from dlm_jax.diffusion import model
+from dlm_jax.runtime import checkpoint, parallel
+from dlm_jax.training import trainer
 
 VOCAB, BATCH = 821, 2
 SIZES: dict[str, dict[str, int]] = {
@@ -33,14 +35,14 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def _begun(size: str) -> tuple[train.Recipe, Any]:
+def _begun(size: str) -> tuple[trainer.Recipe, Any]:
     config = e2e.get_config()
     config.model.update(SIZES[size])
     config.train.batch = BATCH
-    recipe = train.recipe_of(config)
+    recipe = trainer.recipe_of(config)
 
-    def init(key: jax.Array) -> train.TrainState:
-        return train.init_state(key, recipe, VOCAB)
+    def init(key: jax.Array) -> trainer.TrainState:
+        return trainer.init_state(key, recipe, VOCAB)
 
     return recipe, parallel.PMAP.begin(jax.random.key(0), init)
 
@@ -81,7 +83,7 @@ def _worn(state: Any) -> Any:
 def compiling(size: str) -> float:
     """Seconds to the end of the first step."""
     recipe, state = _begun(size)
-    one = partial(train.train_step, recipe=recipe, axis=parallel.AXIS)
+    one = partial(trainer.train_step, recipe=recipe, axis=parallel.AXIS)
     rows = parallel.PMAP.rows(np.full((1, BATCH, 64), 5, np.int32))
     step = parallel.PMAP.step(one, state)
     began = time.perf_counter()

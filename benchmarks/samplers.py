@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 import dlm_jax
-from dlm_jax import grammar, measures
+from dlm_jax.data import grammar
+from dlm_jax.evaluation import text_metrics
 
 OFF = {"clamp": False}
 SETTINGS: list[dict[str, Any]] = [
@@ -37,8 +38,8 @@ def row(texts: list[list[str]]) -> dict[str, list[float]]:
     """Each measure as [mean, standard error] over the seeds."""
     values = {
         "accepted": [np.mean([grammar.accepts(t) for t in one]) for one in texts],
-        "entropy": [measures.unigram_entropy(one) for one in texts],
-        "words": [np.mean(measures.lengths(one)) for one in texts],
+        "entropy": [text_metrics.unigram_entropy(one) for one in texts],
+        "words": [np.mean(text_metrics.lengths(one)) for one in texts],
         "distinct": [len(set(one)) / len(one) for one in texts],
     }
     error = math.sqrt(len(texts))

@@ -26,8 +26,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import dlm_jax
-from dlm_jax import data, denoiser, evaluate, grammar, measures
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.data import grammar, sources
+from dlm_jax.evaluation import report, text_metrics
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 
 CALLS = (8, 16, 32, 64, 200)
 FEW = (16, 64)  # of an ablation
@@ -82,7 +84,7 @@ def step_flops(config: Any) -> float:
     orthogonalisation once a step.
     """
     cfg, vocab = DenoiserConfig(**config.model), VOCAB[config.data.source]
-    shapes = jax.eval_shape(lambda: denoiser.init(jax.random.key(0), cfg, vocab))
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg, vocab))
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     names = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     a_token = sum(
@@ -125,15 +127,15 @@ def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
     bundle = dlm_jax.load(workdir)
     config = bundle.config
     held_out = _held_out(config)
-    row: dict[str, Any] = {"bound": evaluate.scores(bundle, held_out, 16), "calls": {}}
+    row: dict[str, Any] = {"bound": report.scores(bundle, held_out, 16), "calls": {}}
     for calls, n in texts_of.items():
         began = time.monotonic()
         texts = bundle.sample(n, seed=0, steps=calls)
         sample = {"n": n, "seconds": time.monotonic() - began}
         if config["data"]["source"] == "grammar":
             sample["accepted"] = float(np.mean([grammar.accepts(t) for t in texts]))
-        sample["entropy"] = measures.unigram_entropy(texts)
-        sample["words"] = float(np.mean(measures.lengths(texts)))
+        sample["entropy"] = text_metrics.unigram_entropy(texts)
+        sample["words"] = float(np.mean(text_metrics.lengths(texts)))
         sample["texts"] = texts[:4]
         row["calls"][str(calls)] = sample
     return row
@@ -144,14 +146,14 @@ def suite(workdir: Path, teacher: Path) -> dict[str, Any]:
     bundle = dlm_jax.load(workdir)
     config: Any = ml_collections.ConfigDict(bundle.config)
     config.evaluate.teacher = str(teacher) if teacher.exists() else ""
-    reference, held_out = evaluate.references(bundle, config)
+    reference, held_out = report.references(bundle, config)
     samples = [bundle.sample(TEXTS, seed=seed) for seed in range(SAMPLE_SEEDS)]
-    rows = evaluate.suite(samples, held_out, reference)
+    rows = report.suite(samples, held_out, reference)
     return {name: row._asdict() for name, row in rows.items() if not row.note}
 
 
 def _held_out(config: dict) -> list[str]:
-    return data.load_texts(ml_collections.ConfigDict(config["data"]), "valid")[:768]
+    return sources.load_texts(ml_collections.ConfigDict(config["data"]), "valid")[:768]
 
 
 def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, dict, int]]:

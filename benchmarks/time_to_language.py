@@ -19,7 +19,9 @@ import numpy as np
 from study import config_of, step_flops
 
 import dlm_jax
-from dlm_jax import checkpoint, grammar, measures, metrics
+from dlm_jax.data import grammar
+from dlm_jax.evaluation import text_metrics
+from dlm_jax.runtime import checkpoint, logging
 
 SHARES, TEXTS = (0.5, 0.8, 0.95), 256
 
@@ -40,8 +42,8 @@ def measure(workdir: Path, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "accepted": float(np.mean([grammar.accepts(text) for text in texts])),
-        "entropy": measures.unigram_entropy(texts),
-        "words": float(np.mean(measures.lengths(texts))),
+        "entropy": text_metrics.unigram_entropy(texts),
+        "words": float(np.mean(text_metrics.lengths(texts))),
     }
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     train(args, workdir)
     seconds = {
         r["step"]: r["seconds"]
-        for r in metrics.read(workdir / "metrics.jsonl", "train")
+        for r in logging.read(workdir / "metrics.jsonl", "train")
     }
     flops = step_flops(config_of("configs/grammar.py", args.variant, {}))
     rows = []

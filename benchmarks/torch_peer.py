@@ -580,10 +580,11 @@ def pusher(
 
 def make(case: Any, variant: str) -> Callable[[], Any]:
     """The work of a case of `alternate`."""
-    from dlm_jax import samplers, train
+    from dlm_jax.diffusion import samplers
+    from dlm_jax.training.trainer import recipe_of
 
     config = alternate.settings(case)
-    recipe, plain = train.recipe_of(config), variant == "eager"
+    recipe, plain = recipe_of(config), variant == "eager"
     # our first estimate is without dropout: else the peer would do more than we do
     assert not (recipe.cfg.self_cond and recipe.cfg.dropout)
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -5,16 +5,39 @@ import importlib
 from typing import Any
 
 __all__ = ["UserError", "load"]
-_HOMES = {"load": "dlm_jax.generate", "UserError": "dlm_jax.types"}
+_OBJECTS = {"load": "inference.pipeline", "UserError": "types"}
+_MODULES = {
+    "nn": ("transformer",),
+    "diffusion": (
+        "adaptive",
+        "autoregressive",
+        "classifier",
+        "embedding",
+        "guidance",
+        "likelihood",
+        "losses",
+        "model",
+        "rounding",
+        "samplers",
+        "schedule",
+    ),
+    "data": ("grammar", "tokenizer"),
+    "inference": ("mbr", "published"),
+}
+_HOMES = {name: package for package, names in _MODULES.items() for name in names}
+_PACKAGES = (*_MODULES, "runtime", "training", "evaluation")
 
 
 def __getattr__(name: str) -> Any:
-    """Lazy: `import dlm_jax.schedule` loads no Orbax."""
+    """Loads on first use: `dlm_jax.schedule` loads no Orbax."""
+    if name in _OBJECTS:
+        return getattr(importlib.import_module(f"dlm_jax.{_OBJECTS[name]}"), name)
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    try:
+        return importlib.import_module(f"dlm_jax.{_HOMES[name]}.{name}")
+    if name in (*_PACKAGES, "types"):
         return importlib.import_module(f"dlm_jax.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"dlm_jax.{name}":
-            raise
-        raise AttributeError(f"module 'dlm_jax' has no attribute {name!r}") from None
+    raise AttributeError(f"module 'dlm_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*__all__, *_HOMES, *_PACKAGES, "types"))

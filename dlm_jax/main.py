@@ -53,14 +53,14 @@ def _needed(config: Any, example: str) -> Any:
 
 
 def _train(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import train
+    from dlm_jax.training import trainer
 
     config = _needed(config, "configs/grammar.py")
-    train.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
+    trainer.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import train_classifier
+    from dlm_jax.training import train_classifier
 
     config = _needed(config, "configs/classifier.py")
     train_classifier.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
@@ -70,9 +70,9 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
     """The bundle, with config's sections about use, of --config if it is given."""
     import json
 
-    from dlm_jax import generate
+    from dlm_jax.inference import pipeline
 
-    bundle = generate.load(workdir, step)
+    bundle = pipeline.load(workdir, step)
     if config is not None:
         for name in ("sample", "evaluate", "control", "classifier"):
             bundle.config[name] = json.loads(config[name].to_json_best_effort())
@@ -80,7 +80,7 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
 
 
 def _alone() -> None:
-    from dlm_jax import parallel
+    from dlm_jax.runtime import parallel
     from dlm_jax.types import UserError
 
     if parallel.hosts()[1] > 1:
@@ -89,7 +89,7 @@ def _alone() -> None:
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     bundle = _load(config, workdir, step)
-    from dlm_jax import parallel
+    from dlm_jax.runtime import parallel
 
     texts = bundle.sample(bundle.config["sample"]["n"])
     if parallel.hosts()[0] == 0:
@@ -97,27 +97,27 @@ def _sample(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import evaluate
+    from dlm_jax.evaluation import report
 
-    evaluate.run(_load(config, workdir, step), workdir)
+    report.run(_load(config, workdir, step), workdir)
 
 
 def _control(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import tasks
+    from dlm_jax.evaluation import control_tasks
 
-    tasks.run(_load(config, workdir, step), workdir)
+    control_tasks.run(_load(config, workdir, step), workdir)
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import viz
+    from dlm_jax.evaluation import plots
 
     _alone()
-    for path in viz.run(_load(config, workdir, step), workdir):
+    for path in plots.run(_load(config, workdir, step), workdir):
         print(path)
 
 
 def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import prepare
+    from dlm_jax.data import prepare
 
     _alone()
     prepare.run(_needed(config, "configs/stories.py"), workdir)
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
 
     Status 75 (sysexits' "temporary failure"): the same command goes on from what is saved.
     """
-    from dlm_jax import checkpoint, parallel
+    from dlm_jax.runtime import checkpoint, parallel
     from dlm_jax.types import Stopped, UserError
 
     sys.unraisablehook = _unraisable
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
 
 def _end(error: Exception) -> None:
     """Ends in one line, if a lost host or the user's mistake is the reason."""
-    from dlm_jax import parallel
+    from dlm_jax.runtime import parallel
     from dlm_jax.types import UserError
 
     if reason := parallel.lost(error):

@@ -5,7 +5,8 @@ Axes: b batch, l length (positions), d embedding, v vocabulary, h trunk width,
 n steps of a sampling grid. Arrays may live on the host (NumPy) or on a device.
 """
 
-from typing import Any, TypeAlias
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -26,6 +27,20 @@ PRNGKeys: TypeAlias = Key[jax.Array, " b"]
 AnyArray: TypeAlias = Shaped[Array, "..."]
 
 START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabulary
+
+
+class HeadSpec(NamedTuple):
+    """What a classifier predicts of an example: its head, the shape of the labels, and
+    the number of classes of each."""
+
+    head: str
+    shape: tuple[int, ...]
+    classes: int
+
+    @property
+    def size(self) -> int:
+        """Number of labels of an example."""
+        return math.prod(self.shape)
 
 
 class UserError(ValueError):

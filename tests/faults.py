@@ -21,7 +21,8 @@ import jax
 import numpy as np
 
 from configs import smoke
-from dlm_jax import checkpoint, metrics, train
+from dlm_jax.runtime import checkpoint, logging
+from dlm_jax.training import trainer
 
 ROOT = Path(__file__).parent.parent
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -78,7 +79,7 @@ def _reached(workdir: Path) -> int:
     """The step that was recorded last."""
     if not _rows(workdir):
         return 0
-    rows = metrics.read(workdir / "metrics.jsonl", "train")
+    rows = logging.read(workdir / "metrics.jsonl", "train")
     return rows[-1]["step"] if rows else 0
 
 
@@ -153,7 +154,7 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
         )
     config = smoke.get_config()
     config.update_from_flattened_dict(options)
-    states = [train.Run(config, str(workdir)).state for workdir in (killed, whole)]
+    states = [trainer.Run(config, str(workdir)).state for workdir in (killed, whole)]
     for x, y in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(x, y)
     return Report(number, seen, resumes, redone)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import adaptive, checkpoint, generate, samplers, schedule, train
+from dlm_jax.diffusion import adaptive, samplers, schedule
+from dlm_jax.inference import pipeline
+from dlm_jax.runtime import checkpoint
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -101,7 +104,7 @@ def test_refuses_losses_that_are_no_function_of_the_noise(objective):
     config.model.update(self_cond=False, output_prior=False, causal=objective == "ar")
     config.loss.update(objective=objective, self_cond=0.0)
     with pytest.raises(UserError, match="no function of the noise"):
-        train.recipe_of(config)
+        trainer.recipe_of(config)
 
 
 def _config(name, **model):
@@ -116,22 +119,22 @@ def _config(name, **model):
 def test_trains_resumes_and_samples_with_it(name, tmp_path):
     """What it knows is part of the state: halves are the same as the whole."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train.run(_config(name), str(whole))
-    train.run(_config(name), str(halves))
+    trainer.run(_config(name), str(whole))
+    trainer.run(_config(name), str(halves))
     newest = checkpoint.folder(halves) / "12"
     newest.rename(tmp_path / "moved")
-    train.run(_config(name), str(halves))
-    states = [train.Run(_config(name), str(w)).state for w in (whole, halves)]
+    trainer.run(_config(name), str(halves))
+    states = [trainer.Run(_config(name), str(w)).state for w in (whole, halves)]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         assert np.array_equal(a, b)
     seen = states[0].noise
     assert 0 < jnp.sum(seen.seen) <= 12 * 16
-    bundle = generate.load(whole)
+    bundle = pipeline.load(whole)
     t = np.linspace(0.1, 0.9, 9)
     wanted = adaptive.ADAPTIVE[name](seen).log_snr(jnp.asarray(t))
     assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
     assert len(bundle.sample(2, steps=4)) == 2
-    start = adaptive.init(train.recipe_of(_config(name)).schedule)
+    start = adaptive.init(trainer.recipe_of(_config(name)).schedule)
     start = jax.tree.map(
         lambda a, b: jax.device_put(b, a.sharding), bundle.noise, start
     )
@@ -150,8 +153,8 @@ def test_regression_follows_it_too(objective, tmp_path):
     config = _config("warp", predicts="x0", self_cond=False, output_prior=False)
     config.loss.update(objective=objective, self_cond=0.0)
     config.train.update(total_steps=2, ckpt_steps=2)
-    train.run(config, str(tmp_path))
-    bundle = generate.load(tmp_path)
+    trainer.run(config, str(tmp_path))
+    bundle = pipeline.load(tmp_path)
     assert isinstance(bundle.schedule.sigma_0, float)
     assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
 
@@ -162,7 +165,7 @@ def test_needs_a_curve():
     config = smoke.get_config()
     config.schedule.adaptive = "wrap"
     with pytest.raises(UserError, match="choose one of warp, gumbel"):
-        train.recipe_of(config)
+        trainer.recipe_of(config)
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)

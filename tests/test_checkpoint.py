@@ -19,7 +19,9 @@ from conftest import wait_until
 
 import dlm_jax
 from configs import smoke
-from dlm_jax import checkpoint, main, train
+from dlm_jax import main
+from dlm_jax.runtime import checkpoint
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -77,7 +79,7 @@ def _config(texts, **changes):
 
 def _saved(texts, workdir, steps=(0,), keep=2, **changes):
     """A run directory with the start's state under each of `steps`."""
-    run = train.Run(_config(texts, train__keep=keep, **changes), str(workdir))
+    run = trainer.Run(_config(texts, train__keep=keep, **changes), str(workdir))
     writer = checkpoint.manager(workdir, keep=keep)
     for step in steps:
         run.state = run.state._replace(step=run.state.step * 0 + step)
@@ -151,11 +153,11 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     unfinished = checkpoint.folder(killed) / f"{STEPS - 1}.orbax-checkpoint-tmp"
     (unfinished / "state").mkdir(parents=True)
     config = _config(texts)
-    train.run(config, str(killed))
+    trainer.run(config, str(killed))
     assert f"from step {reached}" in capsys.readouterr().out
-    train.run(config, str(whole))
+    trainer.run(config, str(whole))
     assert checkpoint.latest(killed) == checkpoint.latest(whole) == STEPS
-    states = [train.Run(config, str(w)).state for w in (whole, killed)]
+    states = [trainer.Run(config, str(w)).state for w in (whole, killed)]
     assert not np.array_equal(states[0].params.table, states[0].ema.table)
     _same_bits(*states)
 
@@ -168,14 +170,14 @@ def test_changed_text_is_refused(texts, tmp_path):
     lines = mine.read_text().splitlines()
     mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(UserError, match=r"not the one that .* was begun with"):
-        train.run(_config(str(mine)), str(tmp_path / "run"))
+        trainer.run(_config(str(mine)), str(tmp_path / "run"))
     assert _digest(tmp_path / "run") == before
 
 
 def test_finished_run_says_so(texts, tmp_path, capsys):
     _saved(texts, tmp_path, (STEPS,))
     before = _digest(tmp_path)
-    train.run(_config(texts), str(tmp_path))
+    trainer.run(_config(texts), str(tmp_path))
     assert "finished already" in capsys.readouterr().out
     assert _digest(tmp_path) == before
 
@@ -185,7 +187,7 @@ def test_unfinished_save_is_ignored(texts, start, tmp_path):
     done = checkpoint.folder(workdir) / "2"
     shutil.copytree(done, done.with_name("9.orbax-checkpoint-tmp"))
     assert checkpoint.steps(workdir) == [1, 2]
-    assert int(train.Run(_config(texts), str(workdir)).state.step) == 2
+    assert int(trainer.Run(_config(texts), str(workdir)).state.step) == 2
     assert dlm_jax.load(workdir).step == 2
 
 
@@ -229,7 +231,7 @@ def test_keeps_the_newest(texts, tmp_path):
 def test_no_save_over_a_newer_step(texts, start, tmp_path):
     """Orbax itself would return False and say nothing."""
     workdir = shutil.copytree(start, tmp_path / "run")
-    run = train.Run(_config(texts), str(workdir))
+    run = trainer.Run(_config(texts), str(workdir))
     run.state = run.state._replace(step=run.state.step - 1)
     writer = checkpoint.manager(workdir, keep=2)
     _fails("step 1 was not saved", run.save, writer)
@@ -239,7 +241,7 @@ def test_no_save_over_a_newer_step(texts, start, tmp_path):
 def test_unwritable_workdir(texts, tmp_path):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / "file" / "x"
-    _fails("cannot write", train.run, _config(texts), str(workdir))
+    _fails("cannot write", trainer.run, _config(texts), str(workdir))
 
 
 # --- damage
@@ -267,13 +269,13 @@ def _flip(path):
 @pytest.mark.parametrize("harm", [_truncate, _flip, Path.unlink])
 def test_damaged_arrays_are_named_or_never_read(harm, texts, start, tmp_path):
     """Whichever file is harmed, no state but the one that was saved comes back."""
-    whole, said = train.Run(_config(texts), str(start)).state, []
+    whole, said = trainer.Run(_config(texts), str(start)).state, []
     for number in range(len(_data(start))):
         workdir = shutil.copytree(start, tmp_path / str(number))
         harm(_data(workdir)[number])
         before = _digest(workdir)
         try:
-            _same_bits(train.Run(_config(texts), str(workdir)).state, whole)
+            _same_bits(trainer.Run(_config(texts), str(workdir)).state, whole)
         except UserError as error:
             said.append(str(error))
         assert _digest(workdir) == before
@@ -291,7 +293,7 @@ def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     workdir = shutil.copytree(start, tmp_path / "run")
     harm(checkpoint.folder(workdir) / "2" / name)
     before = _digest(workdir)
-    for call in (lambda w: train.run(_config(texts), str(w)), dlm_jax.load):
+    for call in (lambda w: trainer.run(_config(texts), str(w)), dlm_jax.load):
         assert "the one before" in _fails("checkpoints/2: damaged", call, workdir)
     assert _digest(workdir) == before
     shutil.rmtree(checkpoint.folder(workdir) / "2")
@@ -302,7 +304,7 @@ def _run(*args, **options):
     """A run of a few steps that saves each second one."""
     changes = {"train__total_steps": 6, "train__ckpt_steps": 2}
     config = _config(args[0], **changes, optim__decay="constant")
-    train.run(config, str(args[1]), *args[2:], **options)
+    trainer.run(config, str(args[1]), *args[2:], **options)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -321,7 +323,7 @@ def test_a_damaged_step_is_set_aside_on_request_only(texts, tmp_path, capsys):
     assert sum("damaged" in line for line in said) == 1
     assert _digest(harmed / "damaged" / "6") == damaged
     config = _config(texts, train__total_steps=6, optim__decay="constant")
-    _same_bits(*(train.Run(config, str(w)).state for w in (whole, harmed)))
+    _same_bits(*(trainer.Run(config, str(w)).state for w in (whole, harmed)))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -329,7 +331,7 @@ def test_nothing_is_set_aside_where_nothing_else_is_left(texts, tmp_path):
     _saved(texts, tmp_path, (1,))
     _truncate(checkpoint.folder(tmp_path) / "1" / "state" / "manifest.ocdbt")
     before = _digest(tmp_path)
-    call = functools.partial(train.run, _config(texts), allow_fallback=True)
+    call = functools.partial(trainer.run, _config(texts), allow_fallback=True)
     _fails("checkpoints/1: damaged", call, str(tmp_path))
     assert _digest(tmp_path) == before
 
@@ -382,7 +384,7 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path):
     """The last good checkpoint is named, and stays."""
     harm, says, left = HARMS[name]
 
-    class Harmed(train.Run):
+    class Harmed(trainer.Run):
         def batch(self, step):
             if step == 3:
                 wait_until(lambda: checkpoint.steps(self.workdir), "a checkpoint")
@@ -420,9 +422,9 @@ def test_sums_of_version_0_1_are_read(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SUMMED", {})
     _saved(texts, tmp_path, (1,))
     monkeypatch.undo()
-    assert int(train.Run(_config(texts), str(tmp_path)).state.step) == 1
+    assert int(trainer.Run(_config(texts), str(tmp_path)).state.step) == 1
     _flip(_data(tmp_path)[0])
-    _fails("checkpoints/1: damaged", train.Run, _config(texts), str(tmp_path))
+    _fails("checkpoints/1: damaged", trainer.Run, _config(texts), str(tmp_path))
 
 
 # --- another config
@@ -446,7 +448,7 @@ def test_another_config_is_refused(change, texts, start, tmp_path):
     old = _config(texts)
     for part in name.split("."):
         old = old[part]
-    line = _fails("was begun with", train.run, _config(texts, **change), str(workdir))
+    line = _fails("was begun with", trainer.run, _config(texts, **change), str(workdir))
     assert f"config.{name}={old!r}, not {new!r}" in line
     assert _digest(workdir) == before
 

@@ -7,10 +7,18 @@ import numpy as np
 import optax
 import pytest
 
-from dlm_jax import classifier, control, losses, model, rounding, samplers, schedule
-from dlm_jax.classifier import Layout
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import embed, init_table
+from dlm_jax.diffusion import (
+    classifier,
+    guidance,
+    losses,
+    model,
+    rounding,
+    samplers,
+    schedule,
+)
+from dlm_jax.diffusion.embedding import embed, init_table
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.types import HeadSpec
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -22,9 +30,9 @@ CFG = DenoiserConfig(
 )  # fmt: skip
 TABLE = init_table(jax.random.key(0), VOCAB, DIM, normalize=True)
 LAYOUTS = [
-    Layout("fields", (2,), 3),
-    Layout("tags", (LENGTH,), 3),
-    Layout("chart", (LENGTH, LENGTH), 3),
+    HeadSpec("fields", (2,), 3),
+    HeadSpec("tags", (LENGTH,), 3),
+    HeadSpec("chart", (LENGTH, LENGTH), 3),
 ]
 
 
@@ -135,7 +143,7 @@ def test_it_steers(trained):
     x_T = samplers.noise(samplers.keys_of(jax.random.key(5), n), (LENGTH, DIM))
 
     def met(updates):
-        step = control.guide(
+        step = guidance.guide(
             samplers.ddim(denoise, NOISE, eta=1.0), log_prob, NOISE, updates=updates
         )
         run = jax.jit(lambda x: samplers.sample(jax.random.key(6), step, x, times)[0])

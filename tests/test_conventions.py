@@ -10,40 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlm_jax"
-LAYERS = (  # from the bottom; an import points to a lower row
+# An import points to the left, never to the right; packages of one column do not
+# import each other.
+COLUMNS = (
     "types",
-    "schedule embedding tokenizer metrics measures grammar",
-    "records",
-    "rounding denoiser data adaptive",
-    "model prepare",
-    "losses samplers",
-    "control likelihood classifier teacher parallel checkpoint optim mbr",
-    "interop labels",
-    "steering",
-    "generate viz",
-    "targets",
-    "evaluate tasks",
-    "train",
-    "train_classifier",
+    "nn data runtime",
+    "diffusion",
+    "inference",
+    "training evaluation",
     "main",
 )
-LAYER = {name: i for i, row in enumerate(LAYERS) for name in row.split()}
-MATHEMATICS = [
-    "types",
-    "schedule",
-    "adaptive",
-    "embedding",
-    "rounding",
-    "denoiser",
-    "model",
-    "losses",
-    "samplers",
-    "control",
-    "likelihood",
-    "classifier",
-    "teacher",
-    "mbr",
-]
+COLUMN = {name: i for i, names in enumerate(COLUMNS) for name in names.split()}
+APART = {("diffusion", "data"), ("diffusion", "runtime")}
+MATHEMATICS = ("types", "nn", "diffusion")
 EFFECTS = {
     "absl",
     "logging",
@@ -73,8 +52,16 @@ DEVICES = {
     "process_index",
     "shard_map",
 }
-TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
-MODULES = sorted(set(TREES) - {"__init__"})
+
+
+def _name(path):
+    """The module's name inside the package, such as diffusion.schedule."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+TREES = {_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+MODULES = sorted(name for name in TREES if not name.endswith("__init__"))
+PURE = [name for name in MODULES if name.partition(".")[0] in MATHEMATICS]
 SOURCES = sorted(
     path
     for folder in ("dlm_jax", "configs", "tests", "benchmarks")
@@ -116,18 +103,39 @@ def _calls(tree, name):
                 yield node
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    assert module in LAYER, f"{module}: give it a layer, here and in the design"
+def _own(module):
+    """The package's modules that this one imports, by their names inside it."""
     for source, name in _imports(module):
-        if source.partition(".")[0] != "dlm_jax":
+        parts = source.split(".")
+        if parts[0] != "dlm_jax":
             continue
-        other = source.partition(".")[2] or name
-        assert other in LAYER, f"{module} imports {other}, which has no layer"
-        assert LAYER[other] < LAYER[module], f"{module} imports {other}: not below it"
+        inner = ".".join(parts[1:])
+        longer = f"{inner}.{name}" if inner else str(name)
+        yield longer if longer in TREES else inner
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) & set(MATHEMATICS)))
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_left(module):
+    package = module.partition(".")[0]
+    assert package in COLUMN, f"{module}: give its package a column"
+    for other in _own(module):
+        assert other in TREES, f"{module} imports {other}, which is no module"
+        theirs = other.partition(".")[0]
+        if theirs == package:
+            continue
+        assert COLUMN[theirs] < COLUMN[package], f"{module} imports {other}"
+        assert (package, theirs) not in APART, f"{module} imports {other}"
+
+
+def test_no_circles():
+    above = {module: set(_own(module)) - {module} for module in MODULES}
+    while above:
+        ground = [module for module, below in above.items() if not below & set(above)]
+        assert ground, f"these import each other: {sorted(above)}"
+        above = {m: below for m, below in above.items() if m not in ground}
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_mathematics_has_no_effects(module):
     found = {source.partition(".")[0] for source, _ in _imports(module)}
     assert not found & EFFECTS
@@ -137,12 +145,12 @@ def test_mathematics_has_no_effects(module):
         )
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"denoiser"}))
-def test_flax_stays_in_the_denoiser(module):
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("nn.")])
+def test_flax_stays_in_nn(module):
     assert "flax" not in {source.partition(".")[0] for source, _ in _imports(module)}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"parallel"}))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"runtime.parallel"}))
 def test_devices_stay_in_parallel(module):
     for source, name in _imports(module):
         if source.partition(".")[0] == "jax":
@@ -174,7 +182,7 @@ def test_keys_are_typed_and_come_first(module):
         assert keys in ([], [0]), f"{name}: key comes first, or by keyword"
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) & set(MATHEMATICS)))
+@pytest.mark.parametrize("module", PURE)
 def test_public_mathematics_is_annotated(module):
     for name, node in _functions(module):
         if any(part.startswith("_") for part in name.split(".")):
@@ -187,7 +195,7 @@ def test_public_mathematics_is_annotated(module):
         assert not outer or ast.get_docstring(node), f"{name}: no docstring"
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) & set(MATHEMATICS)))
+@pytest.mark.parametrize("module", PURE)
 def test_options_are_keywords(module):
     """A default that is a bool or a string is an option: never by position."""
     for name, node in _functions(module):
@@ -201,7 +209,15 @@ def test_options_are_keywords(module):
 
 @pytest.mark.parametrize(
     "module",
-    ["checkpoint", "evaluate", "generate", "main", "optim", "parallel", "train"],
+    [
+        "evaluation.report",
+        "inference.pipeline",
+        "main",
+        "runtime.checkpoint",
+        "runtime.parallel",
+        "training.optimizer",
+        "training.trainer",
+    ],
 )
 def test_defaults_live_in_the_config(module):
     for call in _calls(TREES[module], "get"):
@@ -218,13 +234,15 @@ def test_files_say_their_licence_and_their_job(path):
 
 
 def test_no_file_of_odds_and_ends():
-    assert not {"utils", "util", "helpers", "common", "misc"} & set(MODULES)
+    assert not {"utils", "util", "helpers", "common", "misc"} & {
+        m.rpartition(".")[2] for m in MODULES
+    }
 
 
 def test_importing_the_mathematics_loads_no_edge():
     names = ("orbax", "tensorflow_datasets", "sentencepiece", "ml_collections", "absl")
     program = (
-        "import dlm_jax.schedule, dlm_jax.samplers, dlm_jax.losses, sys; "
+        "import sys, dlm_jax; dlm_jax.schedule, dlm_jax.samplers, dlm_jax.losses; "
         f"print([n for n in {names} if n in sys.modules])"
     )
     command = [sys.executable, "-c", program]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dlm_jax import data
-from dlm_jax.tokenizer import END, PAD, START, WordTokenizer
+from dlm_jax.data import sources
+from dlm_jax.data.tokenizer import END, PAD, START, WordTokenizer
 from dlm_jax.types import UserError
 
 TOK = WordTokenizer(("a", "b", "c", "d"))
@@ -61,11 +61,11 @@ def _write(path, content):
 
 
 def test_grammar_is_seeded_and_its_splits_differ():
-    train = data.load_texts(_cfg(source="grammar"), "train")
+    train = sources.load_texts(_cfg(source="grammar"), "train")
     assert len(train) == 30
-    assert train == data.load_texts(_cfg(source="grammar"), "train")
-    assert train != data.load_texts(_cfg(source="grammar", seed=1), "train")
-    valid = data.load_texts(_cfg(source="grammar"), "valid")
+    assert train == sources.load_texts(_cfg(source="grammar"), "train")
+    assert train != sources.load_texts(_cfg(source="grammar", seed=1), "train")
+    valid = sources.load_texts(_cfg(source="grammar"), "valid")
     assert len(valid) == 10
     assert valid != train[:10]
 
@@ -82,24 +82,26 @@ CONTENT = {
 def test_files_hold_out_their_last_examples(tmp_path, source):
     path = _write(tmp_path / "a", CONTENT[source])
     cfg = _cfg(source=source, path=path)
-    assert data.load_texts(cfg, "train") == LINES[:18]
-    assert data.load_texts(cfg, "valid") == LINES[18:]
+    assert sources.load_texts(cfg, "train") == LINES[:18]
+    assert sources.load_texts(cfg, "valid") == LINES[18:]
     cfg.valid_fraction = 0.0
-    assert data.load_texts(cfg, "train") == LINES
-    _fails("valid_fraction=0.0", data.load_texts, cfg, "valid")
+    assert sources.load_texts(cfg, "train") == LINES
+    _fails("valid_fraction=0.0", sources.load_texts, cfg, "valid")
     cfg.valid_path = path
-    assert data.load_texts(cfg, "train") == data.load_texts(cfg, "valid") == LINES
+    assert sources.load_texts(cfg, "train") == sources.load_texts(cfg, "valid") == LINES
 
 
 def test_a_line_separator_inside_a_text_does_not_end_it(tmp_path):
     path = _write(tmp_path / "a", "one\u2028still one\x0bhere\ntwo\n")
-    texts = data.load_texts(_cfg(path=path, valid_fraction=0.0), "train")
+    texts = sources.load_texts(_cfg(path=path, valid_fraction=0.0), "train")
     assert texts == ["one\u2028still one\x0bhere", "two"]
 
 
 def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path):
     path = _write(tmp_path / "a", 'text,n\n"a, ""b""\nc",1\nd,2\n')
-    texts = data.load_texts(_cfg(source="csv", path=path, valid_fraction=0.0), "train")
+    texts = sources.load_texts(
+        _cfg(source="csv", path=path, valid_fraction=0.0), "train"
+    )
     assert texts == ['a, "b"\nc', "d"]
 
 
@@ -107,8 +109,8 @@ def test_e2e_folder(tmp_path):
     _write(tmp_path / "src1_train.txt", CONTENT["e2e"])
     _write(tmp_path / "src1_valid.txt", "name : x||only one\n")
     cfg = _cfg(source="e2e", path=str(tmp_path))
-    assert data.load_texts(cfg, "train") == LINES
-    assert data.load_texts(cfg, "valid") == ["only one"]
+    assert sources.load_texts(cfg, "train") == LINES
+    assert sources.load_texts(cfg, "valid") == ["only one"]
 
 
 def test_published_e2e():
@@ -117,14 +119,14 @@ def test_published_e2e():
         pytest.skip("set DLM_DATA to the folder that holds e2e/src1_train.txt")
     path = str(Path(os.environ["DLM_DATA"]) / "e2e")
     cfg = _cfg(source="e2e", path=path, min_count=10, length=64)
-    train, valid = (data.load_texts(cfg, split) for split in ("train", "valid"))
+    train, valid = (sources.load_texts(cfg, split) for split in ("train", "valid"))
     assert (len(train), len(valid)) == (42_061, 4_672)
-    tok = data.train_tokenizer(cfg, train)
+    tok = sources.train_tokenizer(cfg, train)
     assert tok.vocab_size == 821
     how = {"length": 64, "mode": "pad"}
-    assert len(data.encode(train, tok, **how, too_long="truncate")) == 42_061
-    assert len(data.encode(train, tok, **how, too_long="drop")) == 42_061 - 2
-    _fails("set length=77", data.encode, train, tok, **how, too_long="error")
+    assert len(sources.encode(train, tok, **how, too_long="truncate")) == 42_061
+    assert len(sources.encode(train, tok, **how, too_long="drop")) == 42_061 - 2
+    _fails("set length=77", sources.encode, train, tok, **how, too_long="error")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_published_e2e():
 )
 def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
     cfg = _cfg(source=source, path=_write(tmp_path / "a", content))
-    assert str(tmp_path) in _fails(says, data.load_texts, cfg, "train")
+    assert str(tmp_path) in _fails(says, sources.load_texts, cfg, "train")
 
 
 @pytest.mark.parametrize(
@@ -161,12 +163,12 @@ def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
     ],
 )
 def test_bad_settings_name_the_flag(changes, says):
-    _fails(says, data.load_texts, _cfg(**changes), "train")
+    _fails(says, sources.load_texts, _cfg(**changes), "train")
 
 
 def test_bad_validation_settings_name_the_flag(tmp_path):
     path = _write(tmp_path / "a", "one\n")
-    load = data.load_texts
+    load = sources.load_texts
     _fails("valid_fraction=0.1", load, _cfg(path=path), "train")
     _fails("valid_fraction=1", load, _cfg(path=path, valid_fraction=1.0), "train")
     _fails("config.data.valid_path", load, _cfg(path=path, valid_path="no"), "valid")
@@ -175,11 +177,14 @@ def test_bad_validation_settings_name_the_flag(tmp_path):
 
 def test_tokenizers_are_trained_by_name():
     cfg = _cfg()
-    assert data.train_tokenizer(cfg, LINES).to_dict()["kind"] == "word"
+    assert sources.train_tokenizer(cfg, LINES).to_dict()["kind"] == "word"
     cfg.tokenizer, cfg.vocab_size = "sentencepiece", 22
-    assert data.train_tokenizer(cfg, LINES).vocab_size == 22
+    assert sources.train_tokenizer(cfg, LINES).vocab_size == 22
     _fails(
-        "config.data.tokenizer='bpe'", data.train_tokenizer, _cfg(tokenizer="bpe"), []
+        "config.data.tokenizer='bpe'",
+        sources.train_tokenizer,
+        _cfg(tokenizer="bpe"),
+        [],
     )
 
 
@@ -216,16 +221,16 @@ EXAMPLE = {"text": "the test café", "n": 0}
 def test_tfds_prepares_once_and_reads_without_tensorflow(tfds_set, monkeypatch):
     name, folder = tfds_set
     cfg = _cfg(source="tfds", path=name, tfds_dir=folder)
-    train = data.load_texts(cfg, "train")
-    valid = data.load_texts(cfg, "valid")
+    train = sources.load_texts(cfg, "train")
+    valid = sources.load_texts(cfg, "valid")
     assert (len(train), len(valid)) == (18, 2)
     assert sorted(train + valid) == sorted(LINES)
-    monkeypatch.setattr(data, "_check_preparable", None)  # prepared: not asked again
+    monkeypatch.setattr(sources, "_check_preparable", None)  # prepared: not asked again
     cfg.tfds_valid = "test"
-    assert data.load_texts(cfg, "valid") == ["the test café"]
-    assert len(data.load_texts(cfg, "train")) == 20
+    assert sources.load_texts(cfg, "valid") == ["the test café"]
+    assert len(sources.load_texts(cfg, "train")) == 20
     cfg.tfds_train = "train[:50%]"
-    assert len(data.load_texts(cfg, "train")) == 10
+    assert len(sources.load_texts(cfg, "train")) == 10
     assert "tensorflow" not in sys.modules
 
 
@@ -243,20 +248,20 @@ def test_tfds_prepares_once_and_reads_without_tensorflow(tfds_set, monkeypatch):
 def test_tfds_failures_are_one_line(tfds_set, changes, says):
     name, folder = tfds_set
     cfg = _cfg(**({"source": "tfds", "path": name, "tfds_dir": folder} | changes))
-    _fails(says, data.load_texts, cfg, "train")
+    _fails(says, sources.load_texts, cfg, "train")
 
 
 def test_tfds_that_needs_tensorflow_says_so(tfds_set, tmp_path, monkeypatch):
     cfg = _cfg(source="tfds", path="lm1b", tfds_dir=str(tmp_path))
-    monkeypatch.setattr(data, "find_spec", lambda name: None)
-    _fails("lm1b needs the package tensorflow", data.load_texts, cfg, "train")
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    _fails("lm1b needs the package tensorflow", sources.load_texts, cfg, "train")
 
     def prepare(cfg):
         raise RuntimeError("two\nlines") from ModuleNotFoundError("", name="tensorflow")
 
-    monkeypatch.setattr(data, "_prepared", prepare)
+    monkeypatch.setattr(sources, "_prepared", prepare)
     cfg.path = tfds_set[0]
-    _fails("needs the package tensorflow", data.load_texts, cfg, "train")
+    _fails("needs the package tensorflow", sources.load_texts, cfg, "train")
 
 
 def test_tfds_without_a_network_fails_at_once(tfds_set, tmp_path, monkeypatch):
@@ -269,14 +274,14 @@ def test_tfds_without_a_network_fails_at_once(tfds_set, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "head", head)
     cfg = _cfg(source="tfds", path="e2e_cleaned", tfds_dir=str(tmp_path))
     says = "e2e_cleaned is not prepared .* cannot be reached: .*tfds_dir"
-    _fails(says, data.load_texts, cfg, "train")
+    _fails(says, sources.load_texts, cfg, "train")
 
 
 # --- texts -> ids
 
 
 def _encode(texts, length=5, mode="pad", too_long="error"):
-    return data.encode(texts, TOK, length=length, mode=mode, too_long=too_long)
+    return sources.encode(texts, TOK, length=length, mode=mode, too_long=too_long)
 
 
 def test_pad():
@@ -328,7 +333,7 @@ IDS = np.arange(46, dtype=np.int32).reshape(23, 2)
 
 
 def _rows(step, seed=0, batch=8, **host):
-    return IDS[data.batch_index(len(IDS), seed=seed, step=step, batch=batch, **host)]
+    return IDS[sources.batch_index(len(IDS), seed=seed, step=step, batch=batch, **host)]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 23, 60])
@@ -366,7 +371,7 @@ def test_hosts_must_divide_the_batch():
 
 @pytest.mark.parametrize("batch", [1, 8, 23, 50])
 def test_evaluation_batches_cover_the_rows_once(batch):
-    pairs = list(data.batches(IDS, batch))
+    pairs = list(sources.batches(IDS, batch))
     assert len(pairs) == -(-23 // batch)
     assert all(
         ids.shape == (batch, 2) and mask.shape == (batch,) for ids, mask in pairs

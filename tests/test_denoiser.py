@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import denoiser
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 
 TINY = DenoiserConfig(
     dim=4, width=16, layers=1, heads=2, ff=32, positions=8, time_dim=8, self_cond=True
 )
 # compiles in a fraction of threefry's time
 key_of = functools.partial(jax.random.key, impl="unsafe_rbg")
-start = jax.jit(denoiser.init, static_argnums=(1, 2))
-TRUNKS = {trunk: dataclasses.replace(TINY, trunk=trunk) for trunk in denoiser.BLOCKS}
+start = jax.jit(transformer.init, static_argnums=(1, 2))
+TRUNKS = {trunk: dataclasses.replace(TINY, trunk=trunk) for trunk in transformer.BLOCKS}
 
 
 @pytest.fixture(scope="module", params=TRUNKS)
@@ -30,14 +30,16 @@ def cfg(request):
 def weights(cfg):
     """Not the start: adaln's gates are zero there and would hide the layers."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: denoiser.init(key, cfg, 11), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: transformer.init(key, cfg, 11), jax.random.key(0)
+    )
     return jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype("f"), shapes)
 
 
 @functools.cache
 def compiled(cfg):
     return jax.jit(
-        lambda params, *x, key=None: denoiser.apply(params, cfg, 11, *x, key=key)
+        lambda params, *x, key=None: transformer.apply(params, cfg, 11, *x, key=key)
     )
 
 
@@ -57,7 +59,7 @@ def test_time_features():
     angle = 1000 * t[:, None] * 1e4 ** (-np.arange(4) / 4)
     want = np.concatenate([np.cos(angle), np.sin(angle)], -1)
     # float32 angles reach 1000: their sines are good to 1000 * 2^-24
-    np.testing.assert_allclose(denoiser.time_features(t, 8), want, atol=1e-4)
+    np.testing.assert_allclose(transformer.time_features(t, 8), want, atol=1e-4)
 
 
 def test_time_per_token(cfg):
@@ -104,7 +106,7 @@ def test_estimate_needs_self_cond(cfg):
     """Without it the program does not read x0_prev, its last argument."""
     for self_cond in (True, False):
         one = dataclasses.replace(cfg, self_cond=self_cond)
-        network = functools.partial(denoiser.apply, weights(one), one, 11)
+        network = functools.partial(transformer.apply, weights(one), one, 11)
         jaxpr = jax.make_jaxpr(network)(*inputs()).jaxpr
         read = any(jaxpr.invars[-1] is x for e in jaxpr.eqns for x in e.invars)
         assert read == self_cond
@@ -121,7 +123,7 @@ def test_dropout_needs_a_key(cfg, rate):
     assert np.abs(dropped - run(one, *x, key=k_2)).max() > 1e-3
     np.testing.assert_array_equal(dropped, run(one, *x, key=k_1))
     traces = [
-        jax.make_jaxpr(functools.partial(denoiser.apply, weights(cfg), c, 11))(*x)
+        jax.make_jaxpr(functools.partial(transformer.apply, weights(cfg), c, 11))(*x)
         for c in (cfg, one)
     ]
     assert str(traces[0]) == str(traces[1])
@@ -134,7 +136,9 @@ def test_remat_keeps_less_and_changes_nothing(cfg):
     for c in (deep, again):
 
         def total(params, c=c):
-            return jnp.sum(denoiser.apply(params, c, 11, *inputs(), key=key_of(2)) ** 2)
+            return jnp.sum(
+                transformer.apply(params, c, 11, *inputs(), key=key_of(2)) ** 2
+            )
 
         found.append(jax.jit(jax.value_and_grad(total))(weights(deep)))
         held = jax.eval_shape(lambda p, f=total: jax.vjp(f, p)[1], weights(deep))
@@ -153,14 +157,14 @@ def test_half_of_the_bits(cfg, dtype):
     assert found.dtype == np.float32
     error = np.linalg.norm(found - want) / np.linalg.norm(want)
     assert 1e-4 < error < 0.05
-    shapes = jax.eval_shape(lambda k: denoiser.init(k, half, 11), key_of(0))
+    shapes = jax.eval_shape(lambda k: transformer.init(k, half, 11), key_of(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("dtype", denoiser.DTYPES)
+@pytest.mark.parametrize("dtype", transformer.DTYPES)
 def test_kernels_cast_before_a_chain_change_nothing(cfg, dtype):
     cfg = dataclasses.replace(cfg, dtype=dtype)
-    low = denoiser.lowered(weights(cfg), cfg)
+    low = transformer.lowered(weights(cfg), cfg)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(low)}
     assert kinds == {"float32", cfg.products}
     np.testing.assert_array_equal(compiled(cfg)(low, *inputs()), run(cfg, *inputs()))
@@ -173,24 +177,24 @@ def test_fused_attention_is_attention(trunk, causal, monkeypatch):
     cfg = dataclasses.replace(TRUNKS[trunk], dtype="bfloat16", causal=causal, width=32)
     rows, (x, t, before) = weights(cfg), inputs()
     args = (x[:3, :5], t[:3], before[:3, :5])
-    plain = np.asarray(denoiser.apply(rows, cfg, 11, *args))
-    monkeypatch.setattr(denoiser, "FUSED", {"cpu": "xla"})
+    plain = np.asarray(transformer.apply(rows, cfg, 11, *args))
+    monkeypatch.setattr(transformer, "FUSED", {"cpu": "xla"})
     calls, known = [], jax.nn.dot_product_attention
     spy = lambda *a, **k: calls.append(k) or known(*a, **k)  # noqa: E731
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
-    fused = np.asarray(denoiser.apply(rows, cfg, 11, *args))
+    fused = np.asarray(transformer.apply(rows, cfg, 11, *args))
     assert {call["implementation"] for call in calls} == {"xla"}
     assert np.linalg.norm(fused - plain) < 0.02 * np.linalg.norm(plain)
     calls.clear()
     drops = dataclasses.replace(cfg, attention_dropout=0.5)
-    denoiser.apply(rows, drops, 11, *args, key=key_of(0))
+    transformer.apply(rows, drops, 11, *args, key=key_of(0))
     assert not calls  # it has no dropout
 
 
 def test_another_backend_starts_with_the_same_weights(cfg, monkeypatch):
     here = start(key_of(0), cfg, 11)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    there = denoiser.init(key_of(0), cfg, 11)
+    there = transformer.init(key_of(0), cfg, 11)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6), here, there)
 
 
@@ -198,27 +202,27 @@ def test_every_layer_drops_others(cfg):
     """Seeds differ between layers and places."""
     deep = dataclasses.replace(cfg, layers=2, dropout=0.5, attention_dropout=0.5)
     seeds = []
-    original = denoiser.drop
+    original = transformer.drop
 
     def spy(x, seed, rate):
         seeds.append(np.asarray(seed))
         return original(x, seed, rate)
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr(denoiser, "drop", spy)
-        denoiser.apply(weights(deep), deep, 11, *inputs(), key=key_of(5))
+        patch.setattr(transformer, "drop", spy)
+        transformer.apply(weights(deep), deep, 11, *inputs(), key=key_of(5))
     assert len(seeds) == 1 + 3 * 2
     assert len({tuple(seed) for seed in seeds}) == len(seeds)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shapes", [((2, 3, 5), (2, 5, 4)), ((6, 9), (9, 2))])
-@pytest.mark.parametrize("product", [denoiser.times, denoiser.across])
+@pytest.mark.parametrize("product", [transformer.times, transformer.across])
 def test_products_and_their_gradients(product, shapes, dtype):
     """Against einsum's, whichever of the two is narrower; inputs that bfloat16 keeps."""
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-8, 9, shape).astype("f") for shape in shapes)
-    if product is denoiser.across:
+    if product is transformer.across:
         b = np.ascontiguousarray(b.swapaxes(-1, -2))
     axes = {"times": "...mk,...kn->...mn", "across": "...mk,...nk->...mn"}
     g = rng.integers(-8, 9, (*a.shape[:-1], shapes[1][-1])).astype("f")
@@ -236,7 +240,7 @@ def test_products_and_their_gradients(product, shapes, dtype):
 def test_dropout_is_fair(rate):
     """The share kept of rows, columns, pairs of neighbours, and pairs of seeds."""
     shape, seeds = (256, 384), jax.random.bits(key_of(0), (8, 2))
-    masks = np.stack([denoiser.kept(seed, shape, rate) for seed in seeds])
+    masks = np.stack([transformer.kept(seed, shape, rate) for seed in seeds])
     p, pairs = 1 - rate, (1 - rate) ** 2
 
     def fair(share, expected, n):
@@ -255,14 +259,14 @@ def test_dropout_is_fair(rate):
 
 def test_dropout_scales_and_its_gradient_has_the_same_mask():
     x, seed = np.full((64, 64), 3.0, "f"), jax.random.bits(key_of(1), (2,))
-    y, back = jax.vjp(lambda x: denoiser.drop(x, seed, 0.25), x)
-    mask = np.asarray(denoiser.kept(seed, x.shape, 0.25))
+    y, back = jax.vjp(lambda x: transformer.drop(x, seed, 0.25), x)
+    mask = np.asarray(transformer.kept(seed, x.shape, 0.25))
     np.testing.assert_array_equal(y, np.where(mask, 4.0, 0.0))
     np.testing.assert_array_equal(back(x)[0], y)
 
 
 @pytest.mark.parametrize(
-    ("phi", "approximate"), [(denoiser.exact, False), (denoiser.by_tanh, True)]
+    ("phi", "approximate"), [(transformer.exact, False), (transformer.by_tanh, True)]
 )
 def test_gelu_is_the_known_one(phi, approximate):
     x = np.linspace(-6, 6, 101, dtype="f")
@@ -270,8 +274,8 @@ def test_gelu_is_the_known_one(phi, approximate):
     def known(x):
         return jax.nn.gelu(x, approximate=approximate)
 
-    np.testing.assert_allclose(denoiser.gelu(x, phi), known(x), atol=2e-6)
-    slope = jax.vmap(jax.grad(lambda x: denoiser.gelu(x, phi)))(x)
+    np.testing.assert_allclose(transformer.gelu(x, phi), known(x), atol=2e-6)
+    slope = jax.vmap(jax.grad(lambda x: transformer.gelu(x, phi)))(x)
     np.testing.assert_allclose(slope, jax.vmap(jax.grad(known))(x), atol=2e-6)
 
 
@@ -280,7 +284,7 @@ def test_a_layer_is_compiled_on_its_own(cfg):
     deep = dataclasses.replace(cfg, layers=3, self_cond=False)
     rows, x = weights(deep), inputs()[0]
     text = (
-        jax.jit(lambda p, x, t: denoiser.apply(p, deep, 11, x, t, x))
+        jax.jit(lambda p, x, t: transformer.apply(p, deep, 11, x, t, x))
         .lower(rows, x, inputs()[1])
         .compile()
         .as_text()
@@ -291,7 +295,7 @@ def test_a_layer_is_compiled_on_its_own(cfg):
 
 def test_output_width(cfg):
     words = dataclasses.replace(cfg, predicts="logits", layers=1)
-    shape = jax.eval_shape(lambda k: denoiser.init(k, words, 11), jax.random.key(0))
+    shape = jax.eval_shape(lambda k: transformer.init(k, words, 11), jax.random.key(0))
     assert shape["head"]["kernel"].shape == (16, 11)
     assert weights(cfg)["head"]["kernel"].shape == (16, 4)
 

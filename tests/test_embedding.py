@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.embedding import embed, init_table, unit_rows
+from dlm_jax.diffusion.embedding import embed, init_table, unit_rows
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])

@@ -10,7 +10,9 @@ import pytest
 import dlm_jax
 from configs import grammar as grammar_config
 from configs import smoke
-from dlm_jax import evaluate, grammar, measures, tokenizer, train
+from dlm_jax.data import grammar, tokenizer
+from dlm_jax.evaluation import report, text_metrics
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 SEEDS, SIZE = 3, 100
@@ -25,7 +27,7 @@ def teacher(tmp_path_factory):
     config.evaluate.n = 8
     config.model.update(dim=48, width=48, layers=2, heads=4, ff=96, time_dim=16)
     config.train.update(total_steps=300, batch=32, valid_steps=0, sample_steps=0)
-    train.run(config, str(workdir))
+    trainer.run(config, str(workdir))
     return str(workdir)
 
 
@@ -33,8 +35,8 @@ def teacher(tmp_path_factory):
 def reference(teacher):
     texts = grammar.sample(5, 5000)
     held_out = grammar.sample(6, 500)
-    grams = frozenset(measures.all_grams(texts))
-    return evaluate.Reference(
+    grams = frozenset(text_metrics.all_grams(texts))
+    return report.Reference(
         frozenset(texts), grams, held_out, dlm_jax.load(teacher), grammatical=True
     )
 
@@ -74,7 +76,7 @@ def tables(reference):
     made = {"junk": _junk, "stuck": _stuck, "unigram": _unigram, "parrot": _parrot}
     made["real"] = _real
     return {
-        name: evaluate.suite([f(s) for s in range(SEEDS)], held_out, reference)
+        name: report.suite([f(s) for s in range(SEEDS)], held_out, reference)
         for name, f in made.items()
     }
 
@@ -85,7 +87,7 @@ def _flags(table):
 
 def test_every_measure_is_there_with_its_error(tables):
     for table in tables.values():
-        assert list(table) == list(evaluate.MEASURES)
+        assert list(table) == list(report.MEASURES)
         for name, row in table.items():
             if row.note:
                 assert name == "exact nats/token, accepted"
@@ -131,7 +133,7 @@ def test_order(tables):
 def test_measure_without_its_teacher_says_so(reference):
     alone = reference._replace(teacher=None, grammatical=False)
     held_out = grammar.sample(8, 2 * SIZE)
-    table = evaluate.suite([_real(0), _real(1)], held_out, alone)
+    table = report.suite([_real(0), _real(1)], held_out, alone)
     for name in ("teacher nats/token", "energy distance"):
         assert "config.evaluate.teacher" in table[name].note
     assert "grammar" in table["accepted by the grammar"].note
@@ -142,7 +144,7 @@ def test_measure_without_its_teacher_says_so(reference):
 def test_too_few_texts(sizes, held, reference):
     samples = [grammar.sample(i, n) for i, n in enumerate(sizes)]
     with pytest.raises(UserError, match="held-out texts"):
-        evaluate.suite(samples, grammar.sample(8, held), reference)
+        report.suite(samples, grammar.sample(8, held), reference)
 
 
 # --- the command
@@ -154,14 +156,14 @@ def trained(tmp_path_factory):
     config = smoke.get_config()
     config.model.layers = 1
     config.train.update(sample_steps=0, valid_steps=0)
-    train.run(config, str(workdir))
+    trainer.run(config, str(workdir))
     return workdir
 
 
 def _run(workdir, **options):
     bundle = dlm_jax.load(workdir)
     bundle.config["evaluate"] |= options
-    return evaluate.run(bundle, str(workdir))
+    return report.run(bundle, str(workdir))
 
 
 def test_writes_what_it_prints(trained, teacher, capsys):
@@ -180,13 +182,13 @@ def test_writes_what_it_prints(trained, teacher, capsys):
     assert bound["teacher, nats/token"]["mean"] < bound["nats/token"]["mean"]
     assert [p["calls"] for p in saved["frontier"]] == [2, 4]
     out = capsys.readouterr().out
-    assert all(name in out for name in evaluate.MEASURES)
+    assert all(name in out for name in report.MEASURES)
     assert "worse than text" in out
 
 
 def test_teacher_comes_near_the_language(teacher):
     texts = grammar.sample(11, 500)
-    gap = evaluate.scores(dlm_jax.load(teacher), texts, 1)[
+    gap = report.scores(dlm_jax.load(teacher), texts, 1)[
         "above the language, nats/token"
     ]
     assert 0 < gap.mean < 0.6
@@ -215,7 +217,7 @@ def test_teacher_must_be_one_and_of_this_text(trained, teacher):
     other = dataclasses.replace(dlm_jax.load(trained), tokenizer=words)
     other.config["evaluate"]["teacher"] = teacher
     with pytest.raises(UserError, match="other text"):
-        evaluate.run(other, str(trained))
+        report.run(other, str(trained))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,6 @@ def test_teacher_must_be_one_and_of_this_text(trained, teacher):
     ],
 )
 def test_bad_settings_end_before_sampling(options, says, trained, monkeypatch):
-    monkeypatch.setattr(evaluate, "_samples", lambda *a: pytest.fail("sampled"))
+    monkeypatch.setattr(report, "_samples", lambda *a: pytest.fail("sampled"))
     with pytest.raises(UserError, match=says):
         _run(trained, **options)

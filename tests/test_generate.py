@@ -11,8 +11,11 @@ import pytest
 
 import dlm_jax
 from configs import smoke
-from dlm_jax import checkpoint, generate, samplers, train
-from dlm_jax.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.diffusion import samplers
+from dlm_jax.inference import pipeline
+from dlm_jax.runtime import checkpoint
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -44,7 +47,7 @@ def _config(folder):
 def workdir(tmp_path_factory):
     """A run's directory with one checkpoint, whose average differs from the weights."""
     folder = tmp_path_factory.mktemp("generate")
-    run = train.Run(_config(folder), str(folder / "run"))
+    run = trainer.Run(_config(folder), str(folder / "run"))
     ema = jax.tree.map(lambda x: x + 0.1, run.state.ema)
     run.state = run.state._replace(step=run.state.step + 7, ema=ema)
     writer = checkpoint.manager(folder / "run", keep=1)
@@ -127,7 +130,7 @@ def test_every_solver_ends_on_finite_latents(solver, bundle):
         2, solver=solver, clamp=solver == "marginal", rounding="nearest"
     )
     assert np.isfinite(found.latents).all()
-    assert set(samplers.SOLVERS) == set(generate.OPTIONS)
+    assert set(samplers.SOLVERS) == set(pipeline.OPTIONS)
 
 
 def test_clamp_ends_on_word_vectors(bundle):
@@ -177,7 +180,7 @@ def test_tokenizer_of_another_run(tmp_path, workdir, bundle):
     """Whether it is exchanged in the checkpoint or handed over."""
     other = WordTokenizer((*bundle.tokenizer.words, "more"))
     with pytest.raises(UserError, match="not of one checkpoint"):
-        generate.from_parts(bundle.cfg, bundle.params, other, bundle.config)
+        pipeline.from_parts(bundle.cfg, bundle.params, other, bundle.config)
     copy = shutil.copytree(workdir, tmp_path / "run")
     path = checkpoint.folder(copy) / "7" / "tokenizer" / "metadata"
     path.write_text(json.dumps(other.to_dict()))

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from dlm_jax import grammar
+from dlm_jax.data import grammar
 
 EAGLE = "The Eagle is a cheap pub near Café Sicilia ."
 TAGS = "DET PROPN AUX DET ADJ NOUN ADP PROPN PROPN PUNCT"

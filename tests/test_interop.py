@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import dlm_jax
-from dlm_jax import interop, model, rounding, schedule
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax import published
+from dlm_jax.diffusion import model, rounding, schedule
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import UserError
 
 WORDS = ["The", "Eagle", "pub", "\n", "£20"]
@@ -45,7 +46,7 @@ ARGS = {
 NEW, OLD = "ema_0.9999_000100.pt", "ema_0.9999_000050.pt"
 
 
-def published(width=24, dim=4, out=None, positions=64, layers=2, seed=0):
+def published_weights(width=24, dim=4, out=None, positions=64, layers=2, seed=0):
     """A state dict of the published names and shapes, tiny, with random values."""
     rng = np.random.default_rng(seed)
     weights = {"position_ids": np.arange(positions)[None]}
@@ -103,7 +104,9 @@ def write(folder, weights=None, *, vocab=VOCAB, **flags):
     (folder / "vocab.json").write_text(json.dumps(vocab))
     for name, seed in ((NEW, 0), (OLD, 1)):
         with (folder / name).open("wb") as file:
-            np.savez(file, **(published(seed=seed) if weights is None else weights))
+            np.savez(
+                file, **(published_weights(seed=seed) if weights is None else weights)
+            )
     return folder
 
 
@@ -125,10 +128,10 @@ def golden_weights(golden):
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_query_key_and_value_are_thirds_of_qkv(golden, part):
     weights = golden_weights(golden)
-    _, before = interop.from_reference(weights, heads=4)
+    _, before = published.from_reference(weights, heads=4)
     name = ("query", "key", "value")[part]
     changed = f"input_transformers.layer.1.attention.self.{name}.weight"
-    _, after = interop.from_reference(
+    _, after = published.from_reference(
         weights | {changed: weights[changed] + 1.0}, heads=4
     )
     difference = jax.tree.map(lambda a, b: a - b, after, before)
@@ -141,8 +144,8 @@ def test_query_key_and_value_are_thirds_of_qkv(golden, part):
 
 def test_every_weight_goes_somewhere_and_once():
     """Our parameters are the published values, each once, but the tied copy."""
-    weights = published()
-    _, params = interop.from_reference(weights, heads=12)
+    weights = published_weights()
+    _, params = published.from_reference(weights, heads=12)
     del weights["position_ids"], weights["lm_head.weight"]
     ours = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
     theirs = np.concatenate([np.ravel(x) for x in weights.values()])
@@ -150,7 +153,7 @@ def test_every_weight_goes_somewhere_and_once():
 
 
 def test_the_tree_is_that_of_a_fresh_model():
-    cfg, params = interop.from_reference(published(), heads=12)
+    cfg, params = published.from_reference(published_weights(), heads=12)
     assert (cfg.layers, cfg.width, cfg.ff, cfg.dim, cfg.time_dim) == (2, 24, 32, 4, 16)
     fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), cfg, len(VOCAB)))
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
@@ -159,12 +162,12 @@ def test_the_tree_is_that_of_a_fresh_model():
 
 def test_the_table_is_the_one_load_state_dict_leaves():
     """Both tied names fill one tensor, lm_head.weight last; gradients have one name."""
-    weights = published()
+    weights = published_weights()
     weights["lm_head.weight"] = weights["word_embedding.weight"] + 1.0
-    table = interop.from_reference(weights, heads=12)[1].table
+    table = published.from_reference(weights, heads=12)[1].table
     np.testing.assert_array_equal(table, weights["lm_head.weight"])
     del weights["lm_head.weight"]
-    table = interop.from_reference(weights, heads=12)[1].table
+    table = published.from_reference(weights, heads=12)[1].table
     np.testing.assert_array_equal(table, weights["word_embedding.weight"])
 
 
@@ -178,10 +181,10 @@ def test_the_table_is_the_one_load_state_dict_leaves():
     ],
 )
 def test_a_missing_weight_is_named(name):
-    weights = published()
+    weights = published_weights()
     del weights[name]
     with pytest.raises(UserError, match=f"^{name}: not among the"):
-        interop.from_reference(weights, heads=12)
+        published.from_reference(weights, heads=12)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +219,10 @@ def test_a_folder_becomes_a_bundle_that_samples(tmp_path):
 def test_the_newest_average_is_read(tmp_path):
     folder = write(tmp_path)
     # later by name, not by step; a lower rate of the same step; the raw weights
-    np.savez((folder / "ema_0.9999_00099.pt").open("wb"), **published(seed=2))
-    np.savez((folder / "ema_0.99_000100.pt").open("wb"), **published(seed=3))
-    np.savez((folder / "model000200.pt").open("wb"), **published(seed=4))
-    want = published(seed=0)["word_embedding.weight"]
+    np.savez((folder / "ema_0.9999_00099.pt").open("wb"), **published_weights(seed=2))
+    np.savez((folder / "ema_0.99_000100.pt").open("wb"), **published_weights(seed=3))
+    np.savez((folder / "model000200.pt").open("wb"), **published_weights(seed=4))
+    want = published_weights(seed=0)["word_embedding.weight"]
     np.testing.assert_array_equal(dlm_jax.load(folder).ema.table, want)
 
 
@@ -307,8 +310,11 @@ def test_a_broken_folder_is_refused(tmp_path):
             {"head.weight": np.zeros(3)},
             "word_embedding.weight: not among the 1 weights",
         ),
-        (published(out=8), "8 outputs for embeddings of 4; a network that learns"),
-        (published(width=20), "a width of 20 does not divide by 12 heads"),
+        (
+            published_weights(out=8),
+            "8 outputs for embeddings of 4; a network that learns",
+        ),
+        (published_weights(width=20), "a width of 20 does not divide by 12 heads"),
     ],
 )
 def test_other_weights_are_refused(tmp_path, weights, named):
@@ -324,7 +330,7 @@ def test_without_torch_the_line_says_so(tmp_path, monkeypatch):
 
 def test_a_run_of_our_own_is_not_taken_for_a_published_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert not interop.is_reference(tmp_path)
+    assert not published.is_reference(tmp_path)
     assert "no checkpoint" in one_line(tmp_path)
 
 
@@ -333,7 +339,7 @@ def test_a_run_of_our_own_is_not_taken_for_a_published_one(tmp_path):
 
 def test_torch_file_as_the_published_code_saves_it(tmp_path):
     torch = pytest.importorskip("torch")
-    folder, weights = write(tmp_path), published(seed=7)
+    folder, weights = write(tmp_path), published_weights(seed=7)
     # averages are Parameters; lm_head.weight and the buffer are the raw model's tensors
     state = {
         name: torch.from_numpy(value)
@@ -343,7 +349,7 @@ def test_torch_file_as_the_published_code_saves_it(tmp_path):
     }
     torch.save(state, folder / NEW)
     bundle = dlm_jax.load(folder)
-    want = interop.from_reference(weights, heads=12)[1]
+    want = published.from_reference(weights, heads=12)[1]
     jax.tree.map(np.testing.assert_array_equal, bundle.ema, want)
     half = {name: value.detach().bfloat16() for name, value in state.items()}
     torch.save(half, folder / NEW)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import classifier as classifier_config
-from dlm_jax import data, grammar, labels
+from dlm_jax.data import annotations, grammar, sources
 from dlm_jax.types import UserError
 
 TEXT = "The Eagle is a cheap pub near Café Sicilia ."
@@ -35,18 +35,18 @@ def config_of(task, **values):
 
 
 def names(task, note):
-    return labels.names_of(task, [note], LENGTH)
+    return annotations.names_of(task, [note], LENGTH)
 
 
 def test_fields_are_classes_and_silence_is_one():
     note = grammar.fields_of(TREE)
-    known = labels.names_of("semantic", [note, {"food": "Italian"}], LENGTH)
-    row = labels.encode([note], known)[0]
+    known = annotations.names_of("semantic", [note, {"food": "Italian"}], LENGTH)
+    row = annotations.encode([note], known)[0]
     told = {f: known.classes[f][k] for f, k in zip(known.classes, row, strict=True)}
-    assert told == note | {"food": labels.NONE}
+    assert told == note | {"food": annotations.NONE}
     assert known.layout == ("fields", (5,), 2)
     assert (
-        labels.encode([{"food": "Martian"}], known)[0][
+        annotations.encode([{"food": "Martian"}], known)[0][
             list(known.classes).index("food")
         ]
         == -1
@@ -56,21 +56,21 @@ def test_fields_are_classes_and_silence_is_one():
 def test_tags_run_from_start_to_pad():
     note = grammar.tags_of(TREE)
     known = names("pos", note)
-    told = [known.classes["pos"][k] for k in labels.encode([note], known)[0]]
+    told = [known.classes["pos"][k] for k in annotations.encode([note], known)[0]]
     assert told == ["START", *note, "END"] + ["PAD"] * (LENGTH - len(note) - 2)
 
 
 def test_a_chart_holds_the_constituents_one_position_after_start():
     note = grammar.spans_of(TREE)
     known = names("tree", note)
-    chart = labels.encode([note], known).reshape(LENGTH, LENGTH)
+    chart = annotations.encode([note], known).reshape(LENGTH, LENGTH)
     assert (chart[np.tril_indices(LENGTH, -1)] == -1).all()
     found = {
         (int(i) - 1, int(j) - 1, known.classes["tree"][chart[i, j]])
         for i, j in zip(*np.nonzero(chart > 0), strict=True)
     }
     assert found == set(note)
-    one = labels.ASKED["span"](note[1], known)
+    one = annotations.ASKED["span"](note[1], known)
     first, last, label = note[1]
     assert (one >= 0).sum() == 1
     assert known.classes["tree"][one[first + 1, last + 1]] == label
@@ -84,7 +84,7 @@ KNOWN = {
 
 
 def asked(wish, value):
-    return labels.ASKED[wish](value, KNOWN["tree" if wish == "span" else wish])
+    return annotations.ASKED[wish](value, KNOWN["tree" if wish == "span" else wish])
 
 
 def test_what_is_asked_and_no_more():
@@ -126,27 +126,27 @@ def test_what_cannot_be_asked(wish, value, message):
 @pytest.mark.parametrize("task", ["semantic", "pos", "tree"])
 def test_the_grammar_annotates_its_training_texts(task):
     config = config_of(task, **{"classifier.texts": 40})
-    texts, notes = labels.annotated(config, task, "train")
+    texts, notes = annotations.annotated(config, task, "train")
     assert texts == grammar.sample(config.data.seed, 40)
     exact = {"semantic": grammar.fields, "pos": grammar.tags}.get(task)
     if exact:
         assert notes[:5] == [exact(text) for text in texts[:5]]
-    held_out, _ = labels.annotated(config, task, "valid")
-    assert held_out == data.load_texts(config.data, "valid")
+    held_out, _ = annotations.annotated(config, task, "valid")
+    assert held_out == sources.load_texts(config.data, "valid")
 
 
 def test_records_of_e2e(tmp_path):
     path = tmp_path / "src1_train.txt"
     path.write_text("name : Aromi | area : city centre||Aromi is central .\n" * 4)
     config = config_of("semantic", **{"data.source": "e2e", "data.path": str(path)})
-    texts, notes = labels.annotated(config, "semantic", "train")
+    texts, notes = annotations.annotated(config, "semantic", "train")
     assert texts == ["Aromi is central ."] * 3
     assert notes[0] == {"name": "Aromi", "area": "city centre"}
     config.data.source = "text"
     with pytest.raises(UserError, match="has no records"):
-        labels.annotated(config, "semantic", "train")
+        annotations.annotated(config, "semantic", "train")
     with pytest.raises(UserError, match=r"classifier\.task='mood': choose one of"):
-        labels.annotated(config, "mood", "train")
+        annotations.annotated(config, "mood", "train")
 
 
 def test_any_label_from_a_column(tmp_path):
@@ -155,53 +155,55 @@ def test_any_label_from_a_column(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     changes = {"data.source": "jsonl", "data.path": str(path)}
     config = config_of("label", **changes)
-    texts, notes = labels.annotated(config, "label", "train")
+    texts, notes = annotations.annotated(config, "label", "train")
     assert notes[:2] == [{"label": "a"}, {"label": "b"}]
     assert len(texts) == len(notes) == 9
-    assert labels.names_of("label", notes, LENGTH).classes == {"label": ["a", "b"]}
+    assert annotations.names_of("label", notes, LENGTH).classes == {"label": ["a", "b"]}
     rows[3]["label"], rows[8]["text"] = "", ""  # as many of each: they must not shift
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=r"line 4 has no config\.classifier\.column"):
-        labels.annotated(config, "label", "train")
+        annotations.annotated(config, "label", "train")
     rows[3]["label"] = 0
     path.write_text("\n".join(map(json.dumps, rows)))
-    texts, notes = labels.annotated(config, "label", "train")
+    texts, notes = annotations.annotated(config, "label", "train")
     assert (texts[3], notes[3]) == ("text 3", {"label": "0"})
     assert [n["label"] for n in notes] == list("aba0abab")
     config.data.source = "text"
     with pytest.raises(UserError, match="has no columns"):
-        labels.annotated(config, "label", "train")
+        annotations.annotated(config, "label", "train")
 
 
 def test_a_tagger_learns_from_a_treebank(tmp_path):
     path = tmp_path / "bank.conllu"
     path.write_text(CONLLU * 20)
-    assert labels.read_conllu(path)[0] == [
+    assert annotations.read_conllu(path)[0] == [
         ("a", "DET"),
         ("cat", "NOUN"),
         ("sleeps", "VERB"),
     ]
-    tagger = labels.train_tagger(path)
-    assert labels.tags_of(tagger, "dogs sleep") == ["NOUN", "VERB"]
+    tagger = annotations.train_tagger(path)
+    assert annotations.tags_of(tagger, "dogs sleep") == ["NOUN", "VERB"]
     weights = tagger.model.weights
-    labels.train_tagger.cache_clear()
-    assert labels.train_tagger(path).model.weights == weights  # whatever was drawn
+    annotations.train_tagger.cache_clear()
+    assert annotations.train_tagger(path).model.weights == weights  # whatever was drawn
     path.write_text("no columns\n")
     with pytest.raises(UserError, match="holds no sentence"):
-        labels.read_conllu(path)
+        annotations.read_conllu(path)
     with pytest.raises(UserError, match=r"config\.classifier\.conllu=''"):
-        labels.read_conllu("")
+        annotations.read_conllu("")
 
 
 def test_the_tagger_on_a_treebank_it_never_saw(data_folder):
     folder = data_folder / "ud_english_ewt"
-    tagger = labels.train_tagger(folder / "en_ewt-ud-dev.conllu")
-    test = labels.read_conllu(folder / "en_ewt-ud-test.conllu")
+    tagger = annotations.train_tagger(folder / "en_ewt-ud-dev.conllu")
+    test = annotations.read_conllu(folder / "en_ewt-ud-test.conllu")
     right = [
         found == tag
         for sentence in test
         for found, (_, tag) in zip(
-            labels.tags_of(tagger, " ".join(w.replace(" ", "_") for w, _ in sentence)),
+            annotations.tags_of(
+                tagger, " ".join(w.replace(" ", "_") for w, _ in sentence)
+            ),
             sentence,
             strict=True,
         )
@@ -218,8 +220,8 @@ class Parser:
 
 
 def test_trees_of_a_parser():
-    found = labels.parsed(Parser(), "a cat sleeps")
+    found = annotations.parsed(Parser(), "a cat sleeps")
     assert set(found) == {(0, 2, "S"), (0, 1, "NP"), (2, 2, "VP")}
     if not importlib.util.find_spec("benepar"):
         with pytest.raises(UserError, match="needs a parser"):
-            labels.load_parser("benepar_en3")
+            annotations.load_parser("benepar_en3")

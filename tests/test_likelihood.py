@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import likelihood, losses, model, schedule
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.likelihood import Predictor
+from dlm_jax.diffusion import likelihood, losses, model, schedule
+from dlm_jax.diffusion.likelihood import Predictor
+from dlm_jax.nn.transformer import DenoiserConfig
 
 TABLE = np.array([[-1.2], [0.3], [1.1]], np.float32)
 VOCAB = len(TABLE)

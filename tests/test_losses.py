@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import denoiser, losses, model, schedule
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import unit_rows
-from dlm_jax.losses import PAD
-from dlm_jax.model import Params
+from dlm_jax.diffusion import losses, model, schedule
+from dlm_jax.diffusion.embedding import unit_rows
+from dlm_jax.diffusion.losses import PAD
+from dlm_jax.diffusion.model import Params
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -39,8 +40,8 @@ def network(monkeypatch):
         def apply(weights, cfg, vocab, x_t, t, x0_prev, **more):
             return jnp.asarray(function(weights, x_t, t, x0_prev))
 
-        monkeypatch.setattr(denoiser, "apply", apply)
-        monkeypatch.setattr(denoiser, "head", lambda params, y: y)
+        monkeypatch.setattr(transformer, "apply", apply)
+        monkeypatch.setattr(transformer, "head", lambda params, y: y)
 
     return put
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
-from dlm_jax import main, parallel, train
+from dlm_jax import main
+from dlm_jax.runtime import parallel
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -129,7 +131,7 @@ def _train(tmp_path, content=None, **changes):
         config.data.update(source="text", path=str(tmp_path / "texts.txt"))
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(dotted)
-    train.run(config, str(tmp_path / "run"))
+    trainer.run(config, str(tmp_path / "run"))
 
 
 MISTAKES = {
@@ -223,7 +225,7 @@ VARIANTS = {
 )
 def test_every_shipped_config_describes_a_run(module, variant):
     config = module.get_config(*variant)
-    recipe = train.recipe_of(config)
+    recipe = trainer.recipe_of(config)
     assert recipe.cfg.causal == (variant == ("teacher",))
     assert config.data.length <= config.model.positions
     if variant:

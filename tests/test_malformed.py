@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import smoke
-from dlm_jax import checkpoint, data, records, tokenizer, train
+from dlm_jax.data import array_record, sources, tokenizer
+from dlm_jax.runtime import checkpoint
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -233,7 +235,11 @@ PREPARED = {
 # the driver: a process that has imported all, and forks for each case
 PROGRAM = """
 import json, os, signal, sys
-from dlm_jax import evaluate, main, parallel, prepare, tasks, train
+from dlm_jax import main
+from dlm_jax.data import prepare
+from dlm_jax.evaluation import control_tasks, report
+from dlm_jax.runtime import parallel
+from dlm_jax.training import trainer
 results = {}
 for name, flags, out in json.load(sys.stdin):
     child = os.fork()
@@ -323,7 +329,7 @@ def endings(tmp_path_factory):
     base = tmp_path_factory.mktemp("malformed")
     config = smoke.get_config()
     config.train.total_steps = 2
-    run = train.Run(config, str(base / "run"))
+    run = trainer.Run(config, str(base / "run"))
     run.state = run.state._replace(step=run.state.step + 1)
     writer = checkpoint.manager(base / "run", keep=2)
     run.save(writer)
@@ -402,7 +408,7 @@ def test_any_bytes_for_a_text(raw, source, tmp_path):
     config = smoke.get_config().data
     config.update(source=source, path=str(tmp_path / "data"))
     (tmp_path / "data").write_bytes(raw)
-    _works_or_says(data.load_texts, config, "train")
+    _works_or_says(sources.load_texts, config, "train")
 
 
 @MANY
@@ -435,7 +441,7 @@ def test_any_manifest(record, rows, length, tmp_path):
         },
     ):
         (tmp_path / "data.json").write_text(json.dumps(manifest))
-        _works_or_says(records.load, str(tmp_path))
+        _works_or_says(array_record.load, str(tmp_path))
 
 
 @MANY
@@ -450,7 +456,8 @@ def test_any_bytes_for_the_config_of_a_run(raw, tmp_path):
 @MANY
 @given(template=st.text(max_size=60))
 def test_any_template(template):
-    from dlm_jax import steering
 
     tok = tokenizer.WordTokenizer(("a", "b"))
-    _works_or_says(steering.parse, tok, template, "word")
+    from dlm_jax.inference import constraints
+
+    _works_or_says(constraints.parse, tok, template, "word")

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from dlm_jax import mbr
+from dlm_jax.inference import mbr
 from dlm_jax.types import UserError
 
 CROWD = ["the cat sat on the mat", "the cat sat on a mat", "a cat sat on the mat"]

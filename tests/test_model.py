@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import sizes
 
-from dlm_jax import denoiser, losses, model, schedule
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.diffusion import losses, model, schedule
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 
 T200 = schedule.named("sqrt", 200)
 TINY = DenoiserConfig(
@@ -65,8 +66,8 @@ def test_output_prior_alone(monkeypatch, params, noisy):
     """A silent network leaves each position's own posterior, also shown to it."""
     _, t, _, x_t = noisy
     network = mock.Mock(return_value=jnp.zeros((2, 3, 6)))
-    monkeypatch.setattr(denoiser, "apply", network)
-    monkeypatch.setattr(denoiser, "head", lambda params, y: y)
+    monkeypatch.setattr(transformer, "apply", network)
+    monkeypatch.setattr(transformer, "head", lambda params, y: y)
     cfg = dataclasses.replace(TINY, output_prior=True)
     prior = model.prior_logits(params.table, x_t, t, T200)
     raw = model.apply(params, cfg, x_t, t, x_t, schedule=T200)
@@ -100,8 +101,8 @@ def test_bind_is_apply_and_conversion(monkeypatch, params, noisy, predicts):
     _, t, eps, x_t = noisy
     raw = 2 * params.table[IDS] @ params.table.T if predicts == "logits" else 0.1 * eps
     network = mock.Mock(return_value=raw)
-    monkeypatch.setattr(denoiser, "apply", network)
-    monkeypatch.setattr(denoiser, "head", lambda params, y: y)
+    monkeypatch.setattr(transformer, "apply", network)
+    monkeypatch.setattr(transformer, "head", lambda params, y: y)
     cfg, key = dataclasses.replace(TINY, predicts=predicts), jax.random.key(3)
     found = model.bind(params, cfg, schedule=T200, key=key)(x_t, t, eps)
     want = model.TO_X0[predicts](raw, x_t, jnp.asarray(t), params.table, T200)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from configs import default
-from dlm_jax import optim
+from dlm_jax.training import optimizer
 from dlm_jax.types import UserError
 
 TOTAL = 40
@@ -43,17 +43,17 @@ def tree_like(tree, seed, scale=1.0):
 )
 def test_decay(decay, share):
     """From lr at step 0; the published one is lr (1 - step / total)."""
-    lr = optim.learning_rate(config(decay=decay, lr=3e-3), TOTAL)
+    lr = optimizer.learning_rate(config(decay=decay, lr=3e-3), TOTAL)
     np.testing.assert_allclose([lr(s) for s in STEPS], 3e-3 * share, atol=1e-9)
 
 
-@pytest.mark.parametrize("decay", optim.DECAYS)
+@pytest.mark.parametrize("decay", optimizer.DECAYS)
 def test_warm_up(decay):
     """A straight line from lr / warmup to lr, then the decay over what is left."""
-    lr = optim.learning_rate(config(decay=decay, lr=3e-3, warmup=10), TOTAL)
+    lr = optimizer.learning_rate(config(decay=decay, lr=3e-3, warmup=10), TOTAL)
     found = np.array([lr(s) for s in STEPS])
     np.testing.assert_allclose(found[:11], np.linspace(3e-4, 3e-3, 11), rtol=1e-5)
-    rest = optim.learning_rate(config(decay=decay, lr=3e-3), TOTAL - 10)
+    rest = optimizer.learning_rate(config(decay=decay, lr=3e-3), TOTAL - 10)
     np.testing.assert_allclose(found[10:], [rest(s) for s in range(31)], rtol=1e-6)
     assert (found[-1] < 1e-8) == (decay != "constant")
 
@@ -63,8 +63,8 @@ def test_warm_up(decay):
 
 def updates(cfg, params, grads):
     """What each of a list of gradients adds to the parameters."""
-    optimizer = optim.make(cfg, TOTAL)
-    state, found, update = optimizer.init(params), [], jax.jit(optimizer.update)
+    adamw = optimizer.make(cfg, TOTAL)
+    state, found, update = adamw.init(params), [], jax.jit(adamw.update)
     for g in grads:
         move, state = update(g, state, params)
         found.append(move)
@@ -147,7 +147,7 @@ def test_average():
     params = [{"w": normal(i, (3,))} for i in range(4)]
     ema = params[0]
     for p in params[1:]:
-        ema = optim.average(ema, p, 0.9)
+        ema = optimizer.average(ema, p, 0.9)
     want = 0.729 * params[0]["w"] + sum(
         0.1 * 0.9 ** (3 - i) * params[i]["w"] for i in (1, 2, 3)
     )
@@ -163,4 +163,4 @@ def test_average():
 )
 def test_unknown_names(change, message):
     with pytest.raises(UserError, match=message):
-        optim.make(config(**change), TOTAL)
+        optimizer.make(config(**change), TOTAL)

@@ -8,7 +8,9 @@ import jax
 import pytest
 
 from configs import smoke
-from dlm_jax import data, generate, grammar, tokenizer, train
+from dlm_jax.data import grammar, sources, tokenizer
+from dlm_jax.inference import pipeline
+from dlm_jax.training import trainer
 
 SENTENCES = [
     "The Phoenix is a highly rated Italian coffee shop .",
@@ -70,20 +72,20 @@ def test_says_the_eight_sentences_and_no_other(recipe, steps):
     assert all(map(grammar.accepts, SENTENCES))
     config = _config(recipe, steps)
     words = tokenizer.train_word(SENTENCES, min_count=0)
-    ids = data.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
-    recipe = train.recipe_of(config)
+    ids = sources.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
+    recipe = trainer.recipe_of(config)
 
     def init(key):
-        return train.init_state(key, recipe, words.vocab_size)
+        return trainer.init_state(key, recipe, words.vocab_size)
 
     state, key = jax.jit(init)(jax.random.key(0)), jax.random.key(1)
-    step_fn = functools.partial(train.train_step, recipe=recipe)
+    step_fn = functools.partial(trainer.train_step, recipe=recipe)
     step_fn = jax.jit(step_fn, donate_argnums=1)
     for step in range(steps):
-        rows = ids[data.batch_index(len(ids), seed=0, step=step, batch=32)]
+        rows = ids[sources.batch_index(len(ids), seed=0, step=step, batch=32)]
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
-    bundle = generate.from_parts(
+    bundle = pipeline.from_parts(
         recipe.cfg, state.params, words, record, ema=state.ema, noise=state.noise
     )
     found = bundle.sample(64, seed=0)

@@ -19,8 +19,9 @@ from conftest import wait_until
 from jax.sharding import PartitionSpec
 
 from configs import smoke
-from dlm_jax import checkpoint, metrics, parallel, train
-from dlm_jax.parallel import AXIS
+from dlm_jax.runtime import checkpoint, logging, parallel
+from dlm_jax.runtime.parallel import AXIS
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -151,7 +152,7 @@ def layouts(tmp_path_factory):
 def test_devices_and_hosts_train_the_same_model(layout, layouts):
     """Also where a run of two hosts goes on with four, or with one and split."""
     config, workdirs, _ = layouts
-    one, many = (train.Run(config, str(workdirs[n])).state for n in ("one", layout))
+    one, many = (trainer.Run(config, str(workdirs[n])).state for n in ("one", layout))
     assert int(many.step) == STEPS
     paths = jax.tree_util.tree_leaves_with_path(one)
     for (path, x), y in zip(paths, jax.tree.leaves(many), strict=True):
@@ -159,7 +160,7 @@ def test_devices_and_hosts_train_the_same_model(layout, layouts):
         np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4, err_msg=where)
     for kind in ("train", "valid"):
         rows = [
-            metrics.read(workdirs[n] / "metrics.jsonl", kind) for n in ("one", layout)
+            logging.read(workdirs[n] / "metrics.jsonl", kind) for n in ("one", layout)
         ]
         assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
         np.testing.assert_allclose(
@@ -251,7 +252,7 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
     assert before < stopped < total
     _finish(_start(config, run, 2))
     one, other = (
-        train.Run(config, str(tmp_path / n)).state for n in ("undisturbed", "run")
+        trainer.Run(config, str(tmp_path / n)).state for n in ("undisturbed", "run")
     )
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -317,7 +318,7 @@ def test_an_error_that_came_of_a_lost_host_says_so(monkeypatch):
 def test_errors_are_handled_without_a_backend():
     """The error may be that none can be started."""
     program = (
-        "import jax; from dlm_jax import parallel; "
+        "import jax; from dlm_jax.runtime import parallel; "
         "jax.config.update('jax_platforms', 'none_such'); "
         "parallel.distributed.global_state.num_processes = 2; "
         "print(repr(parallel.lost(RuntimeError('peer closed'))), flush=True); "

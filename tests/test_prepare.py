@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import data, prepare, records, train
+from dlm_jax.data import array_record, prepare, sources
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)]
@@ -53,10 +54,10 @@ def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
     """Some texts at a time, from a file that is read line by line."""
     monkeypatch.setattr(prepare, "CHUNK", 10)
     config = _config(tmp_path, **KINDS[name])
-    whole = train.corpus_of(config)
+    whole = trainer.corpus_of(config)
     prepare.run(config, str(tmp_path / "p"))
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
-    found = train.corpus_of(config)
+    found = trainer.corpus_of(config)
     assert found.tokenizer == whole.tokenizer
     for one, other in ((found.train, whole.train), (found.valid, whole.valid)):
         np.testing.assert_array_equal(one[: len(one)], other)
@@ -66,10 +67,10 @@ def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
 def test_files_are_read_on_demand(source, tmp_path):
     """A line that cannot be read is not met by who asks for the texts before it."""
     cfg = _config(tmp_path, data__source=source).data
-    assert data.count(cfg, "train") == 92
+    assert sources.count(cfg, "train") == 92
     with open(cfg.path, "ab") as file:
         file.write(b"\n\xff\n")
-    texts = data.FILES[source](Path(cfg.path), cfg)
+    texts = sources.FILES[source](Path(cfg.path), cfg)
     assert list(itertools.islice(texts, len(TEXTS))) == TEXTS
     with pytest.raises(UserError, match="UTF-8"):
         next(texts)
@@ -81,10 +82,10 @@ def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
     states = []
     for source, path in (("text", "t.txt"), ("prepared", "p")):
         config.data.source, config.data.path = source, str(tmp_path / path)
-        train.run(config, str(tmp_path / f"run_{source}"))
-        states.append(train.Run(config, str(tmp_path / f"run_{source}")).state)
+        trainer.run(config, str(tmp_path / f"run_{source}"))
+        states.append(trainer.Run(config, str(tmp_path / f"run_{source}")).state)
     np.testing.assert_array_equal(*(state.params.table for state in states))
-    assert records.texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
+    assert array_record.texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
 
 
 def _fails(says, call, *args):
@@ -100,9 +101,9 @@ def test_mistakes_are_one_line(tmp_path):
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
     _fails("name the text", prepare.run, config, str(tmp_path / "q"))
     config.data.length = 16
-    _fails("length=16: .* prepared with 12", train.corpus_of, config)
+    _fails("length=16: .* prepared with 12", trainer.corpus_of, config)
     config.data.path = str(tmp_path)
-    _fails("--mode prepare_data", train.corpus_of, config)
+    _fails("--mode prepare_data", trainer.corpus_of, config)
     config = _config(tmp_path, data__source="jsonl", data__tokenizer="sentencepiece")
     config.data.valid_path = config.data.path
     (tmp_path / "none.jsonl").touch()
@@ -115,4 +116,4 @@ def test_mistakes_are_one_line(tmp_path):
     _fails("more than config.data.length=4", prepare.run, config, str(tmp_path / "r"))
     config = _config(tmp_path, data__length=4, data__too_long="drop")
     _fails("no row", prepare.run, config, str(tmp_path / "s"))
-    assert not (tmp_path / "s" / records.MANIFEST).exists()
+    assert not (tmp_path / "s" / array_record.MANIFEST).exists()

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from dlm_jax import records
-from dlm_jax.tokenizer import WordTokenizer
+from dlm_jax.data import array_record
+from dlm_jax.data.tokenizer import WordTokenizer
 from dlm_jax.types import PAD, UserError
 
 TOK = WordTokenizer(tuple(f"w{i}" for i in range(90)))
@@ -20,7 +20,7 @@ def _prepared(folder, counts):
     rng, rows, crc = np.random.default_rng(0), {}, 0
     for split, count in counts.items():
         rows[split] = rng.integers(0, 94, (count, LENGTH)).astype(np.int32)
-        writer = records.Writer(folder, split, LENGTH, TOK.vocab_size)
+        writer = array_record.Writer(folder, split, LENGTH, TOK.vocab_size)
         for chunk in np.array_split(rows[split], 3):
             writer.add(chunk)
         writer.close()
@@ -34,9 +34,9 @@ def _prepared(folder, counts):
 @pytest.mark.parametrize("count", [1, 64, 65, 500])
 def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
     """Also over several files, and with the last page not full."""
-    monkeypatch.setattr(records, "SHARD", 2)
+    monkeypatch.setattr(array_record, "SHARD", 2)
     rows = _prepared(tmp_path / "p", {"train": count, "valid": 3})["train"]
-    found, _, tok, _ = records.load(str(tmp_path / "p"))
+    found, _, tok, _ = array_record.load(str(tmp_path / "p"))
     assert len(found) == count
     assert tok == TOK
     index = np.random.default_rng(1).integers(0, count, (4, 7))
@@ -48,14 +48,14 @@ def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
 
 
 def test_a_large_vocabulary_is_kept(tmp_path):
-    assert records.Writer(tmp_path, "train", LENGTH, 10**5).dtype == np.int32
-    assert records.Writer(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
+    assert array_record.Writer(tmp_path, "train", LENGTH, 10**5).dtype == np.int32
+    assert array_record.Writer(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
 
 
 def test_texts_of_a_split(tmp_path):
     rows = _prepared(tmp_path / "p", {"train": 4, "valid": 2})
     rows = [TOK.decode(row) for row in rows["valid"]]
-    assert records.texts(str(tmp_path / "p"), "valid") == rows
+    assert array_record.texts(str(tmp_path / "p"), "valid") == rows
 
 
 def _cut(path):
@@ -96,13 +96,13 @@ def test_damage_is_one_line(name, tmp_path):
     file, harm = HARMS[name]
     harm(tmp_path / "p" / file)
     with pytest.raises(UserError) as caught:
-        records.load(str(tmp_path / "p"))[0][:]
+        array_record.load(str(tmp_path / "p"))[0][:]
     assert "\n" not in str(caught.value)
 
 
 def test_the_last_page_is_filled_with_pad(tmp_path):
     _prepared(tmp_path / "p", {"train": 3, "valid": 1})
-    rows = records.load(str(tmp_path / "p"))[0]
+    rows = array_record.load(str(tmp_path / "p"))[0]
     raw = rows.source.__getitems__([0])[0]
-    page = np.frombuffer(raw, np.uint16).reshape(records.PAGE, LENGTH)
+    page = np.frombuffer(raw, np.uint16).reshape(array_record.PAGE, LENGTH)
     assert (page[3:] == PAD).all()

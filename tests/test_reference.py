@@ -15,19 +15,19 @@ import optax
 import pytest
 
 from configs import default
-from dlm_jax import (
-    control,
+from dlm_jax.diffusion import (
     embedding,
-    interop,
+    guidance,
     losses,
     model,
-    optim,
     rounding,
     samplers,
     schedule,
 )
-from dlm_jax.denoiser import time_features
-from dlm_jax.samplers import State, Times
+from dlm_jax.diffusion.samplers import State, Times
+from dlm_jax.inference import published
+from dlm_jax.nn.transformer import time_features
+from dlm_jax.training import optimizer
 
 SQRT = schedule.SCHEDULES["sqrt"]()
 T2000, T200, T20 = (schedule.discretize(SQRT, n) for n in (2000, 200, 20))
@@ -57,11 +57,11 @@ def golden(golden):
 
 @pytest.fixture(scope="module")
 def net(golden):
-    return interop.from_reference(golden.under("w/"), heads=4)
+    return published.from_reference(golden.under("w/"), heads=4)
 
 
 def tree_of(golden, prefix):
-    return interop.from_reference(golden.under(prefix), heads=4)[1]
+    return published.from_reference(golden.under(prefix), heads=4)[1]
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +206,14 @@ def compare_weights(found, want):
 def test_training(golden, net, gradient):
     """Three AdamW steps on one batch with one set of draws; rates fall over 10 steps."""
     cfg, params = default.get_config().optim, net[1]
-    optimizer, ema = optim.make(cfg, total_steps=10), params
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    adamw, ema = optimizer.make(cfg, total_steps=10), params
+    update, state = jax.jit(adamw.update), adamw.init(params)
     for i in range(3):
         loss, grads = gradient(params)
         close(loss, golden[f"train/loss{i}"], atol=1e-5)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        ema = optim.average(ema, params, cfg.ema)
+        ema = optimizer.average(ema, params, cfg.ema)
     compare_weights(params, tree_of(golden, "train/p3/"))
     want = tree_of(golden, "train/ema3/")
     jax.tree.map(lambda a, b: close(a, b, atol=1e-6), ema, want)
@@ -233,7 +233,7 @@ def _pairs(a, b):
 
 def denoiser_of(net, clamped):
     denoise = model.bind(net[1], net[0])
-    return control.clamp(denoise, net[1].table) if clamped == "clamp" else denoise
+    return guidance.clamp(denoise, net[1].table) if clamped == "clamp" else denoise
 
 
 @pytest.mark.parametrize("clamped", ["none", "clamp"])

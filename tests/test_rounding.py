@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import sizes
 
-from dlm_jax import rounding
+from dlm_jax.diffusion import rounding
 
 BIG = rounding.WHOLE + 100  # scanned in chunks, the last one partly empty
 

@@ -12,8 +12,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from scipy import stats
 
-from dlm_jax import samplers, schedule
-from dlm_jax.samplers import State, Times
+from dlm_jax.diffusion import samplers, schedule
+from dlm_jax.diffusion.samplers import State, Times
 
 MEAN, SPREAD = 0.8, 0.5
 CURVE = schedule.named("cosine")

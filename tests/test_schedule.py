@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dlm_jax import schedule
-from dlm_jax.schedule import SCHEDULES
+from dlm_jax.diffusion import schedule
+from dlm_jax.diffusion.schedule import SCHEDULES
 from dlm_jax.types import UserError
 
 DISCRETE_ONLY = ("linear", "trunc_lin", "pw_lin")

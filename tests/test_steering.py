@@ -9,10 +9,12 @@ import pytest
 from conftest import sizes
 
 from configs import smoke
-from dlm_jax import classifier, samplers, steering, train
-from dlm_jax.labels import Names
-from dlm_jax.steering import Guide, Plan
-from dlm_jax.tokenizer import train_sentencepiece
+from dlm_jax.data.annotations import Names
+from dlm_jax.data.tokenizer import train_sentencepiece
+from dlm_jax.diffusion import classifier, samplers
+from dlm_jax.inference import constraints
+from dlm_jax.inference.constraints import Guide, Plan
+from dlm_jax.training import trainer
 from dlm_jax.types import END, PAD, START, UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -31,7 +33,7 @@ def bundle(tmp_path_factory):
     config.data.update(source="text", path=path, length=LENGTH, too_long="truncate")
     config.model.update(layers=1, width=16, ff=16, dim=8, positions=LENGTH)
     config.sample.update(n=3, batch=8, steps=6)
-    made = train.Run(config, str(folder / "run")).bundle
+    made = trainer.Run(config, str(folder / "run")).bundle
     names = Names("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
     cfg = dataclasses.replace(made.cfg, self_cond=False, output_prior=False)
     params = classifier.init(jax.random.key(1), cfg, names.layout)
@@ -44,8 +46,8 @@ def ids_of(bundle, text):
 
 def test_known_tokens_are_in_the_sample_not_only_in_the_output(bundle):
     """Without a list of allowed words it is infilling alone that puts them there."""
-    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
+    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
     drawn = bundle.draw(6, wishes=wishes._replace(allowed=None), clamp=False)
     clean, known = np.asarray(bundle.ema.table)[wishes.ids], wishes.known
     np.testing.assert_allclose(drawn.latents[known], clean[known], atol=1e-6)
@@ -54,8 +56,8 @@ def test_known_tokens_are_in_the_sample_not_only_in_the_output(bundle):
 @pytest.mark.parametrize("solver", sorted(samplers.SOLVERS))
 @pytest.mark.parametrize("noised", [True, False])
 def test_known_tokens_come_back_exactly(bundle, solver, noised):
-    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
+    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
     drawn = bundle.draw(
         6, wishes=wishes, plan=Plan(noised=noised), solver=solver, eta=None
     )
@@ -73,15 +75,15 @@ def test_known_tokens_come_back_exactly(bundle, solver, noised):
 
 def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
     """Else the reading that is not told would see the known tokens, clean."""
-    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
+    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
     table, x = bundle.ema.table, np.zeros((6, LENGTH, 8), "f")
     keys = samplers.keys_of(jax.random.key(0), 6)
     times = samplers.Times(*map(np.float32, (0.6, 0.5, 0.4)))
     clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
     for scale in (1.0, 2.0):
         rest = (table, bundle.schedule, wishes, {}, Plan(scale=scale))
-        step = steering.step(lambda keys, state, times: state, *rest)
+        step = constraints.step(lambda keys, state, times: state, *rest)
         state = step(keys, samplers.State(x, x), times)
         np.testing.assert_array_equal(state.x0_hat[wishes.known], clean)
         seen[scale] = np.abs(state.x_t[wishes.known] - clean).mean()
@@ -91,11 +93,13 @@ def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
 
 def test_nothing_wished_or_no_strength_changes_nothing(bundle):
     free = bundle.draw(5, seed=3)
-    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
+    asked = constraints.wish(
+        bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"]
+    )
     rows = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
     weak = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0))
     assert (weak.ids == free.ids).all()
-    words = steering.wish(bundle.tokenizer, LENGTH, {}, contains="cat", lacks="dog")
+    words = constraints.wish(bundle.tokenizer, LENGTH, {}, contains="cat", lacks="dog")
     words = jax.tree.map(lambda x: np.repeat(x, 5, 0), words)
     weightless = bundle.draw(5, seed=3, wishes=words, plan=Plan(weight=0.0))
     assert (weightless.ids == free.ids).all()
@@ -107,7 +111,7 @@ def test_nothing_wished_or_no_strength_changes_nothing(bundle):
 
 def test_a_text_depends_on_its_own_wish_alone(bundle):
     rows = [
-        steering.wish(bundle.tokenizer, LENGTH, bundle.guides, length=n)
+        constraints.wish(bundle.tokenizer, LENGTH, bundle.guides, length=n)
         for n in (2, 5, 7)
     ]
     wishes = jax.tree.map(lambda *x: np.concatenate(x), *rows)
@@ -121,23 +125,23 @@ def test_a_text_depends_on_its_own_wish_alone(bundle):
 
 def test_gaps_and_ends(bundle):
     tok = bundle.tokenizer
-    open_end = steering.parse(tok, "the cat [...]")
-    ids, known = steering.filled(open_end, LENGTH, [])
+    open_end = constraints.parse(tok, "the cat [...]")
+    ids, known = constraints.filled(open_end, LENGTH, [])
     assert ids[:3].tolist() == [START, *ids_of(bundle, "the cat")]
     assert known.tolist() == [True] * 3 + [False] * 7
-    allowed = steering.open_words(ids[None], known[None], tok.vocab_size)[0]
+    allowed = constraints.open_words(ids[None], known[None], tok.vocab_size)[0]
     assert not allowed[3, END]  # one word at the least
     assert allowed[4, END]
     assert allowed[4, PAD]
     assert not allowed[4, START]
-    gap = steering.parse(tok, "[...] cat")
-    ids, known = steering.filled(gap, LENGTH, [4])
+    gap = constraints.parse(tok, "[...] cat")
+    ids, known = constraints.filled(gap, LENGTH, [4])
     assert np.flatnonzero(known).tolist() == [0, 5, 6, 7, 8, 9]
     assert ids[5:7].tolist() == [*ids_of(bundle, "cat"), END]
-    blanks = steering.parse(tok, "the ___ ___ [...]")
-    row = steering.of_template(blanks, LENGTH, tok.vocab_size, 1, 0)
+    blanks = constraints.parse(tok, "the ___ ___ [...]")
+    row = constraints.of_template(blanks, LENGTH, tok.vocab_size, 1, 0)
     assert row.allowed[0, :, END].tolist() == [False] * 5 + [True] * 5
-    widths = steering.of_template(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
+    widths = constraints.of_template(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
     assert len(set(widths.tolist())) > 3
 
 
@@ -147,8 +151,10 @@ def test_a_template_of_a_given_length(bundle):
         texts = bundle.infill(template, n=6, length=words, seed=2)
         assert {len(text.split()) for text in texts} == {words}
         assert all("cat" in text.split()[1:-2] for text in texts)
-    parts = steering.parse(bundle.tokenizer, template)
-    sizes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 200, 0, 7)
+    parts = constraints.parse(bundle.tokenizer, template)
+    sizes = constraints.of_template(
+        parts, LENGTH, bundle.tokenizer.vocab_size, 200, 0, 7
+    )
     places = np.argmax(sizes.ids == ids_of(bundle, "cat")[0], -1)
     assert set(places.tolist()) == {2, 3, 4, 5}
     with pytest.raises(UserError, match="length=3: the template needs 4 words or more"):
@@ -157,8 +163,8 @@ def test_a_template_of_a_given_length(bundle):
         bundle.infill("the ___", n=1, length=5)
     with pytest.raises(UserError, match="length=1: the template needs 2 words"):
         bundle.infill("the ___", n=1, pos=["NOUN"])
-    assert steering.words_of({"tree": [(0, 0, "DET"), (0, 3, "S")]}) == 4
-    assert steering.words_of({"pos": []}) is None
+    assert constraints.words_of({"tree": [(0, 0, "DET"), (0, 3, "S")]}) == 4
+    assert constraints.words_of({"pos": []}) is None
     with pytest.raises(
         UserError, match="'the' is both in the template and to be lacked"
     ):
@@ -168,13 +174,13 @@ def test_a_template_of_a_given_length(bundle):
 def test_a_classifier_and_a_template(bundle):
     """The classifier's log-probability rises, and the known word stays."""
     tags, n = ["DET", "NOUN", "DET", "NOUN"], 8
-    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=tags)
-    parts = steering.parse(bundle.tokenizer, "the ___ [...]")
+    asked = constraints.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=tags)
+    parts = constraints.parse(bundle.tokenizer, "the ___ [...]")
     vocab = bundle.tokenizer.vocab_size
-    placed = steering.of_template(parts, LENGTH, vocab, n, 1, len(tags))
+    placed = constraints.of_template(parts, LENGTH, vocab, n, 1, len(tags))
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), asked)
     wishes = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
-    of = steering.log_prob(wishes, bundle.guides, bundle.schedule)
+    of = constraints.log_prob(wishes, bundle.guides, bundle.schedule)
     options = {"wishes": wishes, "seed": 1, "clamp": False}
     free, steered = (bundle.draw(n, plan=Plan(lr=lr), **options) for lr in (0.0, 1.0))
     before, after = (of(x.latents, np.full(n, 0.01, "f")) for x in (free, steered))
@@ -184,7 +190,9 @@ def test_a_classifier_and_a_template(bundle):
 
 
 def test_a_guided_text_does_not_depend_on_its_batch(bundle):
-    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
+    asked = constraints.wish(
+        bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"]
+    )
     wishes = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
     options = {"seed": 3, "wishes": wishes, "plan": Plan(lr=0.5)}
     assert bundle.draw(5, **options).texts == bundle.draw(5, batch=2, **options).texts
@@ -249,7 +257,7 @@ def test_packed_text_has_no_places(bundle):
 
 
 def test_words_are_wished_without_a_classifier(bundle):
-    asked = steering.wish(
+    asked = constraints.wish(
         bundle.tokenizer,
         LENGTH,
         {},
@@ -261,7 +269,7 @@ def test_words_are_wished_without_a_classifier(bundle):
         [ids_of(bundle, "old house")],
         [ids_of(bundle, "cat")],
     ]
-    long = steering.wish(bundle.tokenizer, LENGTH, {}, contains="the old house")
+    long = constraints.wish(bundle.tokenizer, LENGTH, {}, contains="the old house")
     assert long.phrases[0].tolist() == [[*ids_of(bundle, "the old house"), -1]]
     assert asked.lacking.tolist() == [ids_of(bundle, "dog")]
     strong = {"seed": 0, "steps": 16, "plan": Plan(weight=20.0)}
@@ -275,9 +283,9 @@ def test_words_are_wished_without_a_classifier(bundle):
 
 def test_memory_does_not_grow_with_the_steps(bundle):
     """Infilled and guided: as many values of the largest size for 4 calls as for 32."""
-    parts = steering.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 4, 0)
-    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET"] * 3)
+    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 4, 0)
+    asked = constraints.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET"] * 3)
     labels = jax.tree.map(lambda x: np.repeat(x, 4, 0), asked.labels)
     wishes = wishes._replace(labels=labels)
 
@@ -300,9 +308,9 @@ def test_a_teacher_and_pieces_grant_no_wishes(bundle):
         teacher.control(1, length=3)
     pieces = train_sentencepiece([TEXT] * 50, vocab_size=20)
     with pytest.raises(UserError, match="sentencepiece"):
-        steering.wish(pieces, LENGTH, {}, length=3)
+        constraints.wish(pieces, LENGTH, {}, length=3)
     with pytest.raises(UserError, match="sentencepiece"):
-        steering.parse(pieces, "the ___")
+        constraints.parse(pieces, "the ___")
 
 
 def test_a_model_that_learned_to_be_given_tokens(bundle):
@@ -318,13 +326,13 @@ def test_a_model_that_learned_to_be_given_tokens(bundle):
     assert all(text.startswith("the ") and text.split()[2] == "saw" for text in given)
     scaled = told.infill(template, plan=Plan(scale=3.0), **options)
     assert scaled != given
-    parts = steering.parse(bundle.tokenizer, template)
-    wishes = steering.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 8, 1)
+    parts = constraints.parse(bundle.tokenizer, template)
+    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 8, 1)
     args = (bundle.ema, bundle.cfg, bundle.schedule)
     x, t = np.zeros((8, LENGTH, 8), np.float32), np.full(8, 0.7, np.float32)
-    plain = steering.denoiser(*args, wishes, {}, Plan())(x, t, x)
+    plain = constraints.denoiser(*args, wishes, {}, Plan())(x, t, x)
     nothing, once = (
-        steering.denoiser(*args, wishes, {}, Plan(scale=scale), given=True)(x, t, x)
+        constraints.denoiser(*args, wishes, {}, Plan(scale=scale), given=True)(x, t, x)
         for scale in (0.0, 1.0)
     )
     np.testing.assert_allclose(nothing, plain, atol=1e-5)
@@ -334,7 +342,9 @@ def test_a_model_that_learned_to_be_given_tokens(bundle):
 
 
 def test_tokens_under_guidance_keep_a_share_of_their_time(bundle):
-    asked = steering.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"])
+    asked = constraints.wish(
+        bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"]
+    )
     rows = jax.tree.map(lambda x: np.repeat(x, 8, 0), asked)
     options = {"seed": 3, "wishes": rows, "clamp": False}
     whole, part = (

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import (
-    checkpoint,
-    classifier,
-    generate,
-    grammar,
-    labels,
-    steering,
-    targets,
-    tasks,
-    tokenizer,
-    train,
-)
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.steering import Guide
-from dlm_jax.tasks import TASKS
+from dlm_jax.data import annotations, grammar, tokenizer
+from dlm_jax.diffusion import classifier
+from dlm_jax.evaluation import control_targets, control_tasks
+from dlm_jax.evaluation.control_tasks import TASKS
+from dlm_jax.inference import constraints, pipeline
+from dlm_jax.inference.constraints import Guide
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import checkpoint
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -41,14 +35,14 @@ def config():
 
 @pytest.fixture(scope="module")
 def judge(config):
-    return targets.judge_of(config, "pos", None)
+    return control_targets.judge_of(config, "pos", None)
 
 
 @pytest.fixture(scope="module")
 def workdir(config, tmp_path_factory):
     """An untrained model of the grammar, saved."""
     folder = tmp_path_factory.mktemp("tasks") / "run"
-    run = train.Run(config, str(folder))
+    run = trainer.Run(config, str(folder))
     writer = checkpoint.manager(folder, keep=1)
     run.save(writer)
     writer.close()
@@ -58,13 +52,13 @@ def workdir(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(config, workdir):
     """The model, and untrained classifiers of every task."""
-    made, guides = generate.load(workdir), {}
+    made, guides = pipeline.load(workdir), {}
     cfg = DenoiserConfig(
         dim=8, width=16, layers=1, heads=2, ff=16, time_dim=8, trunk="adaln"
     )
     for task in ("semantic", "pos", "tree"):
-        notes = [labels.NOTES[task](t) for t in grammar.trees(0, 400)]
-        names = labels.names_of(task, notes, made.length)
+        notes = [annotations.NOTES[task](t) for t in grammar.trees(0, 400)]
+        names = annotations.names_of(task, notes, made.length)
         params = classifier.init(jax.random.key(0), cfg, names.layout)
         guides[task] = Guide(params, cfg, names)
     made.guides.update(guides)
@@ -78,7 +72,7 @@ def score(task, text, target, judge):
 @pytest.mark.parametrize("task", [name for name in TASKS if "+" not in name])
 def test_a_target_is_met_by_its_own_text_and_missed_by_others(task, config, judge):
     rng = np.random.default_rng(0)
-    for sentence in targets.sentences(config, task, 20):
+    for sentence in control_targets.sentences(config, task, 20):
         target = TASKS[task].target(sentence, rng)
         assert score(task, sentence.text, target, judge) == 1
         assert score(task, "pub pub", target, judge) < 0.3
@@ -130,7 +124,7 @@ def test_a_field_is_wished_by_classifier_and_by_word(bundle):
     tok = bundle.tokenizer
     near, cheap = {"near": "Café Sicilia"}, {"price": "cheap"}
     rows = [TASKS["semantic"].wish(target, bundle) for target in (near, cheap)]
-    both = steering.stack(rows)
+    both = constraints.stack(rows)
     (phrase,) = both.phrases
     assert phrase.tolist() == [tok.encode("Café Sicilia"), [*tok.encode("cheap"), -1]]
     assert both.labels["semantic"].shape[0] == 2
@@ -147,12 +141,14 @@ def test_a_field_is_wished_by_classifier_and_by_word(bundle):
 
 
 def test_every_task_runs_and_a_row_is_measured_once(bundle, workdir, config, capsys):
-    judge = targets.judge_of(config, "pos", None)
+    judge = control_targets.judge_of(config, "pos", None)
     for name, task in TASKS.items():
         rng = np.random.default_rng(0)
-        wanted = [task.target(s, rng) for s in targets.sentences(config, name, 2)]
-        plan = tasks.PLANS["tuned"][name]
-        row = tasks.measure(
+        wanted = [
+            task.target(s, rng) for s in control_targets.sentences(config, name, 2)
+        ]
+        plan = control_tasks.PLANS["tuned"][name]
+        row = control_tasks.measure(
             bundle, task, wanted, judge, plan, samples=2, seeds=2, calls=3
         )
         assert len(row["success"]) >= 1
@@ -162,9 +158,9 @@ def test_every_task_runs_and_a_row_is_measured_once(bundle, workdir, config, cap
 
 
 def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
-    bundle = generate.load(workdir)
+    bundle = pipeline.load(workdir)
     bundle.config["control"].update(task="length", n=2, samples=2, seeds=2, calls=[3])
-    rows = tasks.run(bundle, str(workdir))
+    rows = control_tasks.run(bundle, str(workdir))
     assert rows[0]["success"]["exact length"][0] == 1
     assert "| length | 3 | exact length 100.0" in capsys.readouterr().out
     (path,) = (workdir / "control").glob("*.json")
@@ -172,21 +168,23 @@ def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
     assert written["config"]["seed"] == config.seed
     assert written["step"] == bundle.step
     path.write_text(json.dumps(written | {"accepted": 0.123}))
-    assert tasks.run(bundle, str(workdir))[0]["accepted"] == 0.123
+    assert control_tasks.run(bundle, str(workdir))[0]["accepted"] == 0.123
     for section, change in (("control", {"n": 3}), ("sample", {"clamp": -1.0})):
         bundle.config[section].update(change)  # another experiment is another row
-        assert tasks.run(bundle, str(workdir))[0]["accepted"] != 0.123
+        assert control_tasks.run(bundle, str(workdir))[0]["accepted"] != 0.123
     assert len(list((workdir / "control").glob("*.json"))) == 3
 
 
 def test_a_row_names_its_classifiers(bundle):
-    about = tasks._about(bundle, "span", 3, None)
+    about = control_tasks._about(bundle, "span", 3, None)
     assert set(about["classifiers in use"]) == {"tree"}
     tree = bundle.guides["tree"]
     moved = tree._replace(params=jax.tree.map(lambda x: x + 1, tree.params))
     other = dataclasses.replace(bundle, guides={**bundle.guides, "tree": moved})
-    assert tasks._about(other, "span", 3, None) != about
-    assert tasks._about(other, "pos", 3, None) == tasks._about(bundle, "pos", 3, None)
+    assert control_tasks._about(other, "span", 3, None) != about
+    assert control_tasks._about(other, "pos", 3, None) == control_tasks._about(
+        bundle, "pos", 3, None
+    )
 
 
 def test_a_row_names_the_text_of_its_tagger_and_its_targets(bundle, tmp_path):
@@ -197,30 +195,32 @@ def test_a_row_names_the_text_of_its_tagger_and_its_targets(bundle, tmp_path):
     labels = bundle.config["classifier"] | {"conllu": str(file)}
     config = bundle.config | {"data": data, "control": options, "classifier": labels}
     other = dataclasses.replace(bundle, config=config)
-    before = tasks._about(other, "pos", 3, None)
+    before = control_tasks._about(other, "pos", 3, None)
     file.write_text("two")
-    after = tasks._about(other, "pos", 3, None)
+    after = control_tasks._about(other, "pos", 3, None)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"target files", "tagger's text"}
 
 
 def test_targets_that_have_no_place_are_left_out(bundle):
     words = " ".join(["pub"] * (bundle.length - 1))
-    assert not tasks._can_say(bundle, "length", targets.Sentence(words))
-    assert tasks._can_say(bundle, "unguided", targets.Sentence(words))
-    flat = targets.Sentence("a pub", spans=[(0, 1, "S")])
-    assert not tasks._can_say(bundle, "span", flat)
-    assert tasks._can_say(bundle, "tree", flat)
+    assert not control_tasks._can_say(bundle, "length", control_targets.Sentence(words))
+    assert control_tasks._can_say(bundle, "unguided", control_targets.Sentence(words))
+    flat = control_targets.Sentence("a pub", spans=[(0, 1, "S")])
+    assert not control_tasks._can_say(bundle, "span", flat)
+    assert control_tasks._can_say(bundle, "tree", flat)
 
 
 def test_nothing_can_be_said_of_texts_outside_the_language(judge):
-    assert tasks.fluency(["pub pub", "a a"], judge)["nats/token"] is None
+    assert control_tasks.fluency(["pub pub", "a a"], judge)["nats/token"] is None
     silent = judge._replace(nats=lambda texts: np.full(len(texts), np.nan), exact=False)
-    assert tasks.fluency([TEXT], silent)["nats/token"] is None
+    assert control_tasks.fluency([TEXT], silent)["nats/token"] is None
     heard = judge._replace(nats=lambda texts: np.ones(len(texts)), exact=False)
-    assert tasks.fluency(["pub pub"], heard)["accepted"] is None
-    assert tasks.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(1 / 3)
-    known = tasks.fluency([TEXT, "pub pub"], judge)
+    assert control_tasks.fluency(["pub pub"], heard)["accepted"] is None
+    assert control_tasks.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(
+        1 / 3
+    )
+    known = control_tasks.fluency([TEXT, "pub pub"], judge)
     assert known["accepted"] == 0.5
     exact = -grammar.log_prob(TEXT) / (len(TEXT.split()) + 1)
     assert known["nats/token"] == pytest.approx(exact)
@@ -238,8 +238,8 @@ def test_nothing_can_be_said_of_texts_outside_the_language(judge):
     ],
 )
 def test_bad_options(workdir, change, message):
-    bundle = generate.load(workdir)
+    bundle = pipeline.load(workdir)
     own = {k: str(workdir) if v == "SELF" else v for k, v in change.items()}
     bundle.config["control"].update(own)
     with pytest.raises(UserError, match=message):
-        tasks.run(bundle, str(workdir))
+        control_tasks.run(bundle, str(workdir))

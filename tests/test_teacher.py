@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import losses, model, schedule, teacher
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.diffusion import autoregressive, losses, model, schedule
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import END, PAD, START, UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -36,12 +36,12 @@ def params():
 
 
 def _nll(params, rows, cfg=CFG):
-    return np.asarray(jax.jit(lambda rows: teacher.nll(params, cfg, rows))(rows))
+    return np.asarray(jax.jit(lambda rows: autoregressive.nll(params, cfg, rows))(rows))
 
 
 def test_sees_nothing_after_a_position(params):
     ids = jnp.array([[0, 4, 5, 4, 1, 3]])
-    logits = jax.jit(lambda ids: teacher.hidden(params, CFG, ids, head=True))
+    logits = jax.jit(lambda ids: autoregressive.hidden(params, CFG, ids, head=True))
     before = logits(ids)
     for i in range(1, 6):
         changed = logits(ids.at[0, i].set(2))
@@ -86,7 +86,7 @@ def test_samples_have_the_probabilities_it_scores(params):
     """Every row of two free tokens, counted over many samples."""
     n = 20_000
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(n))
-    draw = jax.jit(lambda keys: teacher.sample(keys, params, CFG, 3))
+    draw = jax.jit(lambda keys: autoregressive.sample(keys, params, CFG, 3))
     ids = np.asarray(draw(keys))
     assert (ids[:, 0] == START).all()
     over = (ids[:, 1] == END) | (ids[:, 1] == PAD)
@@ -103,7 +103,7 @@ def test_samples_have_the_probabilities_it_scores(params):
 
 def test_features_ignore_padding(params):
     ids = np.array([[0, 4, 1, 3, 3, 3]])
-    functions = teacher.hidden, teacher.features
+    functions = autoregressive.hidden, autoregressive.features
     states, mean = jax.jit(lambda ids: [f(params, CFG, ids) for f in functions])(ids)
     assert np.allclose(mean, states[:, :3].mean(1), atol=1e-6)
 
@@ -111,7 +111,7 @@ def test_features_ignore_padding(params):
 def test_goes_on_from_a_prefix(params):
     prefix = np.array([[START, 4, PAD], [START, 5, 4]])
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(2))
-    draw = jax.jit(lambda k: teacher.sample(k, params, CFG, 5, prefix=prefix))
+    draw = jax.jit(lambda k: autoregressive.sample(k, params, CFG, 5, prefix=prefix))
     rows = np.stack([draw(jax.random.split(jax.random.key(i), 2)) for i in range(200)])
     assert draw(keys).shape == (2, 5)
     assert (rows[:, 0, :2] == [START, 4]).all()
@@ -138,10 +138,14 @@ def test_search_finds_the_likeliest(params):
         nll[:, 1] = 0
         return nll.sum(-1).min(), here[np.argmin(nll.sum(-1))]
 
-    wide = jax.jit(lambda: teacher.search(params, CFG, 4, prefix=prefix, beams=36))()
+    wide = jax.jit(
+        lambda: autoregressive.search(params, CFG, 4, prefix=prefix, beams=36)
+    )()
     for row, first in zip(np.asarray(wide), (4, 5), strict=True):
         assert row.tolist() == best(first)[1].tolist()
-    one = jax.jit(lambda: teacher.search(params, CFG, 4, prefix=prefix, beams=1))()
+    one = jax.jit(
+        lambda: autoregressive.search(params, CFG, 4, prefix=prefix, beams=1)
+    )()
     assert (np.asarray(one)[:, :2] == prefix).all()
 
 
@@ -155,7 +159,7 @@ def test_fudge_is_bayes_rule_on_the_next_token(params):
 
     def draw(weight):
         run = jax.jit(
-            lambda k: teacher.fudge(
+            lambda k: autoregressive.fudge(
                 k, params, CFG, 3, log_prob, weight=weight, top=VOCAB
             )
         )

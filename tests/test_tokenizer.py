@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlm_jax import tokenizer
-from dlm_jax.tokenizer import END, PAD, START, UNK, WordTokenizer, from_dict
+from dlm_jax.data import tokenizer
+from dlm_jax.data.tokenizer import END, PAD, START, UNK, WordTokenizer, from_dict
 from dlm_jax.types import UserError
 
 TEXTS = ["the cat sat on the mat", "a dog sat by the river", "END of the café tale"] * 8

@@ -8,23 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_peer as peer
+
+from configs import e2e_small
+from dlm_jax.diffusion import classifier, guidance, losses, model, samplers
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.training import trainer
+from dlm_jax.types import HeadSpec
 
 torch = pytest.importorskip("torch", reason="the peers need the extra `peer`")
 pytest.importorskip("transformers", reason="the peers need the extra `peer`")
 
-from configs import e2e_small  # noqa: E402
-from dlm_jax import (  # noqa: E402
-    classifier,
-    control,
-    losses,
-    model,
-    samplers,
-    train,
-)
-from dlm_jax.denoiser import DenoiserConfig  # noqa: E402
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import torch_peer as peer  # noqa: E402
 
 VOCAB, BATCH, LENGTH = 13, 4, 6
 IDS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
@@ -44,8 +39,8 @@ def ours(request):
     config.model.update(dropout=0.0, attention_dropout=0.0, dtype="float32")
     config.schedule.adaptive = ""
     config.data.length, config.train.batch = LENGTH, BATCH
-    recipe = train.recipe_of(config)
-    params = train.init_state(jax.random.key(0), recipe, VOCAB).params
+    recipe = trainer.recipe_of(config)
+    params = trainer.init_state(jax.random.key(0), recipe, VOCAB).params
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [x + 0.1 * rng.standard_normal(x.shape).astype("f") for x in leaves]
@@ -69,7 +64,7 @@ def test_loss_and_gradients_are_ours(ours, plain):
     )
     draws = draws._replace(t=draws.t.at[0].set(0.0))
     value, grads = jax.value_and_grad(
-        lambda p: train.loss_fn(p, jnp.asarray(IDS), draws, recipe)[0]
+        lambda p: trainer.loss_fn(p, jnp.asarray(IDS), draws, recipe)[0]
     )(params)
     net = theirs(ours, plain=plain)
     arrays = [torch.tensor(np.asarray(x)) for x in (draws.t, draws.eps_0, draws.eps_t)]
@@ -112,7 +107,7 @@ def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
     times = samplers.time_grid(schedule, 20)
     own = model.bind(params, recipe.cfg, schedule=schedule)
     if clamp:
-        own = control.clamp(own, params.table)
+        own = guidance.clamp(own, params.table)
     t = np.full(BATCH, times.now[7], "f")
     wanted = own(x, jnp.asarray(t), before)
     net, inputs = theirs(ours, plain=plain), map(torch.tensor, (x, t, before))
@@ -123,7 +118,7 @@ def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
         found = peer.nearest(net.table, found, plain=False) if clamp else found
     close(found, np.asarray(wanted), 1e-4)
     # q(x_next | x_t, x0_hat) and its spread
-    mean, std = control.posterior(
+    mean, std = guidance.posterior(
         wanted, x, np.asarray(times.now[7]), schedule, t_next=np.asarray(times.next[7])
     )
     levels = [net.noise(torch.tensor(float(s))) for s in (times.now[7], times.next[7])]
@@ -137,7 +132,7 @@ def test_a_push_of_the_classifier_is_ours(ours):
     cfg = DenoiserConfig(
         dim=8, width=16, layers=1, heads=2, ff=32, positions=LENGTH, trunk="adaln"
     )
-    layout = classifier.Layout("tags", (LENGTH,), 5)
+    layout = HeadSpec("tags", (LENGTH,), 5)
     head = classifier.init(jax.random.key(4), cfg, layout)
     rng = np.random.default_rng(5)
     head = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), head)
@@ -145,12 +140,12 @@ def test_a_push_of_the_classifier_is_ours(ours):
     labels = rng.integers(0, 5, (BATCH, LENGTH))
     t, std = np.full(BATCH, 0.4, "f"), np.float32(0.3)
     of = classifier.log_prob(head, cfg, layout, labels, recipe.schedule)
-    wanted = control.climbing(
+    wanted = guidance.climbing(
         jnp.asarray(x),
         lambda y: of(y, jnp.asarray(t)),
         jnp.asarray(mean),
         jnp.asarray(std),
-        update=control.RULES["sign"].update,
+        update=guidance.RULES["sign"].update,
         power=1,
         lr=0.2,
         updates=3,

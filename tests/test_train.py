@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import checkpoint, data, losses, metrics, parallel, train
+from dlm_jax.data import sources
+from dlm_jax.diffusion import losses
+from dlm_jax.runtime import checkpoint, logging, parallel
+from dlm_jax.training import trainer
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -58,13 +61,15 @@ RECIPES = {
 def _recipe(name, **changes):
     config = smoke.get_config()
     config.update_from_flattened_dict(SMALL | RECIPES[name])
-    return train.recipe_of(config)._replace(**changes)
+    return trainer.recipe_of(config)._replace(**changes)
 
 
 @functools.cache
 def _start(name):
     recipe = _recipe(name)
-    return jax.jit(lambda key: train.init_state(key, recipe, VOCAB))(jax.random.key(0))
+    return jax.jit(lambda key: trainer.init_state(key, recipe, VOCAB))(
+        jax.random.key(0)
+    )
 
 
 @functools.cache
@@ -77,8 +82,8 @@ def _step(name, devices=1, **changes):
     """The step on the whole batch; on several devices by pmap's meaning, `vmap`."""
     recipe = _recipe(name, **changes)
     if devices == 1:
-        return jax.jit(functools.partial(train.train_step, recipe=recipe))
-    one = functools.partial(train.train_step, recipe=recipe, axis="data")
+        return jax.jit(functools.partial(trainer.train_step, recipe=recipe))
+    one = functools.partial(trainer.train_step, recipe=recipe, axis="data")
     mapped = jax.jit(jax.vmap(one, in_axes=(None, None, 0), axis_name="data"))
 
     def step(key, state, ids):
@@ -129,10 +134,12 @@ def test_every_microbatch_has_its_own_dropout(monkeypatch):
     """With equal rows and equal draws only the dropout can tell microbatches apart."""
     recipe = _recipe("x0", accumulate=4, batch=4, times="uniform")
     recipe = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
-    same = train.make_draws(KEY, _ids()[:1], recipe._replace(batch=1), 0, ())
-    monkeypatch.setattr(train, "make_draws", lambda *args: same)
+    same = trainer.make_draws(KEY, _ids()[:1], recipe._replace(batch=1), 0, ())
+    monkeypatch.setattr(trainer, "make_draws", lambda *args: same)
     ids = np.repeat(_ids()[:1], 4, 0)
-    gradients = jax.jit(lambda key: train._gradients(key, _start("x0"), ids, recipe, 0))
+    gradients = jax.jit(
+        lambda key: trainer._gradients(key, _start("x0"), ids, recipe, 0)
+    )
     _, (terms, *_) = gradients(KEY)
     assert len(np.unique(np.round(terms.total(), 5))) == 4
 
@@ -180,15 +187,15 @@ def test_importance_sampling_warms_up():
 def test_moments_hold_losses_without_their_weight(objective):
     recipe = _recipe("x0", objective=objective, batch=4, times="uniform")
     params, ids = _start("x0").params, _ids()[:4]
-    draws = train.make_draws(KEY, ids, recipe, 0, ())._replace(t=jnp.arange(4) / T)
+    draws = trainer.make_draws(KEY, ids, recipe, 0, ())._replace(t=jnp.arange(4) / T)
 
     @jax.jit
     def terms_of(weight):
-        return train.loss_fn(params, ids, draws._replace(weight=weight), recipe)[1]
+        return trainer.loss_fn(params, ids, draws._replace(weight=weight), recipe)[1]
 
     weight = jnp.asarray([0.1, 2.0, 5.0, 0.7])
     terms, empty = terms_of(weight), losses.init_moments(T)
-    moments = train._remember(empty, terms, draws.t, weight, None)
+    moments = trainer._remember(empty, terms, draws.t, weight, None)
     unweighted = terms_of(jnp.ones(4)).total()
     np.testing.assert_allclose(moments.history[:4, 0], unweighted, rtol=1e-4)
 
@@ -200,7 +207,7 @@ def test_validation_is_deterministic_and_without_dropout():
     recipe = _recipe("x0", batch=8, self_cond=0.5)
     dropped = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
     ids = _ids()[:13]  # a batch and a part of one
-    calls = [train.Validation(ids, r, 2) for r in (recipe, dropped)]
+    calls = [trainer.Validation(ids, r, 2) for r in (recipe, dropped)]
     params = _start("x0").params
     found = [calls[0](params), calls[0](params), calls[1](params)]
     assert found[0] == found[1] == found[2]
@@ -225,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     path = str(tmp_path / "table.npy")
     config = _run_config(tmp_path, embedding__path=path)
     with pytest.raises(UserError, match="is nan at step 1: stopped") as caught:
-        train.run(config, str(tmp_path / "run"))
+        trainer.run(config, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
     assert checkpoint.steps(tmp_path / "run") == []
 
@@ -233,18 +240,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 def test_a_mistake_in_sampling_shows_before_the_training(tmp_path):
     config = _run_config(tmp_path, sample__solver="euler")
     with pytest.raises(UserError, match="solver='euler': choose"):
-        train.run(config, str(tmp_path / "run"))
+        trainer.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
-    run = train.Run(_run_config(tmp_path), str(tmp_path / "run"))
-    progress = metrics.Progress(tmp_path / "m.jsonl", total=9, start=0, main=False)
+    run = trainer.Run(_run_config(tmp_path), str(tmp_path / "run"))
+    progress = logging.Progress(tmp_path / "m.jsonl", total=9, start=0, main=False)
     values = {"loss": 1.0, "grad_norm": 1.0}
-    train._report(run, progress, 3, values)
+    trainer._report(run, progress, 3, values)
     with pytest.raises(UserError, match=f"{name} is inf at step 3"):
-        train._report(run, progress, 3, values | {name: np.inf})
+        trainer._report(run, progress, 3, values | {name: np.inf})
     run.state = run.state._replace(ema=jax.tree.map(lambda x: x / 0, run.state.ema))
     with pytest.raises(UserError, match="weights are not finite at step 0"):
         run.save(None)
@@ -259,7 +266,7 @@ BAD = 4  # the row of the training data that spoils its batch
 @pytest.fixture
 def spoilt(tmp_path, monkeypatch):
     """config(**changes) of a run in which row BAD alone gives no number."""
-    draws = train.make_draws
+    draws = trainer.make_draws
 
     def spoil(key, ids, recipe, first, moments):
         found = draws(key, ids, recipe, first, moments)
@@ -275,13 +282,13 @@ def spoilt(tmp_path, monkeypatch):
         config.data.min_count = 0
         return config
 
-    row = train.corpus_of(config()).train[BAD]
-    monkeypatch.setattr(train, "make_draws", spoil)
+    row = trainer.corpus_of(config()).train[BAD]
+    monkeypatch.setattr(trainer, "make_draws", spoil)
     return config
 
 
 def _rows_of(config, step):
-    rows = data.batch_index(30, seed=config.seed, step=step, batch=2)
+    rows = sources.batch_index(30, seed=config.seed, step=step, batch=2)
     return " ".join(map(str, rows))
 
 
@@ -293,24 +300,24 @@ def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
     config = spoilt()
     step = _bad_step(config)
     says = f"loss is nan at step {step + 1}: .*training data: {_rows_of(config, step)}$"
-    with pytest.raises(train.NonFinite, match=says):
-        train.run(config, str(tmp_path / "run"))
+    with pytest.raises(trainer.NonFinite, match=says):
+        trainer.run(config, str(tmp_path / "run"))
 
 
 def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     config = spoilt(train__on_nonfinite="skip")
-    train.run(config, str(tmp_path / "run"))
+    trainer.run(config, str(tmp_path / "run"))
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert len(said) == 1
     assert _rows_of(config, _bad_step(config)) in said[0]
-    state = train.Run(config, str(tmp_path / "run")).state
+    state = trainer.Run(config, str(tmp_path / "run")).state
     assert int(state.step) == 14
     assert parallel.finite(state._replace(step=()))
 
 
 def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
-    run = train.Run(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
-    step = jax.jit(functools.partial(train.train_step, recipe=run.recipe))
+    run = trainer.Run(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
+    step = jax.jit(functools.partial(trainer.train_step, recipe=run.recipe))
     after, seen = step(KEY, run.state, run.corpus.train[[BAD, 0]])
     assert np.isnan(seen["loss"])
     assert int(after.step) == 1
@@ -326,17 +333,17 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     config = spoilt(train__on_nonfinite="rollback")
     step = _bad_step(config)
     assert 3 <= step < 11, "another seed: the test needs a checkpoint before and after"
-    train.run(config, str(tmp_path / "run"))
+    trainer.run(config, str(tmp_path / "run"))
     assert "going back to step" in capsys.readouterr().out
     saved = step // 3 * 3
-    whole = train.Run(config, str(tmp_path / "run"))
+    whole = trainer.Run(config, str(tmp_path / "run"))
     assert whole.jumps == [(saved, step + 1 - saved)]
     first = whole.index(saved, hosts=1)
     assert " ".join(map(str, first.ravel())) == _rows_of(config, step + 1)
     config = spoilt(train__on_nonfinite="rollback", train__total_steps=saved + 3)
-    train.run(config, str(tmp_path / "two"))
-    train.run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
-    two = train.Run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    trainer.run(config, str(tmp_path / "two"))
+    trainer.run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    two = trainer.Run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
     assert two.jumps == whole.jumps
     for x, y in zip(*map(jax.tree.leaves, (two.state, whole.state)), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -344,25 +351,25 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
 
 def test_nowhere_to_roll_back_to(spoilt, tmp_path):
     config = spoilt(train__on_nonfinite="rollback", train__ckpt_steps=100)
-    with pytest.raises(train.NonFinite, match="last checkpoint is none"):
-        train.run(config, str(tmp_path / "run"))
+    with pytest.raises(trainer.NonFinite, match="last checkpoint is none"):
+        trainer.run(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("cut", [0, 15])
 def test_metrics_go_on_after_a_line_cut_short(cut, tmp_path):
     path, options = tmp_path / "metrics.jsonl", {"total": 9, "main": True}
-    first = metrics.Progress(path, start=0, **options)
+    first = logging.Progress(path, start=0, **options)
     for step in (1, 2):
         first.record(step, {"loss": step}, kind="train")
     path.write_bytes(path.read_bytes()[: -cut or None])
-    second = metrics.Progress(path, start=2, **options)
+    second = logging.Progress(path, start=2, **options)
     second.record(3, {"loss": 3}, kind="train")
-    found = [row["step"] for row in metrics.read(path, "train")]
+    found = [row["step"] for row in logging.read(path, "train")]
     assert found == ([1, 3] if cut else [1, 2, 3])
-    third = metrics.Progress(path, start=0, **options)
+    third = logging.Progress(path, start=0, **options)
     third.record(1, {"loss": 7}, kind="train")
-    assert [row["loss"] for row in metrics.read(path, "train")] == [7]
-    metrics.Progress(path, start=0, **options)
-    before = metrics.read(tmp_path / "metrics_before.jsonl", "train")
+    assert [row["loss"] for row in logging.read(path, "train")] == [7]
+    logging.Progress(path, start=0, **options)
+    before = logging.read(tmp_path / "metrics_before.jsonl", "train")
     assert [row["step"] for row in before] == ([1, 3] if cut else [1, 2, 3])
     assert before[0]["loss"] == 7  # both beginnings are there

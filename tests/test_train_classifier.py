@@ -12,9 +12,13 @@ from scipy import stats
 import dlm_jax
 from configs import classifier as classifier_config
 from configs import smoke
-from dlm_jax import checkpoint, classifier, labels, metrics, steering, train
-from dlm_jax import train_classifier as command
-from dlm_jax.steering import Plan
+from dlm_jax.data import annotations
+from dlm_jax.diffusion import classifier
+from dlm_jax.inference import constraints
+from dlm_jax.inference.constraints import Plan
+from dlm_jax.runtime import checkpoint, logging
+from dlm_jax.training import train_classifier as command
+from dlm_jax.training import trainer
 from dlm_jax.types import PAD, UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -44,7 +48,7 @@ def folder(tmp_path_factory):
         rows.append({"text": f"a {a} sees the {b} now", "label": home})
     path = folder / "texts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    train.run(smoke_of(folder), str(folder / "model"))
+    trainer.run(smoke_of(folder), str(folder / "model"))
     return folder
 
 
@@ -67,7 +71,7 @@ def trained(folder):
 
 
 def test_it_learns_what_the_words_say(trained):
-    rows = metrics.read(trained / "metrics.jsonl", "valid")
+    rows = logging.read(trained / "metrics.jsonl", "valid")
     assert (
         rows[-1]["nll"] < 0.5
     )  # of log 2 = 0.69 nats; at high noise nothing can be known
@@ -79,7 +83,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     config.train.ckpt_steps = 60
     halved = command.ClassifierRun(config, other)
     step_fn = halved.layout.step(
-        lambda key, state, rows: train.train_step(
+        lambda key, state, rows: trainer.train_step(
             key, state, rows, recipe=halved.recipe, axis=halved.layout.axis
         ),
         halved.state,
@@ -94,7 +98,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     command.run(config_of(folder), other)
     bundle = dlm_jax.load(folder / "model")
     one, two = (
-        steering.load(path, bundle.ema.table).params for path in (trained, other)
+        constraints.load(path, bundle.ema.table).params for path in (trained, other)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -114,7 +118,7 @@ def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     recipe = run.recipe._replace(work=run.recipe.work._replace(terms=terms))
     rows = np.asarray(run.batch(0))[0]
     with jax.disable_jit():
-        train.train_step(jax.random.key(0), run.state, rows, recipe=recipe)
+        trainer.train_step(jax.random.key(0), run.state, rows, recipe=recipe)
     got = np.asarray(seen[0])
     assert (got[:, LENGTH:] == rows[:, LENGTH:]).all()
     cut = got[:, :LENGTH] != rows[:, :LENGTH]
@@ -125,8 +129,8 @@ def test_a_cut_text_keeps_its_labels(folder, tmp_path):
 def log_probs(bundle, wanted, plan, n=64):
     """log p(label | text) of each of n texts, at the least noise, and the texts."""
     guide = bundle.guides["label"]
-    row = labels.ASKED["label"]({"label": wanted}, guide.names)
-    wishes = steering.Wishes(labels={"label": np.repeat(row[None], n, 0)})
+    row = annotations.ASKED["label"]({"label": wanted}, guide.names)
+    wishes = constraints.Wishes(labels={"label": np.repeat(row[None], n, 0)})
     drawn = bundle.draw(n, seed=0, steps=16, batch=n, wishes=wishes, plan=plan)
     of = classifier.log_prob(
         guide.params,
@@ -178,7 +182,7 @@ def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
     path.write_text("text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9)
     changes = {"data.source": "csv", "data.path": str(path), "train.total_steps": 2}
     command.run(config_of(folder, **changes), str(tmp_path / "run"))
-    guide = steering.load(tmp_path / "run", dlm_jax.load(folder / "model").ema.table)
+    guide = constraints.load(tmp_path / "run", dlm_jax.load(folder / "model").ema.table)
     assert guide.names.classes == {"label": ["x", "y"]}
 
 
@@ -187,7 +191,7 @@ def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
     shutil.copytree(folder / "model", model)
     changes = {"classifier.model": str(model), "train.total_steps": 2}
     command.run(config_of(folder, **changes), str(tmp_path / "run"))
-    run = train.Run(smoke_of(folder), str(model))
+    run = trainer.Run(smoke_of(folder), str(model))
     moved = jax.tree.map(lambda x: x + 1, (run.state.params, run.state.ema))
     step = run.state.step + 1
     run.state = run.state._replace(step=step, params=moved[0], ema=moved[1])
@@ -203,6 +207,6 @@ def test_of_another_table_or_no_classifier(folder, trained):
     with pytest.raises(UserError, match="is no classifier"):
         bundle.with_classifier(folder / "model")
     with pytest.raises(UserError, match="another embedding table"):
-        steering.load(trained, bundle.ema.table + 1)
+        constraints.load(trained, bundle.ema.table + 1)
     with pytest.raises(UserError, match="a classifier"):
         dlm_jax.load(trained)

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax import data, embedding, generate, losses, model, samplers, tokenizer, viz
-from dlm_jax.denoiser import DenoiserConfig
+from dlm_jax.data import sources, tokenizer
+from dlm_jax.diffusion import embedding, losses, model, samplers
+from dlm_jax.evaluation import plots
+from dlm_jax.inference import pipeline
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -37,10 +40,10 @@ def build(**change):
     for part, values in change.items():
         config[part].update(values)
     record = json.loads(config.to_json_best_effort())
-    tok = data.train_tokenizer(config.data, data.load_texts(config.data, "train"))
+    tok = sources.train_tokenizer(config.data, sources.load_texts(config.data, "train"))
     cfg = DenoiserConfig(**record["model"])
     params = init(cfg, tok.vocab_size)
-    return generate.from_parts(cfg, params, tok, record)
+    return pipeline.from_parts(cfg, params, tok, record)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_all_plots_are_png_files_of_a_sane_size(bundle, tmp_path, capsys):
     ]
     lines = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "metrics.jsonl").write_text(lines + "\n")
-    paths = viz.run(bundle, tmp_path)
+    paths = plots.run(bundle, tmp_path)
     names = ["embedding.png", "film.png", "loss_over_t.png", "training.png"]
     assert [path.name for path in paths] == names
     for path in paths:
@@ -78,15 +81,15 @@ def with_data(bundle, **change):
 def test_what_cannot_be_drawn_is_left_out_with_a_line(bundle, tmp_path, capsys):
     missing = str(tmp_path / "gone.txt")
     bundle = with_data(bundle, source="text", path=missing)
-    names = [path.name for path in viz.run(bundle, tmp_path)]
+    names = [path.name for path in plots.run(bundle, tmp_path)]
     assert names == ["embedding.png", "film.png"]
     assert f"no loss over t: {missing}" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
-    assert viz.training(tmp_path / "metrics.jsonl") is None
+    assert plots.training(tmp_path / "metrics.jsonl") is None
     assert "holds no whole row" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/plots"):
-        viz.run(bundle, tmp_path / "file")
+        plots.run(bundle, tmp_path / "file")
 
 
 def test_neighbour_agreement_of_clusters_is_one():
@@ -96,17 +99,18 @@ def test_neighbour_agreement_of_clusters_is_one():
     # lengths do not count: words are compared by angle
     lengths = rng.uniform(0.1, 10.0, (40, 1))
     table = lengths * (centres + 0.01 * rng.standard_normal((40, 4)))
-    assert viz.neighbour_agreement(table, tags) == 1.0
-    assert viz.neighbour_agreement(table, tags[1:] + tags[:1]) < 1.0
+    assert plots.neighbour_agreement(table, tags) == 1.0
+    assert plots.neighbour_agreement(table, tags[1:] + tags[:1]) < 1.0
 
 
 def test_neighbour_agreement_of_a_random_table_is_chance():
     tags = ["a"] * 30 + ["b"] * 20 + ["c"] * 10
     want = (30 * 29 + 20 * 19 + 10 * 9) / (60 * 59)
-    np.testing.assert_allclose(viz.chance_agreement(tags), want, rtol=1e-12)
+    np.testing.assert_allclose(plots.chance_agreement(tags), want, rtol=1e-12)
     rng = np.random.default_rng(1)
     found = [
-        viz.neighbour_agreement(rng.standard_normal((60, 8)), tags) for _ in range(200)
+        plots.neighbour_agreement(rng.standard_normal((60, 8)), tags)
+        for _ in range(200)
     ]
     error = np.std(found, ddof=1) / len(found) ** 0.5
     assert abs(np.mean(found) - want) < 5 * error
@@ -116,7 +120,7 @@ def test_principal_components_of_a_plane():
     rng = np.random.default_rng(2)
     plane = rng.standard_normal((30, 2))
     basis, _ = np.linalg.qr(rng.standard_normal((5, 2)))
-    points, share = viz.principal(plane @ basis.T)
+    points, share = plots.principal(plane @ basis.T)
     np.testing.assert_allclose(share, 1.0, rtol=1e-12)
 
     def distances(x):
@@ -128,7 +132,7 @@ def test_principal_components_of_a_plane():
 def test_spread_parts_labels_and_leaves_the_others():
     centres = np.array([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [100.0, 100.0]])
     boxes = np.tile([[20.0, 10.0]], (4, 1))
-    moved = viz.spread(centres, boxes)
+    moved = plots.spread(centres, boxes)
     gaps = np.abs(moved[:, None] - moved[None]) - boxes[0]
     apart = np.max(gaps, -1) > -1.0
     assert np.all(apart | np.eye(4, dtype=bool))
@@ -139,7 +143,7 @@ def test_spread_parts_labels_and_leaves_the_others():
 def test_the_last_line_of_the_film_is_the_text(bundle, steps):
     if steps:
         bundle = build(schedule={"name": "sqrt", "steps": steps, "scale": 0.0})
-    frames = viz.frames(bundle, seed=3)
+    frames = plots.frames(bundle, seed=3)
     assert "".join(frames[-1].words).strip() == bundle.sample(1, seed=3)[0]
     assert frames[-1].words
     assert all(frames[-1].final)
@@ -152,10 +156,10 @@ def test_the_last_line_of_the_film_is_the_text(bundle, steps):
 def test_a_frame_ends_at_end_and_leaves_start_and_padding_out(bundle):
     tokens = bundle.tokenizer.tokens()
     ids, last = np.array([0, 4, 3, 5, 6, 1, 7]), np.array([0, 4, 3, 9, 6, 1, 7])
-    frame = viz._frame(bundle, 0.5, ids, last)
+    frame = plots._frame(bundle, 0.5, ids, last)
     assert frame.words == [" " + tokens[i] for i in (4, 5, 6)]
     assert frame.final == [True, False, True]
-    assert viz._frame(bundle, 0.5, np.array([1, 4]), last[:2]).words == []
+    assert plots._frame(bundle, 0.5, np.array([1, 4]), last[:2]).words == []
 
 
 def test_the_words_of_pieces_join_to_the_text(bundle):
@@ -163,24 +167,24 @@ def test_the_words_of_pieces_join_to_the_text(bundle):
     tok = tokenizer.train_sentencepiece(texts, vocab_size=16)
     ids = np.array([0, *tok.encode(texts[0]), 1, 3, 3])
     pieces = dataclasses.replace(bundle, tokenizer=tok)
-    frame = viz._frame(pieces, 0.5, ids, ids)
+    frame = plots._frame(pieces, 0.5, ids, ids)
     assert "".join(frame.words).strip() == tok.decode(ids) == texts[0]
 
 
 def test_wrap_fills_lines_and_no_more():
     words = [" word"] * 50
-    at = viz._wrap(words)
+    at = plots._wrap(words)
     ends = [column + 5 for _, column in at]
-    assert max(ends) == viz.WRAP // 5 * 5
+    assert max(ends) == plots.WRAP // 5 * 5
     assert at == sorted(at)
 
 
 def test_words_shown_are_the_grammar_s_or_the_frequent(bundle):
-    ids, tags = viz._chosen(bundle, None)
+    ids, tags = plots._chosen(bundle, None)
     assert tags is not None
     assert len(ids) == len(tags) > 20
     rows = np.array([[0, 9, 9, 9, 7, 7, 1, 3, 3, 3]])
-    ids, tags = viz._chosen(with_data(bundle, source="text"), rows)
+    ids, tags = plots._chosen(with_data(bundle, source="text"), rows)
     assert tags is None
     assert ids[:2] == [9, 7]
     assert min(ids) == 4
@@ -188,7 +192,7 @@ def test_words_shown_are_the_grammar_s_or_the_frequent(bundle):
 
 def test_loss_curve_goes_from_certain_to_blind(bundle):
     """Untrained, it knows the word of a clean position alone, and nothing of noise."""
-    curve = viz.loss_curve(bundle, viz._held_out(bundle))
+    curve = plots.loss_curve(bundle, plots._held_out(bundle))
     assert curve.t[0] == 0.0
     assert curve.t[-1] == 1.0
     assert curve.mean[0] < 0.1
@@ -197,7 +201,7 @@ def test_loss_curve_goes_from_certain_to_blind(bundle):
 
 
 def test_loss_curve_is_the_objective_under_other_noise(bundle):
-    ids = viz._held_out(bundle)
+    ids = plots._held_out(bundle)
 
     @jax.jit
     def objective(params, draws):
@@ -212,7 +216,7 @@ def test_loss_curve_is_the_objective_under_other_noise(bundle):
         ).diffusion
 
     draws = losses.draw(jax.random.key(5), (*ids.shape, bundle.cfg.dim))
-    curves = [viz.loss_curve(bundle, ids, feed=feed) for feed in (False, True)]
+    curves = [plots.loss_curve(bundle, ids, feed=feed) for feed in (False, True)]
     i = len(curves[0].t) // 4
     for feed, curve in enumerate(curves):
         t = np.full(len(ids), curve.t[i], np.float32)
@@ -226,11 +230,11 @@ def test_loss_curve_is_the_objective_under_other_noise(bundle):
 
 
 def test_times_of_a_table_are_its_indices():
-    t = viz.times(2000)
+    t = plots.times(2000)
     np.testing.assert_allclose(t * 2000, np.round(t * 2000), atol=1e-9)
     assert t[0] == 1 / 2000
     assert t[-1] == 1999 / 2000
-    assert viz.times(4).tolist() == [0.25, 0.5, 0.75]
+    assert plots.times(4).tolist() == [0.25, 0.5, 0.75]
 
 
 def test_a_discretised_run_has_its_curve_too():
@@ -240,7 +244,7 @@ def test_a_discretised_run_has_its_curve_too():
         "model": {"predicts": "x0", "self_cond": False, "output_prior": False},
     }
     bundle = build(**parts)
-    curve = viz.loss_curve(bundle, viz._held_out(bundle))
+    curve = plots.loss_curve(bundle, plots._held_out(bundle))
     assert len(curve.t) == 19
     assert np.all(np.isfinite(curve.mean))
     # an untrained x0_hat, near 0, misses all of x_0: E_v ~ N(0, 1)

@@ -25,20 +25,16 @@ import numpy as np
 import ours
 
 import dlm_jax
-from dlm_jax import (
-    checkpoint,
-    data,
-    evaluate,
-    measures,
-    parallel,
-    steering,
-    tasks,
-    train,
-)
-from dlm_jax import targets as held_out
-from dlm_jax.generate import Bundle
-from dlm_jax.steering import Plan
-from dlm_jax.tasks import TASKS, Task
+from dlm_jax.data import sources
+from dlm_jax.diffusion import model
+from dlm_jax.evaluation import control_targets as held_out
+from dlm_jax.evaluation import control_tasks, report, text_metrics
+from dlm_jax.evaluation.control_tasks import TASKS, Task
+from dlm_jax.inference import constraints
+from dlm_jax.inference.constraints import Plan
+from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.runtime import checkpoint, parallel
+from dlm_jax.training import trainer
 from dlm_jax.types import UNK, Stopped
 from stages import Job, together
 
@@ -87,7 +83,7 @@ def run(job: Job, speed: dict[str, Any]) -> None:
         record |= _train(job, config, workdir)
         job.report(record)
         lm = dlm_jax.load(workdir)
-        record["parameters"] = dlm_jax.model.count(lm.ema)
+        record["parameters"] = model.count(lm.ema)
         record["model"] = pack(lm, workdir, job.path.parent)
         job.report(record)
         for name, result in together(_pieces(lm, config, job.rehearse)).items():
@@ -116,7 +112,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     began = time.monotonic()
     stop.start()
     try:
-        train.run(config, workdir)
+        trainer.run(config, workdir)
     except Stopped as error:
         print(error, flush=True)
     finally:
@@ -135,7 +131,7 @@ def pack(lm: Bundle, workdir: str, out: Path) -> list[str]:
     """Writes the averaged weights as a run directory's archive, in parts; their names."""
     _, words = checkpoint.read_json(workdir, lm.step)
     step = np.asarray(lm.step, np.int32)
-    state = train.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
+    state = trainer.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         checkpoint.claim(model, lm.config)
@@ -161,7 +157,7 @@ def pack(lm: Bundle, workdir: str, out: Path) -> list[str]:
 
 def _pieces(lm: Bundle, config: Any, tiny: bool) -> dict[str, Any]:
     """Each measure as a function, to be run side by side."""
-    texts = data.load_texts(config.data, "valid")
+    texts = sources.load_texts(config.data, "valid")
     rows = np.random.default_rng(0).permutation(len(texts))
     n = 8 if tiny else 256
     some = [texts[i] for i in rows[:n]]
@@ -177,7 +173,7 @@ def _pieces(lm: Bundle, config: Any, tiny: bool) -> dict[str, Any]:
 
 def _bound(lm: Bundle, texts: list[str], draws: int) -> dict[str, Any]:
     """Nats per token (END counted) and per position, each with its standard error."""
-    found = evaluate.scores(lm, texts, draws)
+    found = report.scores(lm, texts, draws)
     names = ("nats/token", "nats/position")
     return {name: tuple(found[name]) for name in names} | {"texts": len(texts)}
 
@@ -192,7 +188,7 @@ CONTROLS = {
     "infilling": TASKS["infilling"],
     "word": Task(
         _a_word,
-        lambda word, lm: steering.wish(lm.tokenizer, lm.length, {}, contains=word),
+        lambda word, lm: constraints.wish(lm.tokenizer, lm.length, {}, contains=word),
         lambda text, word, judge: {"word": float(held_out.contained(word, text))},
     ),
 }
@@ -211,7 +207,7 @@ def _control(lm: Bundle, config: Any, name: str, n: int) -> dict[str, Any]:
     targets = [task.target(s, rng) for s in found]
     judge = held_out.judge_of(config, name, None)
     options: Any = {"samples": 1, "seeds": 1, "calls": 32}
-    row = tasks.measure(lm, task, targets, judge, Plan(), **options)
+    row = control_tasks.measure(lm, task, targets, judge, Plan(), **options)
     keep = ("success", "texts", "seconds per 50", "unigram entropy")
     return {"targets": targets, **{k: row[k] for k in keep}}
 
@@ -225,8 +221,8 @@ def _by_chance(record: dict[str, Any]) -> None:
     lengths = record["control: length"]["targets"]
     same = [len(t.split()) == n for t in samples for n in lengths]
     record["control: length"]["by chance"] = float(np.mean(same))
-    record["samples' unigram entropy, nats"] = measures.unigram_entropy(samples)
-    record["samples' words"] = float(np.mean(measures.lengths(samples)))
+    record["samples' unigram entropy, nats"] = text_metrics.unigram_entropy(samples)
+    record["samples' words"] = float(np.mean(text_metrics.lengths(samples)))
 
 
 def table(record: dict[str, Any]) -> list[str]:

@@ -18,26 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dlm_jax import (
-    adaptive,
-    checkpoint,
-    data,
-    denoiser,
-    generate,
-    losses,
-    model,
-    optim,
-    parallel,
-    records,
-    schedule,
-)
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import unit_rows
-from dlm_jax.metrics import Progress
-from dlm_jax.model import Params
-from dlm_jax.records import Rows
-from dlm_jax.schedule import Schedule
-from dlm_jax.tokenizer import Tokenizer, from_dict
+from dlm_jax.data import array_record, sources
+from dlm_jax.data.array_record import Rows
+from dlm_jax.data.tokenizer import Tokenizer, from_dict
+from dlm_jax.diffusion import adaptive, losses, model, schedule
+from dlm_jax.diffusion.embedding import unit_rows
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.inference import pipeline
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import checkpoint, parallel
+from dlm_jax.runtime.logging import Progress
+from dlm_jax.training import optimizer
 from dlm_jax.types import Array, Ids, PRNGKey, PyTree, Stopped, UserError
 
 
@@ -217,13 +210,15 @@ def train_step(
     metrics = jax.tree.map(jnp.mean, metrics)
     if axis is not None and jax.lax.axis_size(axis) > 1:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
-    metrics["grad_norm"] = optim.norm(grads)
+    metrics["grad_norm"] = optimizer.norm(grads)
     if recipe.frozen:
         grads = grads._replace(table=jnp.zeros_like(grads.table))
     updates, opt = recipe.optimizer.update(grads, state.opt, state.params)
     moved: Any = optax.apply_updates(state.params, updates)
     params = _constrain(moved, state.params, recipe)
-    ema = _constrain(optim.average(state.ema, params, recipe.ema), state.ema, recipe)
+    ema = _constrain(
+        optimizer.average(state.ema, params, recipe.ema), state.ema, recipe
+    )
     moments = _remember(state.moments, terms, t, weight, axis)
     noise = _adapt(state.noise, terms, t, recipe, axis)
     new = TrainState(state.step + 1, params, ema, opt, moments, noise)
@@ -274,12 +269,14 @@ def recipe_of(config: Any) -> Recipe:
     """The static choices of a resolved config; UserError names a wrong key."""
     _check_ranges(config)
     cfg, noise = network(config), schedule.named(**config.schedule)
-    optim.choose("loss.objective", losses.OBJECTIVES, config.loss.objective)
+    optimizer.choose("loss.objective", losses.OBJECTIVES, config.loss.objective)
     times = {**losses.TIMES, "importance": None}
-    optim.choose("loss.times", times, config.loss.times)
+    optimizer.choose("loss.times", times, config.loss.times)
     losses.check(config.loss.objective, cfg, noise)
     if config.schedule.adaptive:
-        optim.choose("schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive)
+        optimizer.choose(
+            "schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive
+        )
         if config.loss.objective in ("nelbo", "ar"):
             raise UserError(
                 f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
@@ -293,12 +290,12 @@ def recipe_of(config: Any) -> Recipe:
         raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
     if config.loss.known and cfg.causal:
         raise UserError("config.loss.known > 0: a teacher is given what stands before")
-    optim.choose("train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
+    optimizer.choose("train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     parallel.check_batch(config.train.batch, config.optim.accumulate)
     return Recipe(
         cfg=cfg,
         schedule=noise,
-        optimizer=optim.make(config.optim, config.train.total_steps),
+        optimizer=optimizer.make(config.optim, config.train.total_steps),
         batch=config.train.batch,
         normalize=config.embedding.normalize,
         frozen=config.embedding.frozen,
@@ -349,9 +346,9 @@ def _check_ranges(config: Any) -> None:
 def network(config: Any) -> DenoiserConfig:
     """config.model as a DenoiserConfig, checked against the data's length."""
     cfg = DenoiserConfig(**config.model)
-    optim.choose("model.trunk", denoiser.BLOCKS, cfg.trunk)
-    optim.choose("model.predicts", model.TO_X0, cfg.predicts)
-    optim.choose("model.dtype", denoiser.DTYPES, cfg.dtype)
+    optimizer.choose("model.trunk", transformer.BLOCKS, cfg.trunk)
+    optimizer.choose("model.predicts", model.TO_X0, cfg.predicts)
+    optimizer.choose("model.dtype", transformer.DTYPES, cfg.dtype)
     if config.data.length > cfg.positions:
         raise UserError(
             f"config.data.length={config.data.length} exceeds "
@@ -389,24 +386,24 @@ def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads, tokenises and encodes both splits; a saved tokenizer is kept."""
     if config.data.source == "prepared":
         return _prepared(config.data)
-    texts = data.load_texts(config.data, "train")
-    held_out = data.load_texts(config.data, "valid")
-    tokenizer = tokenizer or data.train_tokenizer(config.data, texts)
+    texts = sources.load_texts(config.data, "train")
+    held_out = sources.load_texts(config.data, "valid")
+    tokenizer = tokenizer or sources.train_tokenizer(config.data, texts)
     layout = {name: config.data[name] for name in ("length", "mode", "too_long")}
-    train, valid = (data.encode(t, tokenizer, **layout) for t in (texts, held_out))
+    train, valid = (sources.encode(t, tokenizer, **layout) for t in (texts, held_out))
     return Corpus(train, valid, tokenizer)
 
 
 def _prepared(cfg: Any) -> Corpus:
     """What --mode prepare_data wrote; UserError where the config has another layout."""
-    about = records.manifest(Path(cfg.path))
+    about = array_record.manifest(Path(cfg.path))
     for name in ("length", "mode"):
         if cfg[name] != about[name]:
             raise UserError(
                 f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
                 f"{about[name]}; take that, or prepare it again"
             )
-    return Corpus(*records.load(cfg.path))
+    return Corpus(*array_record.load(cfg.path))
 
 
 class Validation:
@@ -419,7 +416,7 @@ class Validation:
     def __init__(self, ids: np.ndarray | Rows, recipe: Recipe, batches: int):
         self.size = min(recipe.batch, len(ids))
         self.recipe = recipe._replace(batch=self.size, times="low_discrepancy")
-        rows = itertools.islice(data.batches(ids, self.size), batches)
+        rows = itertools.islice(sources.batches(ids, self.size), batches)
         self.batches = [parallel.spread(row) for row in rows]
         self.run = jax.jit(self._batch)
 
@@ -467,7 +464,7 @@ class Run:
     def __init__(self, config: Any, workdir: str):
         self.config, self.workdir = config, checkpoint.place(workdir)
         layouts, mode = parallel.LAYOUTS, config.parallel.mode
-        self.layout = optim.choose("parallel.mode", layouts, mode)
+        self.layout = optimizer.choose("parallel.mode", layouts, mode)
         self.recipe = self._recipe()
         self.host, self.hosts = parallel.hosts()
         self.record = json.loads(config.to_json_best_effort())
@@ -526,7 +523,9 @@ class Run:
 
     def _begin(self) -> TrainState:
         vocab, key = self.corpus.tokenizer.vocab_size, jax.random.key(self.config.seed)
-        table = data.load_table(self.config.embedding.path, vocab, self.recipe.cfg.dim)
+        table = sources.load_table(
+            self.config.embedding.path, vocab, self.recipe.cfg.dim
+        )
 
         def init(key: PRNGKey) -> TrainState:
             return init_state(key, self.recipe, vocab, table)
@@ -541,10 +540,10 @@ class Run:
         found = checkpoint.restore(self.workdir, step, self.layout.like(like))
         return self.layout.loaded(found)
 
-    def _bundle(self) -> generate.Bundle | None:
+    def _bundle(self) -> pipeline.Bundle | None:
         p, noise = self.layout.whole((self.state.ema, self.state.noise))
         tok, cfg = self.corpus.tokenizer, self.recipe.cfg
-        bundle = generate.from_parts(cfg, p, tok, self.record, noise=noise)
+        bundle = pipeline.from_parts(cfg, p, tok, self.record, noise=noise)
         bundle.settings()  # a mistake in config.sample shows before the training
         return bundle
 
@@ -557,7 +556,7 @@ class Run:
         parts = self.layout.parts(self.recipe.accumulate)
         step += sum(over for at, over in self.jumps if step >= at)
         rows = [
-            data.batch_index(
+            sources.batch_index(
                 len(self.corpus.train),
                 seed=self.config.seed,
                 step=step * parts + part,
@@ -683,7 +682,7 @@ def _loop(
 def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) -> None:
     key, every, before = jax.random.key(task.config.seed), task.config.train, None
     steps = range(int(task.state.step), total)
-    batches = data.Ahead(task.batch, steps)
+    batches = sources.Ahead(task.batch, steps)
     with contextlib.closing(batches):
         for step in steps:
             task.state, metrics = step_fn(key, task.state, batches())

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from dlm_jax import model, rounding
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import embed, unit_rows
-from dlm_jax.model import Params
-from dlm_jax.schedule import (
+from dlm_jax.diffusion import model, rounding
+from dlm_jax.diffusion.embedding import embed, unit_rows
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import (
     Schedule,
     add_noise,
     clipped_variance,
@@ -25,6 +24,7 @@ from dlm_jax.schedule import (
     need_steps,
     posterior,
 )
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time, UserError
 
 

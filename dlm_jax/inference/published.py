@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import schedule
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.model import Params
-from dlm_jax.schedule import QUANTILES, SCHEDULES, Schedule
-from dlm_jax.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.diffusion import schedule
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import QUANTILES, SCHEDULES, Schedule
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PyTree, UserError
 
 HEADS = 12  # bert-base; the published `num_heads` flag is ignored (REFERENCE 1.4)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm_jax.tokenizer import Tokenizer, from_dict
+from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.types import PAD, UserError
 
 MANIFEST, MODES = "data.json", ("pad", "block")
@@ -146,7 +146,9 @@ class Writer:
         if place == 0:
             if self.file:
                 self.file.close()
-            from array_record.python.array_record_module import ArrayRecordWriter
+            from array_record.python.array_record_module import (
+                ArrayRecordWriter,
+            )
 
             path = str(_path(self.folder, self.split, number))
             self.file = ArrayRecordWriter(path, "group_size:1")

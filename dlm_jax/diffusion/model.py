@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from dlm_jax import denoiser, rounding
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import init_table
-from dlm_jax.schedule import Schedule, expand, need_steps, posterior_coefficients
+from dlm_jax.diffusion import rounding
+from dlm_jax.diffusion.embedding import init_table
+from dlm_jax.diffusion.schedule import (
+    Schedule,
+    expand,
+    need_steps,
+    posterior_coefficients,
+)
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
 
 WHOLE = 2048  # above this vocabulary logits are made one example at a time
@@ -37,7 +43,7 @@ def init(
     return Params(
         table=init_table(k_table, vocab, cfg.dim, normalize=normalize),
         bias=jax.random.uniform(k_bias, (vocab,), minval=-bound, maxval=bound),
-        denoiser=denoiser.init(k_denoiser, cfg, vocab),
+        denoiser=transformer.init(k_denoiser, cfg, vocab),
     )
 
 
@@ -75,7 +81,7 @@ def apply(
         alone = _by_example(
             lambda *x: average(params.table, start(*x)), (x_t, t), large=large
         )
-    y = denoiser.apply(
+    y = transformer.apply(
         params.denoiser,
         cfg,
         vocab,
@@ -88,7 +94,7 @@ def apply(
     )
 
     def last(y: Array, x_t: Latent, t: Time, *rows: Array) -> PyTree:
-        raw = denoiser.head(params.denoiser, y)
+        raw = transformer.head(params.denoiser, y)
         if cfg.output_prior and cfg.predicts == "logits":
             raw = raw + start(x_t, t)
         return read(raw, *rows)
@@ -201,7 +207,7 @@ def bind(
 
 
 def _lowered(params: Params, cfg: DenoiserConfig) -> Params:
-    return params._replace(denoiser=denoiser.lowered(params.denoiser, cfg))
+    return params._replace(denoiser=transformer.lowered(params.denoiser, cfg))
 
 
 def bind_words(

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax import data, records
-from dlm_jax.tokenizer import Tokenizer
+from dlm_jax.data import array_record, sources
+from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.types import UserError
 
 CHUNK = 5000  # texts encoded at once
@@ -31,10 +31,10 @@ def run(config: Any, workdir: str) -> None:
     folder, cfg = Path(workdir), config.data
     if cfg.source == "prepared":
         raise UserError("config.data.source=prepared: name the text that is to be")
-    if (folder / records.MANIFEST).exists():
+    if (folder / array_record.MANIFEST).exists():
         raise UserError(f"--workdir {folder}: is prepared already; take a fresh one")
-    data.arrangement(cfg.length, cfg.mode, cfg.too_long)
-    counts = {split: data.count(cfg, split) for split in ("train", "valid")}
+    sources.arrangement(cfg.length, cfg.mode, cfg.too_long)
+    counts = {split: sources.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -47,7 +47,7 @@ def run(config: Any, workdir: str) -> None:
     }
     for split, texts in counts.items():
         bar = _bar(cfg, split, "encoding", texts)
-        writer = records.Writer(folder, split, cfg.length, tokenizer.vocab_size)
+        writer = array_record.Writer(folder, split, cfg.length, tokenizer.vocab_size)
         for rows in rows_of(iter(bar), tokenizer, cfg):
             writer.add(rows)
         writer.close()
@@ -58,7 +58,7 @@ def run(config: Any, workdir: str) -> None:
             )
         about["rows"][split], about["dtype"] = writer.rows, str(writer.dtype)
         about["crc"] = about.get("crc", 0) ^ writer.crc
-    path = folder / records.MANIFEST
+    path = folder / array_record.MANIFEST
     part = path.with_suffix(".part")
     part.write_text(json.dumps(about, ensure_ascii=False))
     part.replace(path)
@@ -69,22 +69,22 @@ def run(config: Any, workdir: str) -> None:
 
 def _bar(cfg: Any, split: str, what: str, texts: int) -> Any:
     """The texts, under a bar where there is a terminal."""
-    texts_of = data.stream(cfg, split)
+    texts_of = sources.stream(cfg, split)
     return tqdm(texts_of, f"{split}, {what}", total=texts, unit="text", disable=None)
 
 
 def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
     every = 1 if cfg.tokenizer == "word" else -(-texts // LEARN)
     bar = _bar(cfg, "train", "tokenizer", texts)
-    return data.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
+    return sources.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
 
 
 def rows_of(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
     """The rows [n l] of `data.encode`, from some texts at a time."""
     left: list[int] = []
-    arrange, fit = data.arrangement(cfg.length, cfg.mode, cfg.too_long)
+    arrange, fit = sources.arrangement(cfg.length, cfg.mode, cfg.too_long)
     while chunk := list(itertools.islice(texts, CHUNK)):
-        ids = [left, *(data.delimited(text, tok) for text in chunk)]
+        ids = [left, *(sources.delimited(text, tok) for text in chunk)]
         ids = ids if left else ids[1:]
         rows = arrange(ids, cfg.length, fit)
         if cfg.mode == "block":

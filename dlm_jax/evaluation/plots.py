@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from dlm_jax import data, grammar, losses, metrics, samplers
-from dlm_jax.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.data import grammar, sources
+from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
+from dlm_jax.diffusion import losses, samplers
+from dlm_jax.runtime import logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table, UserError
 
 Bundle: TypeAlias = Any  # generate.Bundle, which is of this layer
@@ -77,9 +79,9 @@ def _held_out(bundle: Bundle) -> Ids | None:
         print("no loss over t: this checkpoint does not name its data")
         return None
     try:
-        texts = data.load_texts(cfg, "valid")
+        texts = sources.load_texts(cfg, "valid")
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
-        return data.encode(texts, bundle.tokenizer, **layout)
+        return sources.encode(texts, bundle.tokenizer, **layout)
     except UserError as error:
         print(f"no loss over t: {error}")
         return None
@@ -388,7 +390,7 @@ def training(path: Path) -> Figure | None:
     if not path.is_file():
         return None
     try:
-        read = {kind: metrics.read(path, kind) for kind in ("train", "valid")}
+        read = {kind: logging.read(path, kind) for kind in ("train", "valid")}
     except (ValueError, KeyError) as error:
         print(f"no plot of training: {path} is damaged ({error})")
         return None

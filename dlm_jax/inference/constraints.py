@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import checkpoint, classifier, control, labels, model, parallel
-from dlm_jax.classifier import Classifier
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.labels import Names
-from dlm_jax.model import Denoise, Params
-from dlm_jax.samplers import Step
-from dlm_jax.schedule import Schedule
-from dlm_jax.tokenizer import Tokenizer, WordTokenizer
+from dlm_jax.data import annotations
+from dlm_jax.data.annotations import Names
+from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
+from dlm_jax.diffusion import classifier, guidance, model
+from dlm_jax.diffusion.classifier import Classifier
+from dlm_jax.diffusion.model import Denoise, Params
+from dlm_jax.diffusion.samplers import Step
+from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import checkpoint, parallel
 from dlm_jax.types import END, PAD, START, UNK, Array, Table, UserError
 
 
@@ -97,7 +99,7 @@ def log_prob(
     schedule: Schedule,
     *,
     mean: bool = False,
-) -> control.LogProb:
+) -> guidance.LogProb:
     """log p of all labels that are asked, nats; mean: over a classifier's labels."""
     terms = [
         (
@@ -113,7 +115,7 @@ def log_prob(
         )
         for task, asked in wishes.labels.items()
     ]
-    return control.every(*terms)
+    return guidance.every(*terms)
 
 
 def denoiser(
@@ -131,34 +133,34 @@ def denoiser(
     given: it learned to be given tokens.
     """
     denoise = model.bind(params, cfg, schedule=schedule)
-    about_words = [(control.contains(phrase), 1.0) for phrase in wishes.phrases]
+    about_words = [(guidance.contains(phrase), 1.0) for phrase in wishes.phrases]
     if wishes.lacking is not None:
-        about_words.append((control.lacks(wishes.lacking), 1.0))
+        about_words.append((guidance.lacks(wishes.lacking), 1.0))
     tells = given and wishes.known is not None
     if tells or wishes.allowed is not None or about_words:
         read = model.bind_words(params, cfg, schedule=schedule)
         if tells:
             read = _told(read, params.table, wishes, plan)
         if wishes.allowed is not None:
-            read = control.only(read, params.table, wishes.allowed)
-        denoise = control.spoken(read)
+            read = guidance.only(read, params.table, wishes.allowed)
+        denoise = guidance.spoken(read)
         if about_words:
-            wish = control.every(*about_words)
-            denoise = control.steer(read, wish, schedule, weight=plan.weight)
+            wish = guidance.every(*about_words)
+            denoise = guidance.steer(read, wish, schedule, weight=plan.weight)
     of = log_prob(wishes, guides, schedule)
     if wishes.labels and plan.share < 1:
-        denoise = control.token_times(denoise, of, share=plan.share)
+        denoise = guidance.token_times(denoise, of, share=plan.share)
     if wishes.labels and plan.lean:
-        denoise = control.lean(denoise, of, schedule, weight=plan.lean)
+        denoise = guidance.lean(denoise, of, schedule, weight=plan.lean)
     return denoise
 
 
 def _told(read: model.Read, table: Table, wishes: Wishes, plan: Plan) -> model.Read:
     """The model told the known tokens, plan.scale times as much as it makes of them."""
-    told = control.given(read, table, wishes.ids, wishes.known)
+    told = guidance.given(read, table, wishes.ids, wishes.known)
     if plan.scale == 1:
         return told
-    return control.classifier_free(told, read, weight=plan.scale)
+    return guidance.classifier_free(told, read, weight=plan.scale)
 
 
 def step(
@@ -171,7 +173,7 @@ def step(
 ) -> Step:
     """The step, then the classifiers' push, then the known tokens."""
     if wishes.labels and plan.updates:
-        step = control.guide(
+        step = guidance.guide(
             step,
             log_prob(wishes, guides, schedule, mean=plan.mean),
             schedule,
@@ -185,7 +187,7 @@ def step(
         return step
     # where a free reading is compared with one that is told, it may not see them clean
     noised = plan.noised or plan.scale != 1
-    return control.infill(
+    return guidance.infill(
         step, table, wishes.ids, wishes.known, schedule, noised=noised
     )
 
@@ -406,13 +408,13 @@ def wish(
     by_task = {}
     for name, value in asked.items():
         guide = _guide(name, guides)
-        by_task[guide.names.task] = labels.ASKED[name](value, guide.names)[None]
+        by_task[guide.names.task] = annotations.ASKED[name](value, guide.names)[None]
     found = [word_ids(tok, phrase, "contains") for phrase in phrases]
     lacking = [i for word in lacks for i in word_ids(tok, word, "lacks")]
     _check(tok, positions, words, found, lacking, asked)
     ids = known = allowed = None
     if words is not None:
-        ids, known = map(np.asarray, control.of_length(np.array([words]), positions))
+        ids, known = map(np.asarray, guidance.of_length(np.array([words]), positions))
         allowed = open_words(ids, known, tok.vocab_size)
     return Wishes(
         ids,

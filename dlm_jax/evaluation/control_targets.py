@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax import data, grammar, labels
-from dlm_jax.generate import Bundle
-from dlm_jax.labels import Fields, Spans
+from dlm_jax.data import annotations, grammar, sources
+from dlm_jax.data.annotations import Fields, Spans
+from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.types import UserError
 
 TARGET_SEED = 2_000_003  # added to the seed of the data: never trained or validated on
@@ -54,7 +54,7 @@ EDGES = ("START", "END", "\n")  # of the published targets
 
 def annotate(tree: Any) -> Sentence:
     """A derivation of the grammar as a sentence with all its notes."""
-    notes = (labels.NOTES[name](tree) for name in ("semantic", "pos", "tree"))
+    notes = (annotations.NOTES[name](tree) for name in ("semantic", "pos", "tree"))
     return Sentence(" ".join(tree.leaves()), *notes)
 
 
@@ -64,10 +64,10 @@ def sentences(config: Any, task: str, n: int) -> list[Sentence]:
         return list(map(annotate, grammar.trees(config.data.seed + TARGET_SEED, n)))
     if config.control.targets and task != "unguided":
         return published(Path(config.control.targets), task)[:n]
-    texts = data.load_texts(config.data, "valid")
+    texts = sources.load_texts(config.data, "valid")
     fields: list[Any] = [None] * len(texts)
     if config.data.source == "e2e":
-        texts, fields = data.e2e_records(config.data, "valid")
+        texts, fields = sources.e2e_records(config.data, "valid")
     rows = np.random.default_rng(0).permutation(len(texts))[:n]
     tags = _tagger(config) if "pos" in task else lambda text: None
     spans = _parser(config) if task in TREES else lambda text: None
@@ -161,13 +161,13 @@ def _exact_nats(texts: list[str]) -> np.ndarray:
 
 
 def _tagger(config: Any) -> Callable[[str], list[str]]:
-    tagger = labels.train_tagger(config.classifier.conllu)
-    return lambda text: labels.tags_of(tagger, text)
+    tagger = annotations.train_tagger(config.classifier.conllu)
+    return lambda text: annotations.tags_of(tagger, text)
 
 
 def _parser(config: Any) -> Callable[[str], Spans]:
-    parser = labels.load_parser(config.classifier.parser)
-    return lambda text: labels.parsed(parser, text) if text else []
+    parser = annotations.load_parser(config.classifier.parser)
+    return lambda text: annotations.parsed(parser, text) if text else []
 
 
 def _teacher_nats(teacher: Bundle | None) -> Callable[[list[str]], np.ndarray]:

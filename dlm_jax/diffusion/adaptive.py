@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dlm_jax.schedule import Schedule, from_quantiles, gumbel
+from dlm_jax.diffusion.schedule import Schedule, from_quantiles, gumbel
 from dlm_jax.types import Array, PerExample
 
 BINS, LOW, HIGH = 64, -9.0, 13.0  # of u

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Bool, Float
 
-from dlm_jax.embedding import embed
+from dlm_jax.diffusion.embedding import embed
 from dlm_jax.types import Array, Bias, Ids, Latent, Logits, Table
 
 Allowed = Bool[Array, "b l v"]  # the words that a position may have

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dlm_jax.model import Denoise
-from dlm_jax.schedule import Schedule, expand, on, posterior
+from dlm_jax.diffusion.model import Denoise
+from dlm_jax.diffusion.schedule import Schedule, expand, on, posterior
 from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree
 
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Bool, Float, Int
 
-from dlm_jax.embedding import embed
-from dlm_jax.model import Denoise, Read, give
-from dlm_jax.rounding import Allowed, project
-from dlm_jax.samplers import State, Step, Times, noise
-from dlm_jax.schedule import Schedule, expand, on, posterior
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.model import Denoise, Read, give
+from dlm_jax.diffusion.rounding import Allowed, project
+from dlm_jax.diffusion.samplers import State, Step, Times, noise
+from dlm_jax.diffusion.schedule import Schedule, expand, on, posterior
 from dlm_jax.types import (
     END,
     PAD,

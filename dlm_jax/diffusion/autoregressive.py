@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from dlm_jax import denoiser, rounding
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import embed
-from dlm_jax.model import Params
+from dlm_jax.diffusion import rounding
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.model import Params
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PerExample, PRNGKeys
 
 Prefix = Int[Array, "b k"]
@@ -27,7 +28,7 @@ def hidden(
     """The trunk's output [b l h], or with the head its logits of the next ids [b l v]."""
     x = embed(params.table, ids)
     vocab, t = params.table.shape[0], jnp.zeros(ids.shape[0])
-    return denoiser.apply(
+    return transformer.apply(
         params.denoiser, cfg, vocab, x, t, jnp.zeros_like(x), head=head
     )
 

@@ -6,10 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import checkpoint, classifier, generate, labels, train
-from dlm_jax.labels import Names
-from dlm_jax.tokenizer import Tokenizer, WordTokenizer
-from dlm_jax.train import Work
+from dlm_jax.data import annotations
+from dlm_jax.data.annotations import Names
+from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
+from dlm_jax.diffusion import classifier
+from dlm_jax.inference import pipeline
+from dlm_jax.runtime import checkpoint
+from dlm_jax.training import trainer
+from dlm_jax.training.trainer import Work
 from dlm_jax.types import UserError
 
 
@@ -17,10 +21,10 @@ def work(names: Names, table: np.ndarray) -> Work:
     """Labels to learn, at the noise of the recipe's schedule, on the frozen table."""
     layout, size = names.layout, names.layout.size
 
-    def init(key: Any, recipe: train.Recipe, vocab: int) -> classifier.Classifier:
+    def init(key: Any, recipe: trainer.Recipe, vocab: int) -> classifier.Classifier:
         return classifier.init(key, recipe.cfg, layout)
 
-    def terms(key, params, rows, draws, recipe: train.Recipe) -> classifier.Scores:
+    def terms(key, params, rows, draws, recipe: trainer.Recipe) -> classifier.Scores:
         ids, asked = rows[:, :-size], rows[:, -size:]
         known = {"cfg": recipe.cfg, "layout": layout, "schedule": recipe.schedule}
         frozen = jnp.asarray(table)
@@ -31,7 +35,7 @@ def work(names: Names, table: np.ndarray) -> Work:
     return Work(init, terms, size)
 
 
-class ClassifierRun(train.Run):
+class ClassifierRun(trainer.Run):
     """A classifier's run: text, noise, words and table are those of the model."""
 
     def __init__(self, config: Any, workdir: str):
@@ -39,17 +43,17 @@ class ClassifierRun(train.Run):
             raise UserError(
                 "config.classifier.model: name the run that is to be steered"
             )
-        self.base = generate.load(config.classifier.model)
+        self.base = pipeline.load(config.classifier.model)
         config = borrow(config, self.base)
         self.task, self.labelled = corpus_of(config, self.base)
         super().__init__(config, workdir)
 
-    def _recipe(self) -> train.Recipe:
+    def _recipe(self) -> trainer.Recipe:
         table = np.asarray(self.base.ema.table)
-        recipe = train.recipe_of(self.config)
+        recipe = trainer.recipe_of(self.config)
         return recipe._replace(schedule=self.base.schedule, work=work(self.task, table))
 
-    def _corpus(self, tokenizer: Tokenizer | None) -> train.Corpus:
+    def _corpus(self, tokenizer: Tokenizer | None) -> trainer.Corpus:
         return self.labelled
 
     def _bundle(self) -> None:
@@ -59,7 +63,7 @@ class ClassifierRun(train.Run):
         """The validation says it all."""
 
 
-def borrow(config: Any, base: generate.Bundle) -> Any:
+def borrow(config: Any, base: pipeline.Bundle) -> Any:
     """The config with the model's data, noise, length and width of embedding.
 
     The text is the model's own, unless config.data.path names another; UserError.
@@ -87,7 +91,7 @@ def borrow(config: Any, base: generate.Bundle) -> Any:
     return config
 
 
-def corpus_of(config: Any, base: generate.Bundle) -> tuple[Names, train.Corpus]:
+def corpus_of(config: Any, base: pipeline.Bundle) -> tuple[Names, trainer.Corpus]:
     """The labels' names, and rows of ids and labels of both splits."""
     task, tok = config.classifier.task, base.tokenizer
     if task in ("pos", "tree") and not isinstance(tok, WordTokenizer):
@@ -96,17 +100,19 @@ def corpus_of(config: Any, base: generate.Bundle) -> tuple[Names, train.Corpus]:
             "tokens are sentencepiece pieces; train it with config.data.tokenizer=word"
         )
     train_part, valid_part = (
-        labels.annotated(config, task, split) for split in ("train", "valid")
+        annotations.annotated(config, task, split) for split in ("train", "valid")
     )
-    names = labels.names_of(task, train_part[1], base.length)
+    names = annotations.names_of(task, train_part[1], base.length)
 
     def rows(texts: list[str], notes: list) -> np.ndarray:
-        return np.concatenate([base.encode(texts), labels.encode(notes, names)], -1)
+        return np.concatenate(
+            [base.encode(texts), annotations.encode(notes, names)], -1
+        )
 
     about = {"names": names.to_dict(), "table": checkpoint.crc(base.ema.table)}
-    return names, train.Corpus(rows(*train_part), rows(*valid_part), tok, about)
+    return names, trainer.Corpus(rows(*train_part), rows(*valid_part), tok, about)
 
 
 def run(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
     """Trains a classifier, resuming what lies in workdir."""
-    train.run(config, workdir, ClassifierRun, allow_fallback=allow_fallback)
+    trainer.run(config, workdir, ClassifierRun, allow_fallback=allow_fallback)

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
-from dlm_jax import denoiser, model
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import embed
-from dlm_jax.losses import Draws
-from dlm_jax.schedule import Schedule, add_noise
+from dlm_jax.diffusion import model
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.losses import Draws
+from dlm_jax.diffusion.schedule import Schedule, add_noise
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import (
     Array,
+    HeadSpec,
     Ids,
     Latent,
     PerExample,
@@ -37,19 +39,6 @@ class Classifier(NamedTuple):
 
     trunk: PyTree
     head: Mapping[str, Array]
-
-
-class Layout(NamedTuple):
-    """What is asked of an example: the head, the shape of its labels, their classes."""
-
-    head: str
-    shape: tuple[int, ...]
-    classes: int
-
-    @property
-    def size(self) -> int:
-        """Labels of an example."""
-        return math.prod(self.shape)
 
 
 class Scores(NamedTuple):
@@ -90,7 +79,7 @@ def _chart(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
 PAIR = 32  # width of a chart's pairs
 
 
-def _shapes(layout: Layout, h: int) -> dict[str, tuple[int, ...]]:
+def _shapes(layout: HeadSpec, h: int) -> dict[str, tuple[int, ...]]:
     k = layout.classes
     if layout.head == "fields":
         f = layout.shape[0]
@@ -104,7 +93,7 @@ def _shapes(layout: Layout, h: int) -> dict[str, tuple[int, ...]]:
 HEADS: dict[str, Callable] = {"fields": _fields, "tags": _tags, "chart": _chart}
 
 
-def init(key: PRNGKey, cfg: DenoiserConfig, layout: Layout) -> Classifier:
+def init(key: PRNGKey, cfg: DenoiserConfig, layout: HeadSpec) -> Classifier:
     """Fresh parameters; biases start at 0."""
     k_trunk, k_head = jax.random.split(key)
     shapes = _shapes(layout, cfg.width)
@@ -115,13 +104,13 @@ def init(key: PRNGKey, cfg: DenoiserConfig, layout: Layout) -> Classifier:
         else jax.random.normal(k, shape) / math.sqrt(shape[-2])
         for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    return Classifier(denoiser.init(k_trunk, cfg, 1), head)
+    return Classifier(transformer.init(k_trunk, cfg, 1), head)
 
 
 def logits(
     params: Classifier,
     cfg: DenoiserConfig,
-    layout: Layout,
+    layout: HeadSpec,
     x_t: Latent,
     t: Time,
     schedule: Schedule,
@@ -131,7 +120,7 @@ def logits(
     """Logits of every label; the network is told the noise, whatever the schedule."""
     told = model.noise_time(schedule, t)
     x = jnp.asarray(x_t)
-    h = denoiser.apply(
+    h = transformer.apply(
         params.trunk, cfg, 1, x, told, jnp.zeros_like(x), key=key, head=False
     )
     return HEADS[layout.head](params.head, h)
@@ -140,7 +129,7 @@ def logits(
 def log_prob(
     params: Classifier,
     cfg: DenoiserConfig,
-    layout: Layout,
+    layout: HeadSpec,
     labels: Int[Array, "b ..."],
     schedule: Schedule,
     *,
@@ -170,7 +159,7 @@ def loss(
     draws: Draws,
     *,
     cfg: DenoiserConfig,
-    layout: Layout,
+    layout: HeadSpec,
     table: Table,
     schedule: Schedule,
     key: PRNGKey | None = None,

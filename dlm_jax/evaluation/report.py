@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from dlm_jax import data, generate, grammar, likelihood, measures, parallel, viz
-from dlm_jax.generate import Bundle
-from dlm_jax.likelihood import Summary
+from dlm_jax.data import grammar, sources
+from dlm_jax.diffusion import likelihood
+from dlm_jax.diffusion.likelihood import Summary
+from dlm_jax.evaluation import plots, text_metrics
+from dlm_jax.inference import pipeline
+from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.runtime import parallel
 from dlm_jax.types import PAD, START, UserError
 
 
@@ -59,7 +63,7 @@ def _energy(texts: list[str], reference: Reference) -> float:
     mine, real = (
         teacher.features(teacher.encode(t)) for t in (texts, reference.held_out)
     )
-    return measures.energy_distance(mine, real)
+    return text_metrics.energy_distance(mine, real)
 
 
 def _accepted(texts: list[str], reference: Reference) -> float:
@@ -75,7 +79,7 @@ def _exact_nll(texts: list[str], reference: Reference) -> float:
     good = [text for text in texts if grammar.accepts(text)]
     if not good:
         raise UserError("needs a text that the grammar accepts")
-    count = sum(measures.lengths(good)) + len(good)
+    count = sum(text_metrics.lengths(good)) + len(good)
     return -sum(map(grammar.log_prob, good)) / count
 
 
@@ -93,22 +97,22 @@ MEASURES: dict[str, Measure] = {
     "teacher nats/token": Measure(_teacher_nll, +1, 0.5),
     "energy distance": Measure(_energy, +1, 0.1),
     "unigram entropy, nats": Measure(
-        lambda t, r: measures.unigram_entropy(t), -1, 0.25
+        lambda t, r: text_metrics.unigram_entropy(t), -1, 0.25
     ),
     "distinct texts": Measure(lambda t, r: len(set(t)) / len(t), -1, 0.1),
-    "distinct-1": Measure(lambda t, r: measures.distinct(t, 1), -1, 0.05),
-    "distinct-4": Measure(lambda t, r: measures.distinct(t, 4), -1, 0.25),
+    "distinct-1": Measure(lambda t, r: text_metrics.distinct(t, 1), -1, 0.05),
+    "distinct-4": Measure(lambda t, r: text_metrics.distinct(t, 4), -1, 0.25),
     "repetition within a text": Measure(
-        lambda t, r: measures.repetition(t), +1, 0.1
+        lambda t, r: text_metrics.repetition(t), +1, 0.1
     ),
     "length distance, words": Measure(
-        lambda t, r: measures.length_distance(t, r.held_out), +1, 3.0
+        lambda t, r: text_metrics.length_distance(t, r.held_out), +1, 3.0
     ),
     "texts copied from train": Measure(
-        lambda t, r: measures.copied(t, r.train), +1, 0.25
+        lambda t, r: text_metrics.copied(t, r.train), +1, 0.25
     ),
     "4-grams of train": Measure(
-        lambda t, r: measures.copied_grams(t, r.train_grams), -1, 0.5
+        lambda t, r: text_metrics.copied_grams(t, r.train_grams), -1, 0.5
     ),
 }  # fmt: skip
 
@@ -184,13 +188,13 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
 
 def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
-    teacher = generate.load_teacher(
+    teacher = pipeline.load_teacher(
         "config.evaluate.teacher", config.evaluate.teacher, bundle
     )
-    train = data.load_texts(config.data, "train")
-    held_out = data.load_texts(config.data, "valid")
+    train = sources.load_texts(config.data, "train")
+    held_out = sources.load_texts(config.data, "valid")
     half = len(held_out) // 2
-    seen = frozenset(measures.all_grams(train))
+    seen = frozenset(text_metrics.all_grams(train))
     grammatical = config.data.source == "grammar"
     reference = Reference(frozenset(train), seen, held_out[half:], teacher, grammatical)
     return reference, held_out[:half]
@@ -243,7 +247,7 @@ def frontier(bundle: Bundle, reference: Reference, options: Any) -> list[dict]:
             {
                 "calls": calls,
                 "quality": MEASURES[quality].value(texts, reference),
-                "entropy": measures.unigram_entropy(texts),
+                "entropy": text_metrics.unigram_entropy(texts),
                 "measure": quality,
             }
         )
@@ -310,4 +314,4 @@ def _write(record: dict, workdir: Path, entropy: float) -> None:
     path.write_text(json.dumps(nan_free, indent=1, ensure_ascii=False))
     print(path)
     if record["frontier"]:
-        print(viz.save_frontier(record["frontier"], entropy, workdir))
+        print(plots.save_frontier(record["frontier"], entropy, workdir))

@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
-from dlm_jax import grammar, records
-from dlm_jax.tokenizer import TRAINERS, Tokenizer
+from dlm_jax.data import array_record, grammar
+from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
 from dlm_jax.types import END, PAD, START, UserError
 
 VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
@@ -382,7 +382,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _prepared_ids(cfg: Any, split: str) -> list[str]:
-    return records.texts(cfg.path, split)
+    return array_record.texts(cfg.path, split)
 
 
 FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
@@ -509,7 +509,7 @@ def batch_index(
 
 
 def batches(
-    ids: Int32[np.ndarray, "n l"] | records.Rows, batch: int
+    ids: Int32[np.ndarray, "n l"] | array_record.Rows, batch: int
 ) -> Iterator[tuple[Int32[np.ndarray, "b l"], Float32[np.ndarray, " b"]]]:
     """All rows in order, for evaluation: (ids, mask), each of `batch` rows.
 

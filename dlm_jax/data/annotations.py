@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from dlm_jax import data, grammar
-from dlm_jax.classifier import Layout
-from dlm_jax.types import UserError
+from dlm_jax.data import grammar, sources
+from dlm_jax.types import HeadSpec, UserError
 
 Fields = dict[str, str]
 Spans = list[tuple[int, int, str]]
@@ -39,12 +38,12 @@ class Names(NamedTuple):
     length: int
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> HeadSpec:
         """The classifier's head for them."""
         fields, l = len(self.classes), self.length
         shape = {"fields": (fields,), "tags": (l,), "chart": (l, l)}
         head = HEADS[self.task]
-        return Layout(head, shape[head], max(map(len, self.classes.values())))
+        return HeadSpec(head, shape[head], max(map(len, self.classes.values())))
 
     def number(self, field: str, name: str) -> int:
         """The class of a label; UserError where the classifier never saw it."""
@@ -200,7 +199,7 @@ def annotated(config: Any, task: str, split: str) -> Annotated:
     if task in ("semantic", "label"):
         texts, notes = {"semantic": _records, "label": _columns}[task](config, split)
         return texts[: most or None], notes[: most or None]
-    texts = data.load_texts(config.data, split)[: most or None]
+    texts = sources.load_texts(config.data, split)[: most or None]
     if task == "pos":
         tagger = train_tagger(config.classifier.conllu)
         return texts, [tags_of(tagger, text) for text in texts]
@@ -214,7 +213,7 @@ def _records(config: Any, split: str) -> Annotated:
             f"config.classifier.task=semantic: config.data.source={config.data.source!r} "
             "has no records; take e2e, grammar, or task=label with a column"
         )
-    return data.e2e_records(config.data, split)
+    return sources.e2e_records(config.data, split)
 
 
 NOTES: dict[str, Callable[[Any], Any]] = {
@@ -227,7 +226,7 @@ NOTES: dict[str, Callable[[Any], Any]] = {
 def _of_grammar(config: Any, task: str, split: str) -> Annotated:
     seed, n = config.data.seed, config.data.size
     if split == "valid":
-        seed, n = seed + data.VALID_SEED, config.data.valid_size
+        seed, n = seed + sources.VALID_SEED, config.data.valid_size
     trees = grammar.trees(seed, min(n, config.classifier.texts or n))
     return [" ".join(t.leaves()) for t in trees], [NOTES[task](t) for t in trees]
 
@@ -240,7 +239,7 @@ def _columns(config: Any, split: str) -> Annotated:
             "has no columns; give config.data.source=csv or jsonl, and its path"
         )
     column = config.classifier.column
-    texts, found = data.labelled(config.data, split, column)
+    texts, found = sources.labelled(config.data, split, column)
     return texts, [{column: label} for label in found]
 
 

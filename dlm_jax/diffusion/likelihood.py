@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import model, rounding
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import embed
-from dlm_jax.model import Params
-from dlm_jax.schedule import Schedule, expand
+from dlm_jax.diffusion import model, rounding
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import Schedule, expand
+from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, PRNGKey, Table, Time
 
 

@@ -18,11 +18,20 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax import checkpoint, generate, measures, parallel, steering
-from dlm_jax.generate import Bundle
-from dlm_jax.labels import Fields, Spans
-from dlm_jax.steering import Plan, Wishes
-from dlm_jax.targets import Judge, Sentence, contained, judge_of, sentences, stated
+from dlm_jax.data.annotations import Fields, Spans
+from dlm_jax.evaluation import text_metrics
+from dlm_jax.evaluation.control_targets import (
+    Judge,
+    Sentence,
+    contained,
+    judge_of,
+    sentences,
+    stated,
+)
+from dlm_jax.inference import constraints, pipeline
+from dlm_jax.inference.constraints import Plan, Wishes
+from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.runtime import checkpoint, parallel
 from dlm_jax.types import UNK, UserError
 
 
@@ -74,7 +83,7 @@ def _middle(sentence: Sentence, rng: Any) -> str:
 def _asked(name: str) -> Callable[[Any, Bundle], Wishes]:
     def wish(target: Any, bundle: Bundle) -> Wishes:
         tok, guides = bundle.tokenizer, bundle.guides
-        return steering.wish(tok, bundle.length, guides, **{name: target})
+        return constraints.wish(tok, bundle.length, guides, **{name: target})
 
     return wish
 
@@ -82,13 +91,15 @@ def _asked(name: str) -> Callable[[Any, Bundle], Wishes]:
 def _said(target: Fields, bundle: Bundle) -> Wishes:
     """The fields, by the classifier; and their words, by the model's own."""
     words = [bundle.tokenizer.encode(value) for value in target.values()]
-    phrases = [steering.spaced([-1] if UNK in ids else ids) for ids in words]
+    phrases = [constraints.spaced([-1] if UNK in ids else ids) for ids in words]
     return _asked("semantic")(target, bundle)._replace(phrases=tuple(phrases))
 
 
 def _template(target: str, bundle: Bundle) -> Wishes:
-    parts = steering.parse(bundle.tokenizer, target)
-    return steering.of_template(parts, bundle.length, bundle.tokenizer.vocab_size, 1, 0)
+    parts = constraints.parse(bundle.tokenizer, target)
+    return constraints.of_template(
+        parts, bundle.length, bundle.tokenizer.vocab_size, 1, 0
+    )
 
 
 # --- scores
@@ -130,7 +141,7 @@ def _length(text: str, target: int, judge: Judge) -> dict[str, float]:
 def _kept(text: str, target: str, judge: Judge) -> dict[str, float]:
     """The known words in their places, and an end where the template ends."""
     words, wanted = text.split(), target.split()
-    same = [w in (steering.BLANK, x) for w, x in zip(wanted, words, strict=False)]
+    same = [w in (constraints.BLANK, x) for w, x in zip(wanted, words, strict=False)]
     return {"known kept": float(len(words) == len(wanted) and all(same))}
 
 
@@ -204,10 +215,12 @@ def measure(
     of one seed alone, compilation is among them. tick: called after every seed.
     """
     samples, seeds, calls = (options[name] for name in ("samples", "seeds", "calls"))
-    n, wishes = len(targets) * samples, steering.FREE
+    n, wishes = len(targets) * samples, constraints.FREE
     if task is not None:
         rows = [task.wish(target, bundle) for target in targets]
-        wishes = jax.tree.map(lambda x: np.repeat(x, samples, 0), steering.stack(rows))
+        wishes = jax.tree.map(
+            lambda x: np.repeat(x, samples, 0), constraints.stack(rows)
+        )
     scores, texts, seconds = [], [], []
     for seed in range(seeds):
         began = time.monotonic()
@@ -258,7 +271,7 @@ def fluency(texts: list[str], judge: Judge) -> dict[str, float | None]:
         "nats/token": float(nats[good].sum() / tokens[good].sum())
         if good.any()
         else None,
-        "unigram entropy": measures.unigram_entropy(texts),
+        "unigram entropy": text_metrics.unigram_entropy(texts),
     }
 
 
@@ -273,7 +286,7 @@ def run(bundle: Bundle, workdir: str) -> list[dict]:
     options = config.control
     names = ["unguided", *TASKS] if options.task == "all" else [options.task]
     bundle = _equipped(bundle, options, names)
-    teacher = generate.load_teacher("config.control.teacher", options.teacher, bundle)
+    teacher = pipeline.load_teacher("config.control.teacher", options.teacher, bundle)
     pairs, rows = [(name, calls) for name in names for calls in options.calls], []
     main = parallel.hosts()[0] == 0  # all hosts draw and score, the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:

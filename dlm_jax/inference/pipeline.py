@@ -14,28 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import (
+from dlm_jax.data import sources, tokenizer
+from dlm_jax.diffusion import (
     adaptive,
-    checkpoint,
-    control,
-    data,
-    interop,
+    autoregressive,
+    guidance,
     likelihood,
     losses,
     model,
-    parallel,
     rounding,
     samplers,
     schedule,
-    steering,
-    teacher,
-    tokenizer,
 )
-from dlm_jax.denoiser import DenoiserConfig
-from dlm_jax.embedding import embed
-from dlm_jax.model import Params
-from dlm_jax.schedule import Schedule
-from dlm_jax.steering import FREE, USUAL, Guide, Plan, Wishes
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.inference import constraints, published
+from dlm_jax.inference.constraints import FREE, USUAL, Guide, Plan, Wishes
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import checkpoint, parallel
 from dlm_jax.types import Ids, Latent, PyTree, UserError
 
 
@@ -104,7 +101,7 @@ class Bundle:
 
     def with_classifier(self, *workdirs: str | Path) -> "Bundle":
         """This bundle, and classifiers to steer it: runs of --mode train_classifier."""
-        found = [steering.load(path, self.ema.table) for path in workdirs]
+        found = [constraints.load(path, self.ema.table) for path in workdirs]
         guides = dict(self.guides) | {guide.names.task: guide for guide in found}
         return dataclasses.replace(self, guides=guides, compiled={})
 
@@ -164,7 +161,7 @@ class Bundle:
         _positive("n", n)
         if self.cfg.causal and jax.tree.leaves(wishes):
             raise UserError("a teacher writes from left to right: it grants no wishes")
-        _known("plan.rule", control.RULES, plan.rule)
+        _known("plan.rule", guidance.RULES, plan.rule)
         if plan.scale != 1 and not self.given:
             raise UserError(
                 f"plan.scale={plan.scale}: this model did not learn to be given tokens; "
@@ -212,24 +209,26 @@ class Bundle:
         """
         _positive("n", n)
         tok = self.tokenizer
-        asked = {name: options.pop(name) for name in steering.WISHES if name in options}
-        placed = template is not None or asked.keys() & steering.PLACED
+        asked = {
+            name: options.pop(name) for name in constraints.WISHES if name in options
+        }
+        placed = template is not None or asked.keys() & constraints.PLACED
         if placed and self.config["data"].get("mode") == "block":
             raise UserError(
                 "this model was trained on texts packed end to end (data.mode=block): "
                 "places of words and lengths say nothing to it"
             )
-        row = steering.wish(tok, self.length, self.guides, **asked)
+        row = constraints.wish(tok, self.length, self.guides, **asked)
         wishes = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
         if template is not None:
             seed = self._default("seed", options.get("seed"))
-            rows = steering.of_template(
-                steering.parse(tok, template, row.lacking),
+            rows = constraints.of_template(
+                constraints.parse(tok, template, row.lacking),
                 self.length,
                 tok.vocab_size,
                 n,
                 abs(seed),
-                steering.words_of(asked),
+                constraints.words_of(asked),
             )
             wishes = wishes._replace(
                 ids=rows.ids, known=rows.known, allowed=rows.allowed
@@ -245,7 +244,7 @@ class Bundle:
         if ("nll", draws) not in self.compiled:
             self.compiled["nll", draws] = jax.jit(self._nll(draws))
         run, parts = self.compiled["nll", draws], []
-        for i, (rows, mask) in enumerate(data.batches(np.asarray(ids), size)):
+        for i, (rows, mask) in enumerate(sources.batches(np.asarray(ids), size)):
             terms = run(jax.random.fold_in(key, i), self.ema, parallel.spread(rows))
             parts.append(
                 jax.tree.map(lambda x, m=mask: x[m > 0], parallel.fetch(terms))
@@ -255,7 +254,7 @@ class Bundle:
     def _nll(self, draws: int) -> Callable:
         def score(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
             if self.cfg.causal:
-                exact = jnp.sum(teacher.nll(params, self.cfg, ids), -1)
+                exact = jnp.sum(autoregressive.nll(params, self.cfg, ids), -1)
                 return likelihood.Bound(0.0 * exact, 0.0 * exact, exact)
             noise = losses.sigma_0(self.config["loss"]["objective"], self.schedule)
             predict = likelihood.predictor(
@@ -271,10 +270,10 @@ class Bundle:
         """A teacher's features of each row [n h]: where texts are near or far."""
         if "features" not in self.compiled:
             self.compiled["features"] = jax.jit(
-                lambda params, rows: teacher.features(params, self.cfg, rows)
+                lambda params, rows: autoregressive.features(params, self.cfg, rows)
             )
         parts, run = [], self.compiled["features"]
-        for rows, mask in data.batches(np.asarray(ids), min(len(ids), 256)):
+        for rows, mask in sources.batches(np.asarray(ids), min(len(ids), 256)):
             found = run(self.ema, parallel.spread(rows))
             parts.append(parallel.fetch(found)[mask > 0])
         return np.concatenate(parts)
@@ -285,7 +284,7 @@ class Bundle:
         A text that is too long loses its end.
         """
         layout = {"length": self.length, "mode": self.config["data"]["mode"]}
-        return data.encode(texts, self.tokenizer, **layout, too_long="truncate")
+        return sources.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
     def film(self, n: int, **settings: Any) -> list[list[str]]:
         """For each of n samples, the text that x0_hat rounds to after every step."""
@@ -349,20 +348,20 @@ class Bundle:
             schedule = _schedule(self.config, noise) if noise else self.schedule
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-            denoise = steering.denoiser(
+            denoise = constraints.denoiser(
                 params, self.cfg, schedule, wishes, guides, plan, given=self.given
             )
             if s.clamp >= 0:
                 options = {"below": s.clamp, "allowed": wishes.allowed}
-                denoise = control.clamp(denoise, params.table, **options)
+                denoise = guidance.clamp(denoise, params.table, **options)
             step = _step(s, denoise, schedule)
-            step = steering.step(step, params.table, schedule, wishes, guides, plan)
+            step = constraints.step(step, params.table, schedule, wishes, guides, plan)
             if s.churn:
                 step = samplers.churn(step, schedule, rate=s.churn)
 
             def to_ids(x):
                 ids = ROUNDINGS[s.rounding](params, x, wishes.allowed)
-                return steering.written(ids, wishes)
+                return constraints.written(ids, wishes)
 
             x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
@@ -381,7 +380,7 @@ class Bundle:
 
         def chain(key: jax.Array, params: Params, noise: PyTree, index: jax.Array, *_):
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-            ids = teacher.sample(keys, params, self.cfg, self.length)
+            ids = autoregressive.sample(keys, params, self.cfg, self.length)
             return embed(params.table, ids), ids, None
 
         return chain
@@ -425,9 +424,9 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
 
     Raises UserError, one line, where there is none or it is damaged.
     """
-    if interop.is_reference(workdir):
-        cfg, params, tok, _ = interop.load_reference(workdir)
-        return from_parts(cfg, params, tok, interop.reference_config(workdir))
+    if published.is_reference(workdir):
+        cfg, params, tok, _ = published.load_reference(workdir)
+        return from_parts(cfg, params, tok, published.reference_config(workdir))
     step = checkpoint.latest(workdir, step)
     config, words = checkpoint.read_json(workdir, step)
     if "names" in words:
