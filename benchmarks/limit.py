@@ -81,10 +81,10 @@ def rates(m: int, k: int, n: int, dtype: str) -> Rates:
     )
 
     def three(x: Any, w: Any, g: Any) -> Any:
-        y, back = jax.vjp(lambda x, w: times(x, w, dtype), x, w)
+        y, back = jax.vjp(lambda x, w: times(x, w, dtype, "float32"), x, w)
         return y, back(g.astype(jnp.float32))
 
-    one = best(partial(jax.jit(lambda x, w: times(x, w, dtype)), x, w))
+    one = best(partial(jax.jit(lambda x, w: times(x, w, dtype, "float32")), x, w))
     return _rates(m * k * n, one, best(partial(jax.jit(three), x, w, g)))
 
 

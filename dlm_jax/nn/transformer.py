@@ -105,7 +105,7 @@ def times(
     a: Float[Array, "*s m k"],
     b: Float[Array, "*s k n"],
     dtype: str,
-    out: str = "float32",
+    out: str,
 ) -> Float[Array, "*s m n"]:
     """Computes a b: multiplied in dtype, accumulated in float32, returned in out."""
     return _dot(a.astype(dtype), b.astype(dtype), 1, 0, out)
@@ -116,7 +116,7 @@ def across(
     a: Float[Array, "*s m k"],
     b: Float[Array, "*s n k"],
     dtype: str,
-    out: str = "float32",
+    out: str,
 ) -> Float[Array, "*s m n"]:
     """Computes a b^T, likewise."""
     return _dot(a.astype(dtype), b.astype(dtype), 1, 1, out)
@@ -252,7 +252,7 @@ class Attention(nn.Module):
         if fuses(cfg) and not drops:
             mixed: Any = fused(q, k, v, cfg.causal)
         else:
-            scores: Any = across(q, k, cfg.products)
+            scores: Any = across(q, k, cfg.products, "float32")
             scores = scores / math.sqrt(h // cfg.heads)
             if cfg.causal:
                 scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
