@@ -121,10 +121,10 @@ def double(monkeypatch):
     Yields what makes arrays float64.
     """
     with monkeypatch.context() as patch, jax.enable_x64(True):
-        patch.setitem(denoiser.DTYPES, "float32", ("float64", "float64"))
-        patch.setattr(denoiser, "times", lambda a, b, dtype: a @ b)
-        patch.setattr(denoiser, "across", lambda a, b, dtype: a @ b.mT)
-        patch.setattr(denoiser, "gelu", lambda x, phi: x * phi(x)[0])
+        patch.setitem(transformer.DTYPES, "float32", ("float64", "float64"))
+        patch.setattr(transformer, "times", lambda a, b, *dtypes: a @ b)
+        patch.setattr(transformer, "across", lambda a, b, *dtypes: a @ b.mT)
+        patch.setattr(transformer, "gelu", lambda x, phi: x * phi(x)[0])
         yield lambda tree: jax.tree.map(lambda a: jnp.asarray(a, float), tree)
 
 
