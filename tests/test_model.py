@@ -121,8 +121,8 @@ def double(monkeypatch):
     """
     with monkeypatch.context() as patch, jax.enable_x64(True):
         patch.setitem(denoiser.DTYPES, "float32", ("float64", "float64"))
-        patch.setattr(denoiser, "times", lambda a, b, dtype: a @ b)
-        patch.setattr(denoiser, "across", lambda a, b, dtype: a @ b.mT)
+        patch.setattr(denoiser, "times", lambda a, b, *dtypes: a @ b)
+        patch.setattr(denoiser, "across", lambda a, b, *dtypes: a @ b.mT)
         patch.setattr(denoiser, "gelu", lambda x, phi: x * phi(x)[0])
         yield lambda tree: jax.tree.map(lambda a: jnp.asarray(a, float), tree)
 
