@@ -240,7 +240,9 @@ def test_products_and_their_gradients(product, shapes, dtype):
 def test_products_are_summed_before_they_are_rounded(product):
     """Returned in bfloat16, the sum of 1,000 ones is not the 256 of a sum in bfloat16."""
     ones = jnp.ones((1000, 1000), "bfloat16")[:2]
-    other = jnp.ones((1000, 3) if product is transformer.times else (3, 1000), "bfloat16")
+    other = jnp.ones(
+        (1000, 3) if product is transformer.times else (3, 1000), "bfloat16"
+    )
     found, back = jax.vjp(lambda a: product(a, other, "bfloat16", "bfloat16"), ones)
     assert found.dtype == "bfloat16"
     assert np.all(np.asarray(found, "f") == 1000)
