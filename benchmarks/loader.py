@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from configs import e2e_small
-from dlm_jax.data import grammar, prepare, sources
+from dlm_jax.data import batching, grammar, prepare
 from dlm_jax.runtime import parallel
 from dlm_jax.training import trainer
 
@@ -51,7 +51,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for name, run in runs.items():
             found[name].append(seconds(lambda i, r=run: r.batch(i), 50) / 50)
-        ahead = sources.Ahead(runs["prepared"].batch, range(100))
+        ahead = batching.Ahead(runs["prepared"].batch, range(100))
         began, waited = time.perf_counter(), 0.0
         for i in range(10):
             asked = time.perf_counter()

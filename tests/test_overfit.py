@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import smoke
-from dlm_jax.data import grammar, sources, tokenizer
+from dlm_jax.data import batching, encoding, grammar, tokenizer
 from dlm_jax.inference import pipeline
 from dlm_jax.training import trainer
 
@@ -72,7 +72,7 @@ def test_says_the_eight_sentences_and_no_other(recipe, steps):
     assert all(map(grammar.accepts, SENTENCES))
     config = _config(recipe, steps)
     words = tokenizer.train_word(SENTENCES, min_count=0)
-    ids = sources.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
+    ids = encoding.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
     recipe = trainer.recipe_of(config)
 
     def init(key):
@@ -82,7 +82,7 @@ def test_says_the_eight_sentences_and_no_other(recipe, steps):
     step_fn = functools.partial(trainer.train_step, recipe=recipe)
     step_fn = jax.jit(step_fn, donate_argnums=1)
     for step in range(steps):
-        rows = ids[sources.batch_index(len(ids), seed=0, step=step, batch=32)]
+        rows = ids[batching.batch_index(len(ids), seed=0, step=step, batch=32)]
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
     bundle = pipeline.from_parts(

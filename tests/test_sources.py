@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dlm_jax.data import sources
+from dlm_jax.data import batching, encoding, sources, tfds
 from dlm_jax.data.tokenizer import END, PAD, START, WordTokenizer
 from dlm_jax.types import UserError
 
@@ -124,9 +124,9 @@ def test_published_e2e():
     tok = sources.train_tokenizer(cfg, train)
     assert tok.vocab_size == 821
     how = {"length": 64, "mode": "pad"}
-    assert len(sources.encode(train, tok, **how, too_long="truncate")) == 42_061
-    assert len(sources.encode(train, tok, **how, too_long="drop")) == 42_061 - 2
-    _fails("set length=77", sources.encode, train, tok, **how, too_long="error")
+    assert len(encoding.encode(train, tok, **how, too_long="truncate")) == 42_061
+    assert len(encoding.encode(train, tok, **how, too_long="drop")) == 42_061 - 2
+    _fails("set length=77", encoding.encode, train, tok, **how, too_long="error")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_tfds_prepares_once_and_reads_without_tensorflow(tfds_set, monkeypatch):
     valid = sources.load_texts(cfg, "valid")
     assert (len(train), len(valid)) == (18, 2)
     assert sorted(train + valid) == sorted(LINES)
-    monkeypatch.setattr(sources, "_check_preparable", None)  # prepared: not asked again
+    monkeypatch.setattr(tfds, "_check_preparable", None)  # prepared: not asked again
     cfg.tfds_valid = "test"
     assert sources.load_texts(cfg, "valid") == ["the test café"]
     assert len(sources.load_texts(cfg, "train")) == 20
@@ -259,7 +259,7 @@ def test_tfds_that_needs_tensorflow_says_so(tfds_set, tmp_path, monkeypatch):
     def prepare(cfg):
         raise RuntimeError("two\nlines") from ModuleNotFoundError("", name="tensorflow")
 
-    monkeypatch.setattr(sources, "_prepared", prepare)
+    monkeypatch.setattr(tfds, "_prepared", prepare)
     cfg.path = tfds_set[0]
     _fails("needs the package tensorflow", sources.load_texts, cfg, "train")
 
@@ -281,7 +281,7 @@ def test_tfds_without_a_network_fails_at_once(tfds_set, tmp_path, monkeypatch):
 
 
 def _encode(texts, length=5, mode="pad", too_long="error"):
-    return sources.encode(texts, TOK, length=length, mode=mode, too_long=too_long)
+    return encoding.encode(texts, TOK, length=length, mode=mode, too_long=too_long)
 
 
 def test_pad():
@@ -333,7 +333,9 @@ IDS = np.arange(46, dtype=np.int32).reshape(23, 2)
 
 
 def _rows(step, seed=0, batch=8, **host):
-    return IDS[sources.batch_index(len(IDS), seed=seed, step=step, batch=batch, **host)]
+    return IDS[
+        batching.batch_index(len(IDS), seed=seed, step=step, batch=batch, **host)
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 8, 23, 60])
@@ -371,7 +373,7 @@ def test_hosts_must_divide_the_batch():
 
 @pytest.mark.parametrize("batch", [1, 8, 23, 50])
 def test_evaluation_batches_cover_the_rows_once(batch):
-    pairs = list(sources.batches(IDS, batch))
+    pairs = list(batching.batches(IDS, batch))
     assert len(pairs) == -(-23 // batch)
     assert all(
         ids.shape == (batch, 2) and mask.shape == (batch,) for ids, mask in pairs

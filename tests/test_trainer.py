@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax.data import sources
+from dlm_jax.data import batching
 from dlm_jax.diffusion import losses
 from dlm_jax.runtime import checkpoint, logging, parallel
 from dlm_jax.training import trainer
@@ -288,7 +288,7 @@ def spoilt(tmp_path, monkeypatch):
 
 
 def _rows_of(config, step):
-    rows = sources.batch_index(30, seed=config.seed, step=step, batch=2)
+    rows = batching.batch_index(30, seed=config.seed, step=step, batch=2)
     return " ".join(map(str, rows))
 
 

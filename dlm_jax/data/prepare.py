@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dlm_jax.data import array_record, sources
+from dlm_jax.data import array_record, encoding, sources
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.types import UserError
 
@@ -33,7 +33,7 @@ def run(config: Any, workdir: str) -> None:
         raise UserError("config.data.source=prepared: name the text that is to be")
     if (folder / array_record.MANIFEST).exists():
         raise UserError(f"--workdir {folder}: is prepared already; take a fresh one")
-    sources.arrangement(cfg.length, cfg.mode, cfg.too_long)
+    encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)
     counts = {split: sources.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,9 +82,9 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
 def rows_of(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
     """The rows [n l] of `data.encode`, from some texts at a time."""
     left: list[int] = []
-    arrange, fit = sources.arrangement(cfg.length, cfg.mode, cfg.too_long)
+    arrange, fit = encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)
     while chunk := list(itertools.islice(texts, CHUNK)):
-        ids = [left, *(sources.delimited(text, tok) for text in chunk)]
+        ids = [left, *(encoding.delimited(text, tok) for text in chunk)]
         ids = ids if left else ids[1:]
         rows = arrange(ids, cfg.length, fit)
         if cfg.mode == "block":

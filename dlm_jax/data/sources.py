@@ -9,26 +9,21 @@ import codecs
 import csv
 import io
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
 from dlm_jax.data import array_record, grammar
+from dlm_jax.data.tfds import _tfds
 from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
-from dlm_jax.types import END, PAD, START, UserError
+from dlm_jax.types import UserError
 
 VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
-CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
-ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow
 
 
 def load_texts(cfg: Any, split: str) -> list[str]:
@@ -68,9 +63,6 @@ def _non_empty(texts: list, what: str) -> list:
             f"{what} holds no text: check config.data.path, size and source"
         )
     return texts
-
-
-# --- sources: (cfg, split) -> texts
 
 
 def _grammar(cfg: Any, split: str) -> list[str]:
@@ -298,89 +290,6 @@ def _cell(record: dict, column: str, where: str) -> str:
     return value.strip()
 
 
-# --- TFDS, without TensorFlow
-
-
-def _tfds(cfg: Any, split: str) -> list[str]:
-    """A data set by name ("e2e_cleaned", "name/config:1.0.0"), prepared if it is not."""
-    wanted = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
-    try:
-        builder = _prepared(cfg)
-        if cfg.column not in (builder.info.features or {}):
-            names = ", ".join(builder.info.features or {})
-            raise UserError(
-                f"TFDS {cfg.path} has no column {cfg.column!r}: "
-                f"set config.data.column to one of {names}"
-            )
-        records = builder.as_data_source(split=wanted)
-        cells = (_cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
-        texts = [text for text in cells if text]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_tfds_failure(error, cfg, wanted)) from error
-    return texts if cfg.tfds_valid else _hold_out(texts, cfg, split)
-
-
-def _prepared(cfg: Any) -> Any:
-    """The data set's builder, its files in place: read if there, else prepared."""
-    import tensorflow_datasets as tfds
-
-    data_dir = cfg.tfds_dir or None
-    builder = tfds.builder(cfg.path, data_dir=data_dir)
-    if not builder.is_prepared():
-        builder = tfds.builder(cfg.path, data_dir=data_dir, file_format="array_record")
-        _check_preparable(builder, cfg)
-        builder.download_and_prepare()
-    return builder
-
-
-def _check_preparable(builder: Any, cfg: Any) -> None:
-    """Fails in seconds where TFDS would download in vain or retry for minutes."""
-    import requests
-
-    urls = list(builder.url_infos or {})
-    if any(url.endswith(ARCHIVES) for url in urls) and not find_spec("tensorflow"):
-        raise ModuleNotFoundError("to unpack archives", name="tensorflow")
-    for url in urls[:1]:
-        try:
-            requests.head(url, timeout=CONNECT_SECONDS)
-        except requests.RequestException as error:
-            raise UserError(
-                f"TFDS {cfg.path} is not prepared in {builder.data_path} and {url} "
-                "cannot be reached: prepare it on a machine with a network and set "
-                "config.data.tfds_dir to its folder"
-            ) from error
-
-
-def _tfds_failure(error: Exception, cfg: Any, split: str) -> str:
-    """One line for the user out of whatever TFDS raised."""
-    name = f"TFDS {cfg.path}"
-    chain_ = list(_causes(error))
-    missing = [e.name for e in chain_ if isinstance(e, ImportError) and e.name]
-    if missing:
-        return (
-            f"{name} needs the package {missing[0]}: install it, or prepare the data "
-            "set as array_record elsewhere and set config.data.tfds_dir to its folder"
-        )
-    if any(type(e).__name__ == "DatasetNotFoundError" for e in chain_):
-        return (
-            f"{name} is not a known data set, nor prepared in config.data.tfds_dir="
-            f"{cfg.tfds_dir!r}: correct config.data.path"
-        )
-    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return (
-        f"{name} split {split!r} cannot be read ({reason}): check config.data.path, "
-        "tfds_train and tfds_valid, and that tfds_dir holds array_record files"
-    )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _prepared_ids(cfg: Any, split: str) -> list[str]:
     return array_record.texts(cfg.path, split)
 
@@ -397,146 +306,6 @@ SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "tfds": _tfds,
     "prepared": _prepared_ids,
 }
-
-
-# --- texts -> ids
-
-
-def encode(
-    texts: list[str], tok: Tokenizer, *, length: int, mode: str, too_long: str
-) -> Int32[np.ndarray, "n l"]:
-    """Ids of the texts in rows of `length`, each text between START and END.
-
-    `mode` "pad" gives a row a text, filled with PAD; "block" joins all texts and cuts
-    rows from the stream, the remainder dropped. `too_long` says what "pad" does with
-    a text that does not fit: "error", "truncate" (its END is lost, as published) or
-    "drop". Raises UserError for such a text, an unknown choice or an empty result.
-    """
-    arrange, fit = arrangement(length, mode, too_long)
-    ids = arrange([delimited(text, tok) for text in texts], length, fit)
-    if not len(ids):
-        raise UserError(
-            f"{len(texts)} texts give no row of config.data.length={length} in mode "
-            f"{mode}: set a smaller length or give more text"
-        )
-    return ids
-
-
-def arrangement(length: int, mode: str, too_long: str) -> tuple[Callable, Callable]:
-    """(rows of ids -> array, what fits them); UserError for a layout that cannot be."""
-    if length < 2:
-        raise UserError(f"config.data.length={length}: set it to 2 or more")
-    return _choose(MODES, mode, "mode"), _choose(TOO_LONG, too_long, "too_long")
-
-
-def delimited(text: str, tok: Tokenizer) -> list[int]:
-    """START, the text, END."""
-    return [START, *tok.encode(text), END]
-
-
-def _pad(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
-    rows = fit(rows, length)
-    sizes = np.fromiter(map(len, rows), np.int32, len(rows))
-    ids = np.full((len(rows), length), PAD, np.int32)
-    ids[np.arange(length) < sizes[:, None]] = _flat(rows)
-    return ids
-
-
-def _block(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
-    flat = _flat(rows)
-    return flat[: len(flat) // length * length].reshape(-1, length)
-
-
-def _flat(rows: list[list[int]]) -> Int32[np.ndarray, " n"]:
-    return np.fromiter(chain.from_iterable(rows), np.int32, sum(map(len, rows)))
-
-
-def _refuse(rows: list[list[int]], length: int) -> list[list[int]]:
-    for number, row in enumerate(rows, 1):
-        if len(row) > length:
-            raise UserError(
-                f"text {number} has {len(row)} tokens with START and END, more than "
-                f"config.data.length={length}: set length={max(map(len, rows))} or "
-                "config.data.too_long to truncate or drop"
-            )
-    return rows
-
-
-MODES: dict[str, Callable] = {"pad": _pad, "block": _block}
-TOO_LONG: dict[str, Callable] = {
-    "error": _refuse,
-    "truncate": lambda rows, length: [row[:length] for row in rows],
-    "drop": lambda rows, length: [row for row in rows if len(row) <= length],
-}
-
-
-# --- ids -> batches
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    rows = np.arange(n, dtype=np.uint32 if n < 2**32 else np.uint64)
-    return np.random.default_rng((seed % 2**64, epoch)).permutation(rows)
-
-
-def batch_index(
-    n: int,
-    *,
-    seed: int,
-    step: int,
-    batch: int,
-    host: int = 0,
-    hosts: int = 1,
-) -> np.ndarray:
-    """Of n rows, those of the batch of `step` that belong to `host`: batch // hosts.
-
-    A pure function of (seed, step). Each epoch has its own order, and a batch may run
-    across its end: every row comes once an epoch and none is dropped. Host h takes the
-    h-th of `hosts` equal slices. Raises UserError if `hosts` does not divide `batch`.
-    """
-    if batch % hosts:
-        raise UserError(
-            f"batch {batch} does not divide over {hosts} hosts: "
-            f"set the batch size to a multiple of {hosts}"
-        )
-    share = batch // hosts
-    epochs, index = np.divmod(step * batch + host * share + np.arange(share), n)
-    rows = [
-        _permutation(seed, epoch, n)[index[epochs == epoch]]
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-    ]
-    return np.concatenate(rows)
-
-
-def batches(
-    ids: Int32[np.ndarray, "n l"] | array_record.Rows, batch: int
-) -> Iterator[tuple[Int32[np.ndarray, "b l"], Float32[np.ndarray, " b"]]]:
-    """All rows in order, for evaluation: (ids, mask), each of `batch` rows.
-
-    The last batch is filled up with rows from the start, whose mask is 0.
-    """
-    for start in range(0, len(ids), batch):
-        index = np.arange(start, start + batch)
-        yield ids[index % len(ids)], (index < len(ids)).astype(np.float32)
-
-
-class Ahead:
-    """make(step) of the next steps, made by a thread before they are asked for."""
-
-    def __init__(self, make: Callable[[int], Any], steps: range, depth: int = 2):
-        self.make, self.left = make, iter(steps)
-        self.pool = ThreadPoolExecutor(1)
-        self.due = deque(self.pool.submit(make, s) for s in islice(self.left, depth))
-
-    def __call__(self) -> Any:
-        """That of the next step."""
-        for step in islice(self.left, 1):
-            self.due.append(self.pool.submit(self.make, step))
-        return self.due.popleft().result()
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self.pool.shutdown(cancel_futures=True)
 
 
 def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from dlm_jax.data import grammar, sources
+from dlm_jax.data import encoding, grammar, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers
 from dlm_jax.runtime import logging
@@ -81,7 +81,7 @@ def _held_out(bundle: Bundle) -> Ids | None:
     try:
         texts = sources.load_texts(cfg, "valid")
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
-        return sources.encode(texts, bundle.tokenizer, **layout)
+        return encoding.encode(texts, bundle.tokenizer, **layout)
     except UserError as error:
         print(f"no loss over t: {error}")
         return None

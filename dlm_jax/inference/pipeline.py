@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.data import sources, tokenizer
+from dlm_jax.data import batching, encoding, tokenizer
 from dlm_jax.diffusion import (
     adaptive,
     autoregressive,
@@ -244,7 +244,7 @@ class Bundle:
         if ("nll", draws) not in self.compiled:
             self.compiled["nll", draws] = jax.jit(self._nll(draws))
         run, parts = self.compiled["nll", draws], []
-        for i, (rows, mask) in enumerate(sources.batches(np.asarray(ids), size)):
+        for i, (rows, mask) in enumerate(batching.batches(np.asarray(ids), size)):
             terms = run(jax.random.fold_in(key, i), self.ema, parallel.spread(rows))
             parts.append(
                 jax.tree.map(lambda x, m=mask: x[m > 0], parallel.fetch(terms))
@@ -273,7 +273,7 @@ class Bundle:
                 lambda params, rows: autoregressive.features(params, self.cfg, rows)
             )
         parts, run = [], self.compiled["features"]
-        for rows, mask in sources.batches(np.asarray(ids), min(len(ids), 256)):
+        for rows, mask in batching.batches(np.asarray(ids), min(len(ids), 256)):
             found = run(self.ema, parallel.spread(rows))
             parts.append(parallel.fetch(found)[mask > 0])
         return np.concatenate(parts)
@@ -284,7 +284,7 @@ class Bundle:
         A text that is too long loses its end.
         """
         layout = {"length": self.length, "mode": self.config["data"]["mode"]}
-        return sources.encode(texts, self.tokenizer, **layout, too_long="truncate")
+        return encoding.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
     def film(self, n: int, **settings: Any) -> list[list[str]]:
         """For each of n samples, the text that x0_hat rounds to after every step."""

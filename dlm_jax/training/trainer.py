@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dlm_jax.data import array_record, sources
+from dlm_jax.data import array_record, batching, encoding, sources
 from dlm_jax.data.array_record import Rows
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.diffusion import adaptive, losses, model, schedule
@@ -390,7 +390,7 @@ def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     held_out = sources.load_texts(config.data, "valid")
     tokenizer = tokenizer or sources.train_tokenizer(config.data, texts)
     layout = {name: config.data[name] for name in ("length", "mode", "too_long")}
-    train, valid = (sources.encode(t, tokenizer, **layout) for t in (texts, held_out))
+    train, valid = (encoding.encode(t, tokenizer, **layout) for t in (texts, held_out))
     return Corpus(train, valid, tokenizer)
 
 
@@ -416,7 +416,7 @@ class Validation:
     def __init__(self, ids: np.ndarray | Rows, recipe: Recipe, batches: int):
         self.size = min(recipe.batch, len(ids))
         self.recipe = recipe._replace(batch=self.size, times="low_discrepancy")
-        rows = itertools.islice(sources.batches(ids, self.size), batches)
+        rows = itertools.islice(batching.batches(ids, self.size), batches)
         self.batches = [parallel.spread(row) for row in rows]
         self.run = jax.jit(self._batch)
 
@@ -556,7 +556,7 @@ class Run:
         parts = self.layout.parts(self.recipe.accumulate)
         step += sum(over for at, over in self.jumps if step >= at)
         rows = [
-            sources.batch_index(
+            batching.batch_index(
                 len(self.corpus.train),
                 seed=self.config.seed,
                 step=step * parts + part,
@@ -682,7 +682,7 @@ def _loop(
 def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) -> None:
     key, every, before = jax.random.key(task.config.seed), task.config.train, None
     steps = range(int(task.state.step), total)
-    batches = sources.Ahead(task.batch, steps)
+    batches = batching.Ahead(task.batch, steps)
     with contextlib.closing(batches):
         for step in steps:
             task.state, metrics = step_fn(key, task.state, batches())

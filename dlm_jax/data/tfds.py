@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorFlow Datasets, read without TensorFlow."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from dlm_jax.data.sources import _cell, _hold_out
+from dlm_jax.types import UserError
+
+CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
+ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow
+
+
+def _tfds(cfg: Any, split: str) -> list[str]:
+    """A data set by name ("e2e_cleaned", "name/config:1.0.0"), prepared if it is not."""
+    wanted = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
+    try:
+        builder = _prepared(cfg)
+        if cfg.column not in (builder.info.features or {}):
+            names = ", ".join(builder.info.features or {})
+            raise UserError(
+                f"TFDS {cfg.path} has no column {cfg.column!r}: "
+                f"set config.data.column to one of {names}"
+            )
+        records = builder.as_data_source(split=wanted)
+        cells = (_cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
+        texts = [text for text in cells if text]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_tfds_failure(error, cfg, wanted)) from error
+    return texts if cfg.tfds_valid else _hold_out(texts, cfg, split)
+
+
+def _prepared(cfg: Any) -> Any:
+    """The data set's builder, its files in place: read if there, else prepared."""
+    import tensorflow_datasets as tfds
+
+    data_dir = cfg.tfds_dir or None
+    builder = tfds.builder(cfg.path, data_dir=data_dir)
+    if not builder.is_prepared():
+        builder = tfds.builder(cfg.path, data_dir=data_dir, file_format="array_record")
+        _check_preparable(builder, cfg)
+        builder.download_and_prepare()
+    return builder
+
+
+def _check_preparable(builder: Any, cfg: Any) -> None:
+    """Fails in seconds where TFDS would download in vain or retry for minutes."""
+    import requests
+
+    urls = list(builder.url_infos or {})
+    if any(url.endswith(ARCHIVES) for url in urls) and not find_spec("tensorflow"):
+        raise ModuleNotFoundError("to unpack archives", name="tensorflow")
+    for url in urls[:1]:
+        try:
+            requests.head(url, timeout=CONNECT_SECONDS)
+        except requests.RequestException as error:
+            raise UserError(
+                f"TFDS {cfg.path} is not prepared in {builder.data_path} and {url} "
+                "cannot be reached: prepare it on a machine with a network and set "
+                "config.data.tfds_dir to its folder"
+            ) from error
+
+
+def _tfds_failure(error: Exception, cfg: Any, split: str) -> str:
+    """One line for the user out of whatever TFDS raised."""
+    name = f"TFDS {cfg.path}"
+    chain_ = list(_causes(error))
+    missing = [e.name for e in chain_ if isinstance(e, ImportError) and e.name]
+    if missing:
+        return (
+            f"{name} needs the package {missing[0]}: install it, or prepare the data "
+            "set as array_record elsewhere and set config.data.tfds_dir to its folder"
+        )
+    if any(type(e).__name__ == "DatasetNotFoundError" for e in chain_):
+        return (
+            f"{name} is not a known data set, nor prepared in config.data.tfds_dir="
+            f"{cfg.tfds_dir!r}: correct config.data.path"
+        )
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return (
+        f"{name} split {split!r} cannot be read ({reason}): check config.data.path, "
+        "tfds_train and tfds_valid, and that tfds_dir holds array_record files"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
