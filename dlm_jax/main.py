@@ -45,7 +45,7 @@ flags.DEFINE_integer("process_id", 0, "this host's number")
 
 
 def _needed(config: Any, example: str) -> Any:
-    from dlm_jax.types import UserError
+    from dlm_jax.errors import UserError
 
     if config is None:
         raise UserError(f"--config: name a file of configs/, such as {example}")
@@ -80,8 +80,8 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
 
 
 def _alone() -> None:
+    from dlm_jax.errors import UserError
     from dlm_jax.runtime import parallel
-    from dlm_jax.types import UserError
 
     if parallel.hosts()[1] > 1:
         raise UserError(f"--mode {FLAGS.mode} is for one host: start it alone")
@@ -140,8 +140,8 @@ def main(argv: list[str]) -> None:
 
     Status 75 (sysexits' "temporary failure"): the same command goes on from what is saved.
     """
+    from dlm_jax.errors import PreemptedError, UserError
     from dlm_jax.runtime import checkpoint, parallel
-    from dlm_jax.types import Stopped, UserError
 
     sys.unraisablehook = _unraisable
     try:
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
             )
         checkpoint.reach(FLAGS.workdir)
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
-    except Stopped as error:  # on all hosts alike
+    except PreemptedError as error:  # on all hosts alike
         print(error, file=sys.stderr, flush=True)
         sys.exit(RESTART)
     except Exception as error:
@@ -167,8 +167,8 @@ def main(argv: list[str]) -> None:
 
 def _end(error: Exception) -> None:
     """Ends in one line, if a lost host or the user's mistake is the reason."""
+    from dlm_jax.errors import UserError
     from dlm_jax.runtime import parallel
-    from dlm_jax.types import UserError
 
     if reason := parallel.lost(error):
         with contextlib.suppress(Exception):  # who kept what they know is lost

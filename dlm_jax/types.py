@@ -14,7 +14,6 @@ from jaxtyping import Float, Int, Key, Shaped
 
 Array: TypeAlias = jax.Array | np.ndarray
 PyTree: TypeAlias = Any
-
 Ids: TypeAlias = Int[Array, "b l"]
 Latent: TypeAlias = Float[Array, "b l d"]
 Logits: TypeAlias = Float[Array, "b l v"]
@@ -25,7 +24,6 @@ PerExample: TypeAlias = Float[Array, " b"]
 PRNGKey: TypeAlias = Key[jax.Array, ""]
 PRNGKeys: TypeAlias = Key[jax.Array, " b"]
 AnyArray: TypeAlias = Shaped[Array, "..."]
-
 START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabulary
 
 
@@ -41,14 +39,3 @@ class HeadSpec(NamedTuple):
     def size(self) -> int:
         """Number of labels of an example."""
         return math.prod(self.shape)
-
-
-class UserError(ValueError):
-    """A mistake of the user: one line with the file or flag, value and remedy."""
-
-    def __init__(self, line: object):
-        super().__init__(" ".join(str(line).split()))
-
-
-class Stopped(Exception):
-    """A run that was told to end, or lost a host: the same command goes on with it."""

@@ -10,10 +10,10 @@ import pytest
 
 from configs import smoke
 from dlm_jax.diffusion import adaptive, samplers, schedule
+from dlm_jax.errors import UserError
 from dlm_jax.inference import pipeline
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -10,7 +10,7 @@ import pytest
 
 from configs import classifier as classifier_config
 from dlm_jax.data import annotations, grammar, sources
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 TEXT = "The Eagle is a cheap pub near Café Sicilia ."
 TREE = grammar.parse(TEXT)

@@ -8,7 +8,8 @@ import pytest
 
 from dlm_jax.data import array_record
 from dlm_jax.data.tokenizer import WordTokenizer
-from dlm_jax.types import PAD, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import PAD
 
 TOK = WordTokenizer(tuple(f"w{i}" for i in range(90)))
 LENGTH = 5

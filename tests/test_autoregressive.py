@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dlm_jax.diffusion import autoregressive, losses, model, schedule
+from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import END, PAD, START, UserError
+from dlm_jax.types import END, PAD, START
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

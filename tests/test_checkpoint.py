@@ -20,9 +20,9 @@ from conftest import wait_until
 import dlm_jax
 from configs import smoke
 from dlm_jax import main
+from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

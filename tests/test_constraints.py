@@ -12,10 +12,11 @@ from configs import smoke
 from dlm_jax.data.annotations import Names
 from dlm_jax.data.tokenizer import train_sentencepiece
 from dlm_jax.diffusion import classifier, samplers
+from dlm_jax.errors import UserError
 from dlm_jax.inference import constraints
 from dlm_jax.inference.constraints import Guide, Plan
 from dlm_jax.training import trainer
-from dlm_jax.types import END, PAD, START, UserError
+from dlm_jax.types import END, PAD, START
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

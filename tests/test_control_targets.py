@@ -8,8 +8,8 @@ import pytest
 
 from configs import smoke
 from dlm_jax.data import annotations, grammar, sources
+from dlm_jax.errors import UserError
 from dlm_jax.evaluation import control_targets
-from dlm_jax.types import UserError
 
 RECORD = "name : Aromi | food : Italian | area : riverside"
 

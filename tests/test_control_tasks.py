@@ -11,6 +11,7 @@ import pytest
 from configs import smoke
 from dlm_jax.data import annotations, grammar, tokenizer
 from dlm_jax.diffusion import classifier
+from dlm_jax.errors import UserError
 from dlm_jax.evaluation import control_targets, control_tasks
 from dlm_jax.evaluation.control_tasks import TASKS
 from dlm_jax.inference import constraints, pipeline
@@ -18,7 +19,6 @@ from dlm_jax.inference.constraints import Guide
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

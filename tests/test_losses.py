@@ -12,9 +12,9 @@ from dlm_jax.diffusion import losses, model, schedule
 from dlm_jax.diffusion.embedding import unit_rows
 from dlm_jax.diffusion.losses import PAD
 from dlm_jax.diffusion.model import Params
+from dlm_jax.errors import UserError
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

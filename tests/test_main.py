@@ -13,9 +13,9 @@ import pytest
 
 from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main
+from dlm_jax.errors import UserError
 from dlm_jax.runtime import parallel
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

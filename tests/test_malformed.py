@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from configs import smoke
 from dlm_jax.data import array_record, sources, tokenizer
+from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 
+from dlm_jax.errors import UserError
 from dlm_jax.inference import mbr
-from dlm_jax.types import UserError
 
 CROWD = ["the cat sat on the mat", "the cat sat on a mat", "a cat sat on the mat"]
 

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from configs import default
+from dlm_jax.errors import UserError
 from dlm_jax.training import optimizer
-from dlm_jax.types import UserError
 
 TOTAL = 40
 STEPS = np.arange(TOTAL + 1)

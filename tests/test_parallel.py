@@ -19,10 +19,10 @@ from conftest import wait_until
 from jax.sharding import PartitionSpec
 
 from configs import smoke
+from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint, logging, parallel
 from dlm_jax.runtime.parallel import AXIS
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

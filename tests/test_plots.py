@@ -12,10 +12,10 @@ import pytest
 from configs import smoke
 from dlm_jax.data import sources, tokenizer
 from dlm_jax.diffusion import embedding, losses, model, samplers
+from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots
 from dlm_jax.inference import pipeline
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -11,8 +11,8 @@ import pytest
 
 from configs import smoke
 from dlm_jax.data import array_record, prepare, sources
+from dlm_jax.errors import UserError
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)]
 

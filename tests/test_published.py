@@ -13,8 +13,8 @@ import pytest
 import dlm_jax
 from dlm_jax import published
 from dlm_jax.diffusion import model, rounding, schedule
+from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import UserError
 
 WORDS = ["The", "Eagle", "pub", "\n", "£20"]
 VOCAB = {word: i for i, word in enumerate(["START", "END", "UNK", "PAD", *WORDS])}

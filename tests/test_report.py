@@ -11,9 +11,9 @@ import dlm_jax
 from configs import grammar as grammar_config
 from configs import smoke
 from dlm_jax.data import grammar, tokenizer
+from dlm_jax.errors import UserError
 from dlm_jax.evaluation import report, text_metrics
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 SEEDS, SIZE = 3, 100
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from dlm_jax.diffusion import schedule
 from dlm_jax.diffusion.schedule import SCHEDULES
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 DISCRETE_ONLY = ("linear", "trunc_lin", "pw_lin")
 CURVES = [name for name in SCHEDULES if name not in DISCRETE_ONLY]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dlm_jax.data import batching, encoding, sources, tfds
 from dlm_jax.data.tokenizer import END, PAD, START, WordTokenizer
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 TOK = WordTokenizer(("a", "b", "c", "d"))
 LINES = [f"text {i} café" for i in range(20)]

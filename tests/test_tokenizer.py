@@ -11,7 +11,7 @@ import pytest
 
 from dlm_jax.data import tokenizer
 from dlm_jax.data.tokenizer import END, PAD, START, UNK, WordTokenizer, from_dict
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 TEXTS = ["the cat sat on the mat", "a dog sat by the river", "END of the café tale"] * 8
 

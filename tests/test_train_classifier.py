@@ -14,12 +14,13 @@ from configs import classifier as classifier_config
 from configs import smoke
 from dlm_jax.data import annotations
 from dlm_jax.diffusion import classifier
+from dlm_jax.errors import UserError
 from dlm_jax.inference import constraints
 from dlm_jax.inference.constraints import Plan
 from dlm_jax.runtime import checkpoint, logging
 from dlm_jax.training import train_classifier as command
 from dlm_jax.training import trainer
-from dlm_jax.types import PAD, UserError
+from dlm_jax.types import PAD
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -12,9 +12,9 @@ import pytest
 from configs import smoke
 from dlm_jax.data import batching
 from dlm_jax.diffusion import losses
+from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint, logging, parallel
 from dlm_jax.training import trainer
-from dlm_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -329,7 +329,7 @@ def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
 def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     spoilt, tmp_path, capsys
 ):
-    """Stopped after the rollback and resumed: the bits of the one that was not."""
+    """PreemptedError after the rollback and resumed: the bits of the one that was not."""
     config = spoilt(train__on_nonfinite="rollback")
     step = _bad_step(config)
     assert 3 <= step < 11, "another seed: the test needs a checkpoint before and after"

@@ -27,6 +27,7 @@ import ours
 import dlm_jax
 from dlm_jax.data import sources
 from dlm_jax.diffusion import model
+from dlm_jax.errors import PreemptedError
 from dlm_jax.evaluation import control_targets as held_out
 from dlm_jax.evaluation import control_tasks, report, text_metrics
 from dlm_jax.evaluation.control_tasks import TASKS, Task
@@ -35,7 +36,7 @@ from dlm_jax.inference.constraints import Plan
 from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.runtime import checkpoint, parallel
 from dlm_jax.training import trainer
-from dlm_jax.types import UNK, Stopped
+from dlm_jax.types import UNK
 from stages import Job, together
 
 SIZE = ("model.width=256", "model.ff=1024", "model.layers=4", "model.heads=4")
@@ -113,7 +114,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     stop.start()
     try:
         trainer.run(config, workdir)
-    except Stopped as error:
+    except PreemptedError as error:
         print(error, flush=True)
     finally:
         stop.cancel()

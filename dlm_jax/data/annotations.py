@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from dlm_jax.data import grammar, sources
-from dlm_jax.types import HeadSpec, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import HeadSpec
 
 Fields = dict[str, str]
 Spans = list[tuple[int, int, str]]

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
-from dlm_jax.types import PAD, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import PAD
 
 MANIFEST, MODES = "data.json", ("pad", "block")
 PAGE, SHARD = 64, 2**13  # rows of a record, records of a file

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from dlm_jax.data import array_record
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 
 @lru_cache(maxsize=2)

@@ -7,9 +7,9 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Int32
 
-from dlm_jax.data.sources import _choose
 from dlm_jax.data.tokenizer import Tokenizer
-from dlm_jax.types import END, PAD, START, UserError
+from dlm_jax.errors import UserError, choose
+from dlm_jax.types import END, PAD, START
 
 
 def encode(
@@ -36,7 +36,8 @@ def arrangement(length: int, mode: str, too_long: str) -> tuple[Callable, Callab
     """(rows of ids -> array, what fits them); UserError for a layout that cannot be."""
     if length < 2:
         raise UserError(f"config.data.length={length}: set it to 2 or more")
-    return _choose(MODES, mode, "mode"), _choose(TOO_LONG, too_long, "too_long")
+    fit = choose("config.data.too_long", TOO_LONG, too_long)
+    return choose("config.data.mode", MODES, mode), fit
 
 
 def delimited(text: str, tok: Tokenizer) -> list[int]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dlm_jax.data import array_record, encoding, sources
 from dlm_jax.data.tokenizer import Tokenizer
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 CHUNK = 5000  # texts encoded at once
 LEARN = 500_000  # texts, evenly taken, that a sentencepiece model is trained on

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dlm_jax.data import array_record, grammar
 from dlm_jax.data.tfds import _tfds
 from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError, choose
 
 VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
 
@@ -34,23 +34,15 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     """
     if split not in ("train", "valid"):
         raise UserError(f"unknown split {split!r}: choose train or valid")
-    source = _choose(SOURCES, cfg.source, "source")
+    source = choose("config.data.source", SOURCES, cfg.source)
     return _non_empty(source(cfg, split), f"{split} split of {_describe(cfg)}")
 
 
 def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
     """Trains the kind of tokenizer `cfg` names, with `min_count` or `vocab_size`."""
-    train = _choose(TRAINERS, cfg.tokenizer, "tokenizer")
+    train = choose("config.data.tokenizer", TRAINERS, cfg.tokenizer)
     option = {"word": "min_count", "sentencepiece": "vocab_size"}[cfg.tokenizer]
     return train(texts, **{option: getattr(cfg, option)})
-
-
-def _choose(choices: dict[str, Callable], name: str, flag: str) -> Callable:
-    if name not in choices:
-        raise UserError(
-            f"unknown config.data.{flag}={name!r}: choose one of {', '.join(choices)}"
-        )
-    return choices[name]
 
 
 def _describe(cfg: Any) -> str:

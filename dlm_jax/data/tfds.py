@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dlm_jax.data.sources import _cell, _hold_out
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
 ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow

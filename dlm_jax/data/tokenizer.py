@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dlm_jax.types import END, PAD, START, UNK, Array, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import END, PAD, START, UNK, Array
 
 SPECIALS = ("START", "END", "UNK", "PAD")
 

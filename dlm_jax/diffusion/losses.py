@@ -24,8 +24,9 @@ from dlm_jax.diffusion.schedule import (
     need_steps,
     posterior,
 )
+from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time, UserError
+from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 
 
 class Draws(NamedTuple):

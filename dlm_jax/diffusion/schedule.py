@@ -14,7 +14,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from dlm_jax.types import Array, Latent, Time, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import Array, Latent, Time
 
 MAX_BETA = 0.999  # the published clip
 

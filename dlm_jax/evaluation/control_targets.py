@@ -15,8 +15,8 @@ import numpy as np
 
 from dlm_jax.data import annotations, grammar, sources
 from dlm_jax.data.annotations import Fields, Spans
+from dlm_jax.errors import UserError
 from dlm_jax.inference.pipeline import Bundle
-from dlm_jax.types import UserError
 
 TARGET_SEED = 2_000_003  # added to the seed of the data: never trained or validated on
 

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dlm_jax.data.annotations import Fields, Spans
+from dlm_jax.errors import UserError
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.evaluation.control_targets import (
     Judge,
@@ -32,7 +33,7 @@ from dlm_jax.inference import constraints, pipeline
 from dlm_jax.inference.constraints import Plan, Wishes
 from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.runtime import checkpoint, parallel
-from dlm_jax.types import UNK, UserError
+from dlm_jax.types import UNK
 
 
 class Task(NamedTuple):

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from dlm_jax.data import encoding, grammar, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers
+from dlm_jax.errors import UserError
 from dlm_jax.runtime import logging
-from dlm_jax.types import END, PAD, START, Array, Ids, Table, UserError
+from dlm_jax.types import END, PAD, START, Array, Ids, Table
 
 Bundle: TypeAlias = Any  # generate.Bundle, which is of this layer
 Points: TypeAlias = Float[np.ndarray, "n 2"]

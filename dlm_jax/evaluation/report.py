@@ -17,11 +17,12 @@ import numpy as np
 from dlm_jax.data import grammar, sources
 from dlm_jax.diffusion import likelihood
 from dlm_jax.diffusion.likelihood import Summary
+from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
 from dlm_jax.inference import pipeline
 from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.runtime import parallel
-from dlm_jax.types import PAD, START, UserError
+from dlm_jax.types import PAD, START
 
 
 class Reference(NamedTuple):

@@ -20,9 +20,10 @@ from dlm_jax.diffusion.classifier import Classifier
 from dlm_jax.diffusion.model import Denoise, Params
 from dlm_jax.diffusion.samplers import Step
 from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint, parallel
-from dlm_jax.types import END, PAD, START, UNK, Array, Table, UserError
+from dlm_jax.types import END, PAD, START, UNK, Array, Table
 
 
 class Guide(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from dlm_jax.types import UserError
+from dlm_jax.errors import UserError
 
 Utility = Callable[[str, str], float]  # (hypothesis, reference) -> how alike
 

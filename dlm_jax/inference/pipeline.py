@@ -29,11 +29,12 @@ from dlm_jax.diffusion import (
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.errors import UserError, choose
 from dlm_jax.inference import constraints, published
 from dlm_jax.inference.constraints import FREE, USUAL, Guide, Plan, Wishes
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint, parallel
-from dlm_jax.types import Ids, Latent, PyTree, UserError
+from dlm_jax.types import Ids, Latent, PyTree
 
 
 class Samples(NamedTuple):
@@ -161,7 +162,7 @@ class Bundle:
         _positive("n", n)
         if self.cfg.causal and jax.tree.leaves(wishes):
             raise UserError("a teacher writes from left to right: it grants no wishes")
-        _known("plan.rule", guidance.RULES, plan.rule)
+        choose("plan.rule", guidance.RULES, plan.rule)
         if plan.scale != 1 and not self.given:
             raise UserError(
                 f"plan.scale={plan.scale}: this model did not learn to be given tokens; "
@@ -301,9 +302,9 @@ class Bundle:
         """The run's settings, but those given; UserError for one that cannot be."""
         names = [name for name in Settings._fields if name != "trace"]
         values = {name: self._default(name, given.get(name)) for name in names}
-        _known("solver", samplers.SOLVERS, values["solver"])
-        _known("rounding", ROUNDINGS, values["rounding"])
-        _known("sigma", schedule.VARIANCES, values["sigma"])
+        choose("solver", samplers.SOLVERS, values["solver"])
+        choose("rounding", ROUNDINGS, values["rounding"])
+        choose("sigma", schedule.VARIANCES, values["sigma"])
         off = {"eta": None, "sigma": None, "top_p": 0, "churn": 0, "temperature": 1}
         for name, default in off.items():
             set_here = given.get(name) is not None
@@ -412,11 +413,6 @@ def _positive(name: str, value: int) -> int:
 def _power(n: int) -> int:
     """The power of two at or above n: few batch sizes, few compilations."""
     return 1 << (n - 1).bit_length()
-
-
-def _known(name: str, options: dict, value: str) -> None:
-    if value not in options:
-        raise UserError(f"{name}={value!r}: choose one of {', '.join(options)}")
 
 
 def load(workdir: str | Path, step: int | None = None) -> Bundle:

@@ -16,8 +16,9 @@ from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import schedule
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import QUANTILES, SCHEDULES, Schedule
+from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import PyTree, UserError
+from dlm_jax.types import PyTree
 
 HEADS = 12  # bert-base; the published `num_heads` flag is ignored (REFERENCE 1.4)
 LAYERS = "input_transformers.layer."

@@ -23,7 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dlm_jax.types import PyTree, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import PyTree
 
 
 class Damaged(UserError):

@@ -25,7 +25,8 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dlm_jax.types import PyTree, UserError
+from dlm_jax.errors import UserError
+from dlm_jax.types import PyTree
 
 AXIS = "data"
 SMALL = 2**12  # elements of a leaf that is not worth splitting

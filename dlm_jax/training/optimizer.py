@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dlm_jax.types import PyTree, UserError
+from dlm_jax.errors import choose
+from dlm_jax.types import PyTree
 
 # learning rate after warm-up, over `steps`
 DECAYS = {
@@ -19,7 +20,7 @@ DECAYS = {
 
 def learning_rate(cfg: Any, total_steps: int) -> optax.Schedule:
     """Step -> learning rate: linear warm-up, then the decay to the last step."""
-    after = choose("optim.decay", DECAYS, cfg.decay)(
+    after = choose("config.optim.decay", DECAYS, cfg.decay)(
         cfg.lr, max(1, total_steps - cfg.warmup)
     )
     if not cfg.warmup:
@@ -69,7 +70,7 @@ OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 def make(cfg: Any, total_steps: int) -> optax.GradientTransformation:
     """The chain of a config's `optim`: clipping, then the optimiser."""
     lr = learning_rate(cfg, total_steps)
-    update = choose("optim.name", OPTIMIZERS, cfg.name)(cfg, lr)
+    update = choose("config.optim.name", OPTIMIZERS, cfg.name)(cfg, lr)
     if not cfg.clip:
         return update
     return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
@@ -84,10 +85,3 @@ def norm(tree: PyTree) -> jax.Array:
 def average(ema: PyTree, params: PyTree, rate: float) -> PyTree:
     """rate * ema + (1 - rate) * params; it starts at the first weights, as published."""
     return jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, params)
-
-
-def choose(flag: str, options: dict[str, Any], name: str) -> Any:
-    """options[name], or a UserError that names the flag and the choices."""
-    if name not in options:
-        raise UserError(f"config.{flag}={name!r}: choose one of {', '.join(options)}")
-    return options[name]

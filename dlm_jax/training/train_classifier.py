@@ -10,11 +10,11 @@ from dlm_jax.data import annotations
 from dlm_jax.data.annotations import Names
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import classifier
+from dlm_jax.errors import UserError
 from dlm_jax.inference import pipeline
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import trainer
 from dlm_jax.training.trainer import Work
-from dlm_jax.types import UserError
 
 
 def work(names: Names, table: np.ndarray) -> Work:

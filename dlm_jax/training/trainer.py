@@ -25,13 +25,14 @@ from dlm_jax.diffusion import adaptive, losses, model, schedule
 from dlm_jax.diffusion.embedding import unit_rows
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.errors import PreemptedError, UserError, choose
 from dlm_jax.inference import pipeline
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint, parallel
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training import optimizer
-from dlm_jax.types import Array, Ids, PRNGKey, PyTree, Stopped, UserError
+from dlm_jax.types import Array, Ids, PRNGKey, PyTree
 
 
 class TrainState(NamedTuple):
@@ -269,14 +270,12 @@ def recipe_of(config: Any) -> Recipe:
     """The static choices of a resolved config; UserError names a wrong key."""
     _check_ranges(config)
     cfg, noise = network(config), schedule.named(**config.schedule)
-    optimizer.choose("loss.objective", losses.OBJECTIVES, config.loss.objective)
+    choose("config.loss.objective", losses.OBJECTIVES, config.loss.objective)
     times = {**losses.TIMES, "importance": None}
-    optimizer.choose("loss.times", times, config.loss.times)
+    choose("config.loss.times", times, config.loss.times)
     losses.check(config.loss.objective, cfg, noise)
     if config.schedule.adaptive:
-        optimizer.choose(
-            "schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive
-        )
+        choose("config.schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive)
         if config.loss.objective in ("nelbo", "ar"):
             raise UserError(
                 f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
@@ -290,7 +289,7 @@ def recipe_of(config: Any) -> Recipe:
         raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
     if config.loss.known and cfg.causal:
         raise UserError("config.loss.known > 0: a teacher is given what stands before")
-    optimizer.choose("train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
+    choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     parallel.check_batch(config.train.batch, config.optim.accumulate)
     return Recipe(
         cfg=cfg,
@@ -346,9 +345,9 @@ def _check_ranges(config: Any) -> None:
 def network(config: Any) -> DenoiserConfig:
     """config.model as a DenoiserConfig, checked against the data's length."""
     cfg = DenoiserConfig(**config.model)
-    optimizer.choose("model.trunk", transformer.BLOCKS, cfg.trunk)
-    optimizer.choose("model.predicts", model.TO_X0, cfg.predicts)
-    optimizer.choose("model.dtype", transformer.DTYPES, cfg.dtype)
+    choose("config.model.trunk", transformer.BLOCKS, cfg.trunk)
+    choose("config.model.predicts", model.TO_X0, cfg.predicts)
+    choose("config.model.dtype", transformer.DTYPES, cfg.dtype)
     if config.data.length > cfg.positions:
         raise UserError(
             f"config.data.length={config.data.length} exceeds "
@@ -464,7 +463,7 @@ class Run:
     def __init__(self, config: Any, workdir: str):
         self.config, self.workdir = config, checkpoint.place(workdir)
         layouts, mode = parallel.LAYOUTS, config.parallel.mode
-        self.layout = optimizer.choose("parallel.mode", layouts, mode)
+        self.layout = choose("config.parallel.mode", layouts, mode)
         self.recipe = self._recipe()
         self.host, self.hosts = parallel.hosts()
         self.record = json.loads(config.to_json_best_effort())
@@ -624,7 +623,7 @@ def run(
     """Trains to config.train.total_steps, resuming what lies in workdir.
 
     allow_fallback: a damaged newest checkpoint is set aside for the one before it.
-    Raises UserError; Stopped after SIGTERM, with all of it saved.
+    Raises UserError; PreemptedError after SIGTERM, with all of it saved.
     """
     try:
         task = make(config, workdir)
@@ -699,7 +698,7 @@ def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) ->
                 task.save(writer)
             if stop and not last:
                 checkpoint.finish(writer)
-                raise Stopped(
+                raise PreemptedError(
                     f"stopped by SIGTERM at step {done} of {total}, which is saved in "
                     f"{task.workdir}: the same command goes on from there"
                 )
