@@ -25,7 +25,7 @@ from sacrebleu.metrics.bleu import BLEU
 import dlm_jax
 from configs import stories as stories_config
 from dlm_jax.evaluation import text_metrics
-from dlm_jax.inference import constraints, mbr, pipeline
+from dlm_jax.inference import constraints, loading, mbr
 from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.training import trainer
 from dlm_jax.types import UNK
@@ -148,7 +148,7 @@ def main() -> None:
     }
     unaware = bundle.config | {"loss": bundle.config["loss"] | {"known": 0.0}}
     for name, config in (("told", bundle.config), ("written in only", unaware)):
-        model = pipeline.from_parts(
+        model = loading.from_parts(
             bundle.cfg, bundle.params, tok, config, ema=bundle.ema, noise=bundle.noise
         )
         drawn = candidates(model, rows, lengths, args.candidates, steps=args.steps)

@@ -26,7 +26,7 @@ import ours
 from alternate import Case
 
 from dlm_jax.main import large_pages
-from dlm_jax.nn.transformer import times
+from dlm_jax.nn.ops import times
 
 CASES = {
     "e2e": Case("configs/e2e.py", batch=16),

@@ -27,7 +27,7 @@ import numpy as np
 from configs import e2e_small
 from dlm_jax.data import batching, grammar, prepare
 from dlm_jax.runtime import parallel
-from dlm_jax.training import trainer
+from dlm_jax.training import train_step, trainer
 
 
 def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     config.data.source, config.data.path = "prepared", str(scratch / "prepared")
     runs["prepared"] = trainer.Run(config, str(scratch / "run_prepared"))
     first = runs["in memory"]
-    one = partial(trainer.train_step, recipe=first.recipe, axis=first.layout.axis)
+    one = partial(train_step.train_step, recipe=first.recipe, axis=first.layout.axis)
     step_fn, key = first.layout.step(one, first.state), jax.random.key(0)
 
     def step(number: int, batch: Any) -> None:

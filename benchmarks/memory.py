@@ -19,8 +19,8 @@ import jax
 
 from configs import e2e
 from dlm_jax.diffusion import model
-from dlm_jax.runtime import parallel
-from dlm_jax.training import trainer
+from dlm_jax.runtime import sharding
+from dlm_jax.training import train_step, validate
 
 SIZES: dict[str, dict[str, int]] = {
     "87M": {},
@@ -29,11 +29,11 @@ SIZES: dict[str, dict[str, int]] = {
 VOCAB = 821
 
 
-def recipe_of(size: str, *, remat: bool = False) -> tuple[trainer.Recipe, int]:
+def recipe_of(size: str, *, remat: bool = False) -> tuple[train_step.Recipe, int]:
     """The recipe of configs/e2e.py at a size, and its length."""
     config = e2e.get_config()
     config.model.update(SIZES[size], remat=remat)
-    return trainer.recipe_of(config), config.data.length
+    return validate.recipe_of(config), config.data.length
 
 
 def held(tree: Any) -> int:
@@ -48,9 +48,9 @@ def by_shapes(size: str) -> dict[str, Any]:
     """MB a device of each part of the state, in both layouts."""
     recipe, _ = recipe_of(size)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: trainer.init_state(k, recipe, VOCAB), key)
+    shapes = jax.eval_shape(lambda k: train_step.init_state(k, recipe, VOCAB), key)
     row: dict[str, Any] = {"parameters": model.count(shapes.params)}
-    for name, layout in parallel.LAYOUTS.items():
+    for name, layout in sharding.LAYOUTS.items():
         like = layout.like(shapes)
         parts = {"parameters": like.params, "average": like.ema, "optimiser": like.opt}
         row[name] = {part: held(tree) / 2**20 for part, tree in parts.items()}
@@ -62,13 +62,15 @@ def kept(size: str, *, remat: bool) -> float:
     """MB that the backward pass of one device's rows needs, but for the parameters."""
     recipe, length = recipe_of(size, remat=remat)
     batch, key = recipe.batch // jax.device_count(), jax.random.key(0)
-    params = jax.eval_shape(lambda k: trainer.init_state(k, recipe, VOCAB), key).params
+    params = jax.eval_shape(
+        lambda k: train_step.init_state(k, recipe, VOCAB), key
+    ).params
 
     def residuals(params: Any, ids: jax.Array) -> Any:
-        draws = trainer.make_draws(key, ids, recipe, 0, ())
+        draws = train_step.make_draws(key, ids, recipe, 0, ())
 
         def loss(p: Any) -> Any:
-            return trainer.loss_fn(p, ids, draws, recipe, key=key)[0]
+            return train_step.loss_fn(p, ids, draws, recipe, key=key)[0]
 
         return jax.vjp(loss, params)[1]
 
@@ -82,10 +84,10 @@ def kept(size: str, *, remat: bool) -> float:
 def by_compiling(mode: str) -> dict[str, float]:
     """MB that XLA plans for the 87M step on a device."""
     recipe, length = recipe_of("87M")
-    layout, key = parallel.LAYOUTS[mode], jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: trainer.init_state(k, recipe, VOCAB), key)
+    layout, key = sharding.LAYOUTS[mode], jax.random.key(0)
+    shapes = jax.eval_shape(lambda k: train_step.init_state(k, recipe, VOCAB), key)
     state = layout.like(shapes)
-    one = partial(trainer.train_step, recipe=recipe, axis=layout.axis)
+    one = partial(train_step.train_step, recipe=recipe, axis=layout.axis)
     step: Any = layout.step(one, state)
     devices = jax.device_count()
     rows = (devices, recipe.batch // devices, length)
@@ -112,7 +114,7 @@ def main() -> None:
             name = "kept for the backward pass" + (", remat" if remat else "")
             record[size][name] = kept(size, remat=remat)
     if args.compile:
-        for mode in parallel.LAYOUTS:
+        for mode in sharding.LAYOUTS:
             record[f"87M step, {mode}"] = by_compiling(mode)
     Path(args.out).write_text(json.dumps(record, indent=1))
     print(json.dumps(record, indent=1))

@@ -12,8 +12,8 @@ from alternate import Case
 
 from dlm_jax.diffusion import classifier, guidance, model, samplers
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.runtime import parallel
-from dlm_jax.training import trainer
+from dlm_jax.runtime import sharding
+from dlm_jax.training import train_step, validate
 from dlm_jax.types import HeadSpec
 
 CLASSES = 17
@@ -42,11 +42,11 @@ class Training:
     """A step of the run's own layout, on all devices; waits for its end."""
 
     def __init__(self, config: Any, vocab: int):
-        recipe, self.key = trainer.recipe_of(config), jax.random.key(0)
-        layout = parallel.LAYOUTS[config.parallel.mode]
-        init = partial(trainer.init_state, recipe=recipe, vocab=vocab)
+        recipe, self.key = validate.recipe_of(config), jax.random.key(0)
+        layout = sharding.LAYOUTS[config.parallel.mode]
+        init = partial(train_step.init_state, recipe=recipe, vocab=vocab)
         self.state = layout.begin(self.key, init)
-        one = partial(trainer.train_step, recipe=recipe, axis=layout.axis)
+        one = partial(train_step.train_step, recipe=recipe, axis=layout.axis)
         self.step: Any = layout.step(one, self.state)
         self.rows = layout.rows(ids_of(config, vocab)[None])
 
@@ -62,7 +62,7 @@ class Training:
 def chain(case: Case) -> Callable[[], Any]:
     """The config's solver over a grid, with or without clamp and classifier."""
     config = alternate.settings(case)
-    recipe = trainer.recipe_of(config)
+    recipe = validate.recipe_of(config)
     cfg, schedule = recipe.cfg, recipe.schedule
     params = model.init(jax.random.key(0), cfg, case.vocab)
     ids = ids_of(config, case.vocab)
@@ -86,7 +86,7 @@ def chain(case: Case) -> Callable[[], Any]:
 
     keys = samplers.keys_of(jax.random.key(1), len(ids))
     x_T = samplers.noise(keys, (ids.shape[1], cfg.dim))
-    inputs = parallel.spread((ids % CLASSES, keys, x_T))
+    inputs = sharding.spread((ids % CLASSES, keys, x_T))
     run = partial(jax.jit(whole), params, head, *inputs)
     return lambda: jax.block_until_ready(run())
 

@@ -28,8 +28,8 @@ from typing import Any
 import jax
 import memory
 
-from dlm_jax.runtime import parallel
-from dlm_jax.training import trainer
+from dlm_jax.runtime import sharding
+from dlm_jax.training import train_step
 
 ROOT = Path(__file__).parent.parent
 HOSTS, CHIPS = (1, 4, 16, 64, 256), 4  # chips of a host
@@ -41,10 +41,12 @@ TRAVELS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
 def exchanged(mode: str) -> dict[str, float]:
     """Bytes that a device sends in a step, by kind, per parameter of the 87M model."""
     recipe, length = memory.recipe_of("87M")
-    layout, key = parallel.LAYOUTS[mode], jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: trainer.init_state(k, recipe, memory.VOCAB), key)
+    layout, key = sharding.LAYOUTS[mode], jax.random.key(0)
+    shapes = jax.eval_shape(
+        lambda k: train_step.init_state(k, recipe, memory.VOCAB), key
+    )
     state, devices = layout.like(shapes), jax.device_count()
-    one = partial(trainer.train_step, recipe=recipe, axis=layout.axis)
+    one = partial(train_step.train_step, recipe=recipe, axis=layout.axis)
     step: Any = layout.step(one, state)
     parts = devices if mode == "pmap" else 1
     rows = jax.ShapeDtypeStruct((parts, recipe.batch // parts, length), "int32")
@@ -95,7 +97,7 @@ def start(hosts: int) -> float:
 
 def measured() -> dict[str, Any]:
     """What this machine can tell."""
-    sent = {mode: exchanged(mode) for mode in parallel.LAYOUTS}
+    sent = {mode: exchanged(mode) for mode in sharding.LAYOUTS}
     start(1)  # fills the compilation cache, where there is one
     return {
         "devices": jax.device_count(),
@@ -110,7 +112,7 @@ def plan(known: dict, restart: dict, args: argparse.Namespace) -> list[dict[str,
     write, read = (disk / restart["87M"][n] for n in ("complete", "restored"))
     rows = []
     for name, count in PARAMETERS.items():
-        for mode, hosts in ((m, h) for m in parallel.LAYOUTS for h in HOSTS):
+        for mode, hosts in ((m, h) for m in sharding.LAYOUTS for h in HOSTS):
             tokens = args.tokens * hosts * CHIPS
             work = 6 * count * args.tokens / (args.peak * args.share)
             sent = sum(known["bytes sent a step, per parameter"][mode].values()) * count

@@ -23,7 +23,7 @@ import ours
 from alternate import Case
 
 from dlm_jax.main import large_pages
-from dlm_jax.nn import transformer as product
+from dlm_jax.nn import ops
 from dlm_jax.nn.transformer import DTYPES
 
 CASES = {
@@ -41,7 +41,7 @@ def products(config: Any, operations: float) -> Callable[[], Any]:
     times = max(1, round(operations / (4 * m * k * n)))
 
     def one(x: Any, w: Any) -> Any:
-        return product.times(x, w, kind, "float32")
+        return ops.times(x, w, kind, "float32")
 
     def run(x: Any, w: Any) -> Any:
         for _ in range(times):

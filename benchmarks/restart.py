@@ -24,8 +24,8 @@ import numpy as np
 
 from configs import e2e
 from dlm_jax.diffusion import model
-from dlm_jax.runtime import checkpoint, parallel
-from dlm_jax.training import trainer
+from dlm_jax.runtime import checkpoint, parallel, sharding
+from dlm_jax.training import train_step, validate
 
 VOCAB, BATCH = 821, 2
 SIZES: dict[str, dict[str, int]] = {
@@ -35,16 +35,16 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def _begun(size: str) -> tuple[trainer.Recipe, Any]:
+def _begun(size: str) -> tuple[train_step.Recipe, Any]:
     config = e2e.get_config()
     config.model.update(SIZES[size])
     config.train.batch = BATCH
-    recipe = trainer.recipe_of(config)
+    recipe = validate.recipe_of(config)
 
-    def init(key: jax.Array) -> trainer.TrainState:
-        return trainer.init_state(key, recipe, VOCAB)
+    def init(key: jax.Array) -> train_step.TrainState:
+        return train_step.init_state(key, recipe, VOCAB)
 
-    return recipe, parallel.PMAP.begin(jax.random.key(0), init)
+    return recipe, sharding.PMAP.begin(jax.random.key(0), init)
 
 
 def saving(size: str, folder: Path, repeats: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def saving(size: str, folder: Path, repeats: int) -> dict[str, Any]:
         checkpoint.finish(writer)
         times["complete"].append(time.perf_counter() - began)
         began = time.perf_counter()
-        like = parallel.PMAP.like(shapes)
+        like = sharding.PMAP.like(shapes)
         jax.block_until_ready(checkpoint.restore(folder, step, like))
         times["restored"].append(time.perf_counter() - began)
     writer.close()
@@ -83,9 +83,9 @@ def _worn(state: Any) -> Any:
 def compiling(size: str) -> float:
     """Seconds to the end of the first step."""
     recipe, state = _begun(size)
-    one = partial(trainer.train_step, recipe=recipe, axis=parallel.AXIS)
-    rows = parallel.PMAP.rows(np.full((1, BATCH, 64), 5, np.int32))
-    step = parallel.PMAP.step(one, state)
+    one = partial(train_step.train_step, recipe=recipe, axis=sharding.AXIS)
+    rows = sharding.PMAP.rows(np.full((1, BATCH, 64), 5, np.int32))
+    step = sharding.PMAP.step(one, state)
     began = time.perf_counter()
     jax.block_until_ready(step(jax.random.key(0), state, rows)[1]["loss"])
     return time.perf_counter() - began

@@ -581,7 +581,7 @@ def pusher(
 def make(case: Any, variant: str) -> Callable[[], Any]:
     """The work of a case of `alternate`."""
     from dlm_jax.diffusion import samplers
-    from dlm_jax.training.trainer import recipe_of
+    from dlm_jax.training.validate import recipe_of
 
     config = alternate.settings(case)
     recipe, plain = recipe_of(config), variant == "eager"

@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 __all__ = ["UserError", "load"]
-_OBJECTS = {"load": "inference.pipeline", "UserError": "types"}
+_OBJECTS = {"load": "inference.loading", "UserError": "errors"}
 _MODULES = {
     "nn": ("transformer",),
     "diffusion": (
@@ -34,10 +34,10 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"dlm_jax.{_OBJECTS[name]}"), name)
     if name in _HOMES:
         return importlib.import_module(f"dlm_jax.{_HOMES[name]}.{name}")
-    if name in (*_PACKAGES, "types"):
+    if name in (*_PACKAGES, "errors", "types"):
         return importlib.import_module(f"dlm_jax.{name}")
     raise AttributeError(f"module 'dlm_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted((*__all__, *_HOMES, *_PACKAGES, "types"))
+    return sorted((*__all__, *_HOMES, *_PACKAGES, "errors", "types"))

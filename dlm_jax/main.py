@@ -70,9 +70,9 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
     """The bundle, with config's sections about use, of --config if it is given."""
     import json
 
-    from dlm_jax.inference import pipeline
+    from dlm_jax.inference import loading
 
-    bundle = pipeline.load(workdir, step)
+    bundle = loading.load(workdir, step)
     if config is not None:
         for name in ("sample", "evaluate", "control", "classifier"):
             bundle.config[name] = json.loads(config[name].to_json_best_effort())

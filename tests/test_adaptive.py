@@ -11,9 +11,9 @@ import pytest
 from configs import smoke
 from dlm_jax.diffusion import adaptive, samplers, schedule
 from dlm_jax.errors import UserError
-from dlm_jax.inference import pipeline
+from dlm_jax.inference import loading
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer
+from dlm_jax.training import trainer, validate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -104,7 +104,7 @@ def test_refuses_losses_that_are_no_function_of_the_noise(objective):
     config.model.update(self_cond=False, output_prior=False, causal=objective == "ar")
     config.loss.update(objective=objective, self_cond=0.0)
     with pytest.raises(UserError, match="no function of the noise"):
-        trainer.recipe_of(config)
+        validate.recipe_of(config)
 
 
 def _config(name, **model):
@@ -129,12 +129,12 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
         assert np.array_equal(a, b)
     seen = states[0].noise
     assert 0 < jnp.sum(seen.seen) <= 12 * 16
-    bundle = pipeline.load(whole)
+    bundle = loading.load(whole)
     t = np.linspace(0.1, 0.9, 9)
     wanted = adaptive.ADAPTIVE[name](seen).log_snr(jnp.asarray(t))
     assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
     assert len(bundle.sample(2, steps=4)) == 2
-    start = adaptive.init(trainer.recipe_of(_config(name)).schedule)
+    start = adaptive.init(validate.recipe_of(_config(name)).schedule)
     start = jax.tree.map(
         lambda a, b: jax.device_put(b, a.sharding), bundle.noise, start
     )
@@ -154,7 +154,7 @@ def test_regression_follows_it_too(objective, tmp_path):
     config.loss.update(objective=objective, self_cond=0.0)
     config.train.update(total_steps=2, ckpt_steps=2)
     trainer.run(config, str(tmp_path))
-    bundle = pipeline.load(tmp_path)
+    bundle = loading.load(tmp_path)
     assert isinstance(bundle.schedule.sigma_0, float)
     assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
 
@@ -165,7 +165,7 @@ def test_needs_a_curve():
     config = smoke.get_config()
     config.schedule.adaptive = "wrap"
     with pytest.raises(UserError, match="choose one of warp, gumbel"):
-        trainer.recipe_of(config)
+        validate.recipe_of(config)
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)

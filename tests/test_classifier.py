@@ -10,11 +10,11 @@ import pytest
 from dlm_jax.diffusion import (
     classifier,
     guidance,
-    losses,
     model,
     rounding,
     samplers,
     schedule,
+    time_sampling,
 )
 from dlm_jax.diffusion.embedding import embed, init_table
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -50,7 +50,7 @@ def labels_of(ids, layout):
 
 def batch(seed, layout, n=64):
     ids = np.random.default_rng(seed).integers(0, VOCAB, (n, LENGTH))
-    draws = losses.draw(jax.random.key(seed), (n, LENGTH, DIM), steps=200)
+    draws = time_sampling.draw(jax.random.key(seed), (n, LENGTH, DIM), steps=200)
     return ids, labels_of(ids, layout), draws
 
 

@@ -13,7 +13,7 @@ from dlm_jax.data.annotations import Names
 from dlm_jax.data.tokenizer import train_sentencepiece
 from dlm_jax.diffusion import classifier, samplers
 from dlm_jax.errors import UserError
-from dlm_jax.inference import constraints
+from dlm_jax.inference import conditioning, constraints
 from dlm_jax.inference.constraints import Guide, Plan
 from dlm_jax.training import trainer
 from dlm_jax.types import END, PAD, START
@@ -84,7 +84,7 @@ def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
     clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
     for scale in (1.0, 2.0):
         rest = (table, bundle.schedule, wishes, {}, Plan(scale=scale))
-        step = constraints.step(lambda keys, state, times: state, *rest)
+        step = conditioning.step(lambda keys, state, times: state, *rest)
         state = step(keys, samplers.State(x, x), times)
         np.testing.assert_array_equal(state.x0_hat[wishes.known], clean)
         seen[scale] = np.abs(state.x_t[wishes.known] - clean).mean()
@@ -181,7 +181,7 @@ def test_a_classifier_and_a_template(bundle):
     placed = constraints.of_template(parts, LENGTH, vocab, n, 1, len(tags))
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), asked)
     wishes = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
-    of = constraints.log_prob(wishes, bundle.guides, bundle.schedule)
+    of = conditioning.log_prob(wishes, bundle.guides, bundle.schedule)
     options = {"wishes": wishes, "seed": 1, "clamp": False}
     free, steered = (bundle.draw(n, plan=Plan(lr=lr), **options) for lr in (0.0, 1.0))
     before, after = (of(x.latents, np.full(n, 0.01, "f")) for x in (free, steered))
@@ -331,9 +331,9 @@ def test_a_model_that_learned_to_be_given_tokens(bundle):
     wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 8, 1)
     args = (bundle.ema, bundle.cfg, bundle.schedule)
     x, t = np.zeros((8, LENGTH, 8), np.float32), np.full(8, 0.7, np.float32)
-    plain = constraints.denoiser(*args, wishes, {}, Plan())(x, t, x)
+    plain = conditioning.denoiser(*args, wishes, {}, Plan())(x, t, x)
     nothing, once = (
-        constraints.denoiser(*args, wishes, {}, Plan(scale=scale), given=True)(x, t, x)
+        conditioning.denoiser(*args, wishes, {}, Plan(scale=scale), given=True)(x, t, x)
         for scale in (0.0, 1.0)
     )
     np.testing.assert_allclose(nothing, plain, atol=1e-5)

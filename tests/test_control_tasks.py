@@ -14,7 +14,7 @@ from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import control_targets, control_tasks
 from dlm_jax.evaluation.control_tasks import TASKS
-from dlm_jax.inference import constraints, pipeline
+from dlm_jax.inference import constraints, loading
 from dlm_jax.inference.constraints import Guide
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint
@@ -52,7 +52,7 @@ def workdir(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundle(config, workdir):
     """The model, and untrained classifiers of every task."""
-    made, guides = pipeline.load(workdir), {}
+    made, guides = loading.load(workdir), {}
     cfg = DenoiserConfig(
         dim=8, width=16, layers=1, heads=2, ff=16, time_dim=8, trunk="adaln"
     )
@@ -158,7 +158,7 @@ def test_every_task_runs_and_a_row_is_measured_once(bundle, workdir, config, cap
 
 
 def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
-    bundle = pipeline.load(workdir)
+    bundle = loading.load(workdir)
     bundle.config["control"].update(task="length", n=2, samples=2, seeds=2, calls=[3])
     rows = control_tasks.run(bundle, str(workdir))
     assert rows[0]["success"]["exact length"][0] == 1
@@ -238,7 +238,7 @@ def test_nothing_can_be_said_of_texts_outside_the_language(judge):
     ],
 )
 def test_bad_options(workdir, change, message):
-    bundle = pipeline.load(workdir)
+    bundle = loading.load(workdir)
     own = {k: str(workdir) if v == "SELF" else v for k, v in change.items()}
     bundle.config["control"].update(own)
     with pytest.raises(UserError, match=message):

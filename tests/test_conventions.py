@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dlm_jax"
 # An import points to the left, never to the right; packages of one column do not
 # import each other.
 COLUMNS = (
-    "types",
+    "types errors",
     "nn data runtime",
     "diffusion",
     "inference",
@@ -22,7 +22,7 @@ COLUMNS = (
 )
 COLUMN = {name: i for i, names in enumerate(COLUMNS) for name in names.split()}
 APART = {("diffusion", "data"), ("diffusion", "runtime")}
-MATHEMATICS = ("types", "nn", "diffusion")
+MATHEMATICS = ("types", "errors", "nn", "diffusion")
 EFFECTS = {
     "absl",
     "logging",
@@ -150,7 +150,9 @@ def test_flax_stays_in_nn(module):
     assert "flax" not in {source.partition(".")[0] for source, _ in _imports(module)}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"runtime.parallel"}))
+@pytest.mark.parametrize(
+    "module", sorted(set(MODULES) - {"runtime.parallel", "runtime.sharding"})
+)
 def test_devices_stay_in_parallel(module):
     for source, name in _imports(module):
         if source.partition(".")[0] == "jax":
@@ -215,8 +217,11 @@ def test_options_are_keywords(module):
         "main",
         "runtime.checkpoint",
         "runtime.parallel",
+        "runtime.sharding",
         "training.optimizer",
+        "training.train_step",
         "training.trainer",
+        "training.validate",
     ],
 )
 def test_defaults_live_in_the_config(module):

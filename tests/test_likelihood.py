@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import likelihood, losses, model, schedule
+from dlm_jax.diffusion import likelihood, losses, model, schedule, time_sampling
 from dlm_jax.diffusion.likelihood import Predictor
 from dlm_jax.nn.transformer import DenoiserConfig
 
@@ -288,7 +288,9 @@ def test_nelbo_is_the_bound_per_position():
     params = jax.jit(lambda key: model.init(key, cfg, VOCAB))(jax.random.key(5))
     params = params._replace(table=jnp.asarray(TABLE))
     many = jnp.asarray(np.tile(_texts(2), (20_000, 1)))
-    draws = losses.draw(jax.random.key(0), (*many.shape, 1), times="low_discrepancy")
+    draws = time_sampling.draw(
+        jax.random.key(0), (*many.shape, 1), times="low_discrepancy"
+    )
     options = {"cfg": cfg, "schedule": noise, "objective": "nelbo"}
     loss = jax.jit(lambda ids: losses.end_to_end(params, ids, draws, **options))
     terms = jax.device_get(loss(many))
@@ -307,7 +309,7 @@ def test_nelbo_rounds_as_the_bound_does():
     params = jax.jit(lambda key: model.init(key, TINY, VOCAB))(jax.random.key(5))
     params = params._replace(table=jnp.asarray(TABLE))
     many = jnp.asarray(np.tile(_texts(2), (2000, 1)))
-    draws = losses.draw(jax.random.key(0), (*many.shape, 1))
+    draws = time_sampling.draw(jax.random.key(0), (*many.shape, 1))
     options = {"cfg": TINY, "schedule": noise, "objective": "nelbo"}
     loss = jax.jit(lambda ids: losses.end_to_end(params, ids, draws, **options))
     mine = 2 * jax.device_get(loss(many)).rounding

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax.diffusion import losses, model, schedule
+from dlm_jax.diffusion import losses, model, schedule, time_sampling
 from dlm_jax.diffusion.embedding import unit_rows
 from dlm_jax.diffusion.losses import PAD
 from dlm_jax.diffusion.model import Params
@@ -49,7 +49,7 @@ def network(monkeypatch):
 def run(objective="x0", *, params=PARAMS, ids=IDS, noise=T20, draws=None, **options):
     """end_to_end; what DenoiserConfig knows goes there."""
     fields = {k: options.pop(k) for k in ("predicts", "self_cond") if k in options}
-    draws = losses.Draws(T, EPS_0, EPS_T) if draws is None else draws
+    draws = time_sampling.Draws(T, EPS_0, EPS_T) if draws is None else draws
     cfg = DenoiserConfig(dim=draws.eps_t.shape[-1], **fields)
     return losses.end_to_end(
         params, ids, draws, cfg=cfg, schedule=noise, objective=objective, **options
@@ -57,7 +57,7 @@ def run(objective="x0", *, params=PARAMS, ids=IDS, noise=T20, draws=None, **opti
 
 
 draw = jax.jit(
-    losses.draw,
+    time_sampling.draw,
     static_argnums=1,
     static_argnames=("total", "times", "steps", "self_cond"),
 )
@@ -138,7 +138,7 @@ def test_total_is_the_weighted_sum(network):
     network(lambda weights, x_t, t, x0_prev: 0 * x_t)
     weight = np.array([0.5, 1.0, 3.0], np.float32)
     for objective in ("x0", "eps", "mu", "vlb_legacy"):
-        terms = run(objective, draws=losses.Draws(T, EPS_0, EPS_T, weight))
+        terms = run(objective, draws=time_sampling.Draws(T, EPS_0, EPS_T, weight))
         sum_ = terms.diffusion + terms.t0 + terms.rounding + terms.prior
         np.testing.assert_allclose(terms.total(), weight * sum_, rtol=1e-6)
         plain = run(objective)
@@ -149,7 +149,10 @@ def test_total_is_the_weighted_sum(network):
 def test_bound_weighs_only_what_depends_on_time(network):
     network(lambda weights, x_t, t, x0_prev: 0 * x_t)
     weight = np.array([0.5, 1.0, 3.0], np.float32)
-    terms, plain = run("vlb", draws=losses.Draws(T, EPS_0, EPS_T, weight)), run("vlb")
+    terms, plain = (
+        run("vlb", draws=time_sampling.Draws(T, EPS_0, EPS_T, weight)),
+        run("vlb"),
+    )
     want = weight * (plain.diffusion + plain.t0) + plain.rounding + plain.prior
     np.testing.assert_allclose(terms.total(), want, rtol=1e-6)
 
@@ -166,11 +169,11 @@ def test_time_per_token(network):
     """A text with tokens at index 0 has both terms, each a part of the mean."""
     network(lambda weights, x_t, t, x0_prev: X_0 + 0.5)
     rows = np.tile(T[:, None], 3)
-    one, many = run(), run(draws=losses.Draws(rows, EPS_0, EPS_T))
+    one, many = run(), run(draws=time_sampling.Draws(rows, EPS_0, EPS_T))
     for name in ("diffusion", "t0"):
         np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-5)
     rows[1] = [0, 0.1, 0]
-    mixed = run(draws=losses.Draws(rows, EPS_0, EPS_T))
+    mixed = run(draws=time_sampling.Draws(rows, EPS_0, EPS_T))
     np.testing.assert_allclose(mixed.diffusion[1], 0.25 / 3, rtol=1e-4)
     off = (X_0[1] + 0.5 - CLEAN[1])[[0, 2]]
     np.testing.assert_allclose(mixed.t0[1], np.mean(off**2) * 2 / 3, rtol=1e-4)
@@ -183,7 +186,7 @@ def test_masked_pads_do_not_matter(network, objective):
     head = TABLE.T if objective == "ce" else np.eye(4, dtype=np.float32)
     network(lambda weights, x_t, t, x0_prev: 0.5 * x_t @ head)
     pads = np.where(IDS == PAD, 1, 0)[..., None].astype(np.float32)
-    moved = losses.Draws(T, EPS_0 + 9 * pads, EPS_T - 9 * pads)
+    moved = time_sampling.Draws(T, EPS_0 + 9 * pads, EPS_T - 9 * pads)
     options = {"mask_pad": True, "predicts": predicts}
     masked, other = run(objective, **options), run(objective, draws=moved, **options)
     np.testing.assert_allclose(masked.total(), other.total(), rtol=1e-6)
@@ -191,7 +194,7 @@ def test_masked_pads_do_not_matter(network, objective):
     np.testing.assert_allclose(masked.total()[0], plain.total()[0], rtol=1e-5)
     assert np.all(np.abs(masked.total() - plain.total())[1:] > 1e-4)
     # one position left: its own loss
-    alone = losses.Draws(T[2:], EPS_0[2:, :1], EPS_T[2:, :1])
+    alone = time_sampling.Draws(T[2:], EPS_0[2:, :1], EPS_T[2:, :1])
     want = run(objective, ids=IDS[2:, :1], draws=alone, predicts=predicts)
     np.testing.assert_allclose(masked.total()[2], want.total()[0], rtol=1e-5)
 
@@ -229,7 +232,7 @@ def test_known_tokens_are_told_and_not_asked(network):
 
     network(scores)
     known = np.array([[True, False, False], [False, False, False], [True, True, True]])
-    plain = losses.Draws(T, EPS_0, EPS_T)
+    plain = time_sampling.Draws(T, EPS_0, EPS_T)
     whole, some, rest = (
         run("ce", predicts="logits", noise=CURVE, draws=plain._replace(known=k)).total()
         for k in (None, known, ~known)
@@ -246,7 +249,9 @@ def test_known_tokens_are_told_and_not_asked(network):
 def test_what_is_known():
     """A share of the rows; prefixes, gaps and single tokens; by the row's number."""
     first, rest, shared = (
-        losses.draw(jax.random.key(0), (b, 12, 1), first=i, total=2000, known=0.8).known
+        time_sampling.draw(
+            jax.random.key(0), (b, 12, 1), first=i, total=2000, known=0.8
+        ).known
         for i, b in ((0, 1500), (1500, 500), (0, 2000))
     )
     np.testing.assert_array_equal(np.concatenate([first, rest]), shared)
@@ -257,7 +262,7 @@ def test_what_is_known():
     gap = (steps == 2) & some[:, 0] & some[:, -1]
     for share in (prefix, gap, steps > 2):
         assert share.mean() > 0.08
-    assert losses.draw(jax.random.key(0), (4, 12, 1)).known is None
+    assert time_sampling.draw(jax.random.key(0), (4, 12, 1)).known is None
 
 
 def test_normalize_is_the_loss_of_the_unit_table(network):
@@ -285,7 +290,7 @@ def test_gradient_reaches_all():
     """Rounding teaches table and bias, diffusion table and denoiser, prior the table."""
     shapes = jax.eval_shape(lambda key: model.init(key, TINY, 6), jax.random.key(0))
     params = jax.tree.map(lambda p: RNG.normal(size=p.shape).astype("f"), shapes)
-    draws = losses.Draws(jnp.asarray(T), jnp.asarray(EPS_0), jnp.asarray(EPS_T))
+    draws = time_sampling.Draws(jnp.asarray(T), jnp.asarray(EPS_0), jnp.asarray(EPS_T))
 
     def parts(params):
         terms = losses.end_to_end(
@@ -307,7 +312,7 @@ def test_first_estimate_is_a_constant(network):
     """raw = w x_t + w x0_prev: the gradient is that of a fixed first estimate."""
     network(lambda weights, x_t, t, x0_prev: weights["w"] * (x_t + x0_prev))
     feed = np.array([1, 1, 0], np.float32)
-    draws = losses.Draws(T, EPS_0, EPS_T, None, feed)
+    draws = time_sampling.Draws(T, EPS_0, EPS_T, None, feed)
     x_t = np.asarray(schedule.add_noise(X_0, T, EPS_T, T20))
     first = x_t * feed[:, None, None]  # at w = 1, without feedback
 
@@ -329,7 +334,7 @@ def test_no_feedback(network):
     """Zeros are fed where the draw says so, and to a network without the input."""
     seen = []
     network(lambda weights, x_t, t, x0_prev: seen.append(x0_prev) or x_t)
-    off = losses.Draws(T, EPS_0, EPS_T, None, np.zeros(3, np.float32))
+    off = time_sampling.Draws(T, EPS_0, EPS_T, None, np.zeros(3, np.float32))
     on = off._replace(self_cond=np.ones(3, np.float32))
     run(draws=off, self_cond=True)
     run(draws=on, self_cond=False)
@@ -360,11 +365,11 @@ def test_draws_know_only_the_global_row():
     assert whole.weight is None
 
 
-@pytest.mark.parametrize("times", losses.TIMES)
+@pytest.mark.parametrize("times", time_sampling.TIMES)
 def test_times_know_only_the_global_row(times):
     key, index = jax.random.key(1), jnp.arange(8)
-    halves = [losses.TIMES[times](key, part, 8) for part in jnp.split(index, 2)]
-    whole = losses.TIMES[times](key, index, 8)
+    halves = [time_sampling.TIMES[times](key, part, 8) for part in jnp.split(index, 2)]
+    whole = time_sampling.TIMES[times](key, index, 8)
     np.testing.assert_array_equal(whole, jnp.concatenate(halves))
 
 
@@ -411,7 +416,7 @@ def test_indices_are_uniform():
 
 def full_moments(steps=20, seed=6):
     loss = np.random.default_rng(seed).gamma(1.0, size=(steps, 10)).astype(np.float32)
-    return losses.Moments(jnp.asarray(loss), jnp.full(steps, 10))
+    return time_sampling.Moments(jnp.asarray(loss), jnp.full(steps, 10))
 
 
 def test_importance_sampling_is_unbiased():
@@ -435,14 +440,17 @@ def test_history_keeps_the_last_ten():
     index = np.append(rng.integers(0, steps, 58), [3, 3])
     loss = rng.gamma(1.0, size=60).astype(np.float32)
     want = [collections.deque(maxlen=10) for _ in range(steps)]
-    moments, update = losses.init_moments(steps), jax.jit(losses.update_moments)
+    moments, update = (
+        time_sampling.init_moments(steps),
+        jax.jit(time_sampling.update_moments),
+    )
     uniform = []
     for part in np.split(np.arange(60), 10):
         t = (index[part] / steps).astype(np.float32)
         moments = update(moments, t, loss[part])
         for i, value in zip(index[part], loss[part], strict=True):
             want[i].append(value)
-        p = losses.time_probabilities(moments)
+        p = time_sampling.time_probabilities(moments)
         full = all(len(row) == 10 for row in want)
         uniform.append(full)
         assert np.allclose(p, 1 / steps) != full
@@ -453,7 +461,9 @@ def test_history_keeps_the_last_ten():
 
 
 def test_equal_losses_of_zero_are_uniform():
-    p = losses.time_probabilities(losses.Moments(jnp.zeros((5, 10)), jnp.full(5, 10)))
+    p = time_sampling.time_probabilities(
+        time_sampling.Moments(jnp.zeros((5, 10)), jnp.full(5, 10))
+    )
     np.testing.assert_allclose(p, 0.2, rtol=1e-6)
 
 
@@ -506,12 +516,14 @@ def test_bound_is_the_sum_of_its_kls(network, sigma, importance):
 def test_truncated_texts():
     """A share of the rows ends early, each at its own length; the rest is PAD."""
     ids = np.full((4000, 6), 5)
-    cut = np.asarray(losses.truncate(jax.random.key(0), ids, 0.3))
+    cut = np.asarray(time_sampling.truncate(jax.random.key(0), ids, 0.3))
     sizes = (cut == 5).sum(-1)
     assert ((cut == 5) == (np.arange(6) < sizes[:, None])).all()
     assert (cut[cut != 5] == PAD).all()
     shorter = np.bincount(sizes, minlength=7)[1:6] / 4000  # 6 of 6 is not cut
     assert np.abs(shorter - 0.3 / 6).max() < 0.02
-    later = losses.truncate(jax.random.key(0), ids[:10], 0.3, first=20)
+    later = time_sampling.truncate(jax.random.key(0), ids[:10], 0.3, first=20)
     np.testing.assert_array_equal(later, cut[20:30])
-    np.testing.assert_array_equal(losses.truncate(jax.random.key(0), ids, 0.0), ids)
+    np.testing.assert_array_equal(
+        time_sampling.truncate(jax.random.key(0), ids, 0.0), ids
+    )

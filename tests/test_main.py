@@ -15,7 +15,7 @@ from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import parallel
-from dlm_jax.training import trainer
+from dlm_jax.training import trainer, validate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -225,7 +225,7 @@ VARIANTS = {
 )
 def test_every_shipped_config_describes_a_run(module, variant):
     config = module.get_config(*variant)
-    recipe = trainer.recipe_of(config)
+    recipe = validate.recipe_of(config)
     assert recipe.cfg.causal == (variant == ("teacher",))
     assert config.data.length <= config.model.positions
     if variant:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import sizes
 
-from dlm_jax.diffusion import losses, model, schedule
-from dlm_jax.nn import transformer
+from dlm_jax.diffusion import losses, model, schedule, time_sampling
+from dlm_jax.nn import ops, transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 
 T200 = schedule.named("sqrt", 200)
@@ -122,9 +122,9 @@ def double(monkeypatch):
     """
     with monkeypatch.context() as patch, jax.enable_x64(True):
         patch.setitem(transformer.DTYPES, "float32", ("float64", "float64"))
-        patch.setattr(transformer, "times", lambda a, b, *dtypes: a @ b)
-        patch.setattr(transformer, "across", lambda a, b, *dtypes: a @ b.mT)
-        patch.setattr(transformer, "gelu", lambda x, phi: x * phi(x)[0])
+        patch.setattr(ops, "times", lambda a, b, *dtypes: a @ b)
+        patch.setattr(ops, "across", lambda a, b, *dtypes: a @ b.mT)
+        patch.setattr(ops, "gelu", lambda x, phi: x * phi(x)[0])
         yield lambda tree: jax.tree.map(lambda a: jnp.asarray(a, float), tree)
 
 
@@ -144,7 +144,7 @@ def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
         )
     )
     _, t, _, x_t = noisy
-    draws = losses.Draws(jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t))
+    draws = time_sampling.Draws(jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t))
     options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
 
     def loss(params, draws):
@@ -170,7 +170,7 @@ def test_no_batch_of_large_logits(vocab):
     cfg, b, l = dataclasses.replace(TINY, output_prior=True), 20, 4
     shapes = jax.eval_shape(lambda key: model.init(key, cfg, vocab), KEY)
     x = jnp.zeros((b, l, TINY.dim))
-    draws = losses.Draws(jnp.full(b, 0.5), x, x)
+    draws = time_sampling.Draws(jnp.full(b, 0.5), x, x)
     options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
 
     def loss(params):

@@ -9,8 +9,8 @@ import pytest
 
 from configs import smoke
 from dlm_jax.data import batching, encoding, grammar, tokenizer
-from dlm_jax.inference import pipeline
-from dlm_jax.training import trainer
+from dlm_jax.inference import loading
+from dlm_jax.training import train_step, validate
 
 SENTENCES = [
     "The Phoenix is a highly rated Italian coffee shop .",
@@ -73,19 +73,19 @@ def test_says_the_eight_sentences_and_no_other(recipe, steps):
     config = _config(recipe, steps)
     words = tokenizer.train_word(SENTENCES, min_count=0)
     ids = encoding.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
-    recipe = trainer.recipe_of(config)
+    recipe = validate.recipe_of(config)
 
     def init(key):
-        return trainer.init_state(key, recipe, words.vocab_size)
+        return train_step.init_state(key, recipe, words.vocab_size)
 
     state, key = jax.jit(init)(jax.random.key(0)), jax.random.key(1)
-    step_fn = functools.partial(trainer.train_step, recipe=recipe)
+    step_fn = functools.partial(train_step.train_step, recipe=recipe)
     step_fn = jax.jit(step_fn, donate_argnums=1)
     for step in range(steps):
         rows = ids[batching.batch_index(len(ids), seed=0, step=step, batch=32)]
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
-    bundle = pipeline.from_parts(
+    bundle = loading.from_parts(
         recipe.cfg, state.params, words, record, ema=state.ema, noise=state.noise
     )
     found = bundle.sample(64, seed=0)

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec
 
 from configs import smoke
 from dlm_jax.errors import UserError
-from dlm_jax.runtime import checkpoint, logging, parallel
-from dlm_jax.runtime.parallel import AXIS
+from dlm_jax.runtime import checkpoint, logging, parallel, sharding
+from dlm_jax.runtime.sharding import AXIS
 from dlm_jax.training import trainer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -366,7 +366,7 @@ def test_a_host_is_to_be_found_by_its_name(found, says, monkeypatch):
     ],
 )
 def test_the_longest_axis_that_divides_is_split(shape, spec):
-    assert parallel.split(shape, 8) == spec
+    assert sharding.split(shape, 8) == spec
 
 
 @pytest.mark.parametrize(

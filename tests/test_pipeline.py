@@ -14,7 +14,7 @@ from configs import smoke
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import samplers
 from dlm_jax.errors import UserError
-from dlm_jax.inference import pipeline
+from dlm_jax.inference import loading, pipeline
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import trainer
 
@@ -180,7 +180,7 @@ def test_tokenizer_of_another_run(tmp_path, workdir, bundle):
     """Whether it is exchanged in the checkpoint or handed over."""
     other = WordTokenizer((*bundle.tokenizer.words, "more"))
     with pytest.raises(UserError, match="not of one checkpoint"):
-        pipeline.from_parts(bundle.cfg, bundle.params, other, bundle.config)
+        loading.from_parts(bundle.cfg, bundle.params, other, bundle.config)
     copy = shutil.copytree(workdir, tmp_path / "run")
     path = checkpoint.folder(copy) / "7" / "tokenizer" / "metadata"
     path.write_text(json.dumps(other.to_dict()))

@@ -11,10 +11,10 @@ import pytest
 
 from configs import smoke
 from dlm_jax.data import sources, tokenizer
-from dlm_jax.diffusion import embedding, losses, model, samplers
+from dlm_jax.diffusion import embedding, losses, model, samplers, time_sampling
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots
-from dlm_jax.inference import pipeline
+from dlm_jax.inference import loading
 from dlm_jax.nn.transformer import DenoiserConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -43,7 +43,7 @@ def build(**change):
     tok = sources.train_tokenizer(config.data, sources.load_texts(config.data, "train"))
     cfg = DenoiserConfig(**record["model"])
     params = init(cfg, tok.vocab_size)
-    return pipeline.from_parts(cfg, params, tok, record)
+    return loading.from_parts(cfg, params, tok, record)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_loss_curve_is_the_objective_under_other_noise(bundle):
             normalize=True,
         ).diffusion
 
-    draws = losses.draw(jax.random.key(5), (*ids.shape, bundle.cfg.dim))
+    draws = time_sampling.draw(jax.random.key(5), (*ids.shape, bundle.cfg.dim))
     curves = [plots.loss_curve(bundle, ids, feed=feed) for feed in (False, True)]
     i = len(curves[0].t) // 4
     for feed, curve in enumerate(curves):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax.data import array_record, prepare, sources
+from dlm_jax.data import array_record, corpus, prepare, sources
 from dlm_jax.errors import UserError
 from dlm_jax.training import trainer
 
@@ -54,10 +54,10 @@ def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
     """Some texts at a time, from a file that is read line by line."""
     monkeypatch.setattr(prepare, "CHUNK", 10)
     config = _config(tmp_path, **KINDS[name])
-    whole = trainer.corpus_of(config)
+    whole = corpus.corpus_of(config)
     prepare.run(config, str(tmp_path / "p"))
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
-    found = trainer.corpus_of(config)
+    found = corpus.corpus_of(config)
     assert found.tokenizer == whole.tokenizer
     for one, other in ((found.train, whole.train), (found.valid, whole.valid)):
         np.testing.assert_array_equal(one[: len(one)], other)
@@ -101,9 +101,9 @@ def test_mistakes_are_one_line(tmp_path):
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
     _fails("name the text", prepare.run, config, str(tmp_path / "q"))
     config.data.length = 16
-    _fails("length=16: .* prepared with 12", trainer.corpus_of, config)
+    _fails("length=16: .* prepared with 12", corpus.corpus_of, config)
     config.data.path = str(tmp_path)
-    _fails("--mode prepare_data", trainer.corpus_of, config)
+    _fails("--mode prepare_data", corpus.corpus_of, config)
     config = _config(tmp_path, data__source="jsonl", data__tokenizer="sentencepiece")
     config.data.valid_path = config.data.path
     (tmp_path / "none.jsonl").touch()

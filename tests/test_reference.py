@@ -23,6 +23,7 @@ from dlm_jax.diffusion import (
     rounding,
     samplers,
     schedule,
+    time_sampling,
 )
 from dlm_jax.diffusion.samplers import State, Times
 from dlm_jax.inference import published
@@ -66,7 +67,7 @@ def tree_of(golden, prefix):
 
 @pytest.fixture(scope="module")
 def draws(golden):
-    return losses.Draws(golden["t"] / 2000, golden["n0"], golden["n1"])
+    return time_sampling.Draws(golden["t"] / 2000, golden["n0"], golden["n1"])
 
 
 def run(net, golden, draws, objective, **change):

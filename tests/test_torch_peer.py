@@ -11,9 +11,15 @@ import pytest
 import torch_peer as peer
 
 from configs import e2e_small
-from dlm_jax.diffusion import classifier, guidance, losses, model, samplers
+from dlm_jax.diffusion import (
+    classifier,
+    guidance,
+    model,
+    samplers,
+    time_sampling,
+)
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.training import trainer
+from dlm_jax.training import train_step, validate
 from dlm_jax.types import HeadSpec
 
 torch = pytest.importorskip("torch", reason="the peers need the extra `peer`")
@@ -39,8 +45,8 @@ def ours(request):
     config.model.update(dropout=0.0, attention_dropout=0.0, dtype="float32")
     config.schedule.adaptive = ""
     config.data.length, config.train.batch = LENGTH, BATCH
-    recipe = trainer.recipe_of(config)
-    params = trainer.init_state(jax.random.key(0), recipe, VOCAB).params
+    recipe = validate.recipe_of(config)
+    params = train_step.init_state(jax.random.key(0), recipe, VOCAB).params
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [x + 0.1 * rng.standard_normal(x.shape).astype("f") for x in leaves]
@@ -56,7 +62,7 @@ def theirs(ours, *, plain):
 @pytest.mark.parametrize("plain", [True, False])
 def test_loss_and_gradients_are_ours(ours, plain):
     config, recipe, params = ours
-    draws = losses.draw(
+    draws = time_sampling.draw(
         jax.random.key(2),
         (BATCH, LENGTH, recipe.cfg.dim),
         steps=recipe.schedule.steps,
@@ -64,7 +70,7 @@ def test_loss_and_gradients_are_ours(ours, plain):
     )
     draws = draws._replace(t=draws.t.at[0].set(0.0))
     value, grads = jax.value_and_grad(
-        lambda p: trainer.loss_fn(p, jnp.asarray(IDS), draws, recipe)[0]
+        lambda p: train_step.loss_fn(p, jnp.asarray(IDS), draws, recipe)[0]
     )(params)
     net = theirs(ours, plain=plain)
     arrays = [torch.tensor(np.asarray(x)) for x in (draws.t, draws.eps_0, draws.eps_t)]

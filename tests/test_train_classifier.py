@@ -15,11 +15,11 @@ from configs import smoke
 from dlm_jax.data import annotations
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
-from dlm_jax.inference import constraints
+from dlm_jax.inference import conditioning, constraints
 from dlm_jax.inference.constraints import Plan
 from dlm_jax.runtime import checkpoint, logging
 from dlm_jax.training import train_classifier as command
-from dlm_jax.training import trainer
+from dlm_jax.training import train_step, trainer
 from dlm_jax.types import PAD
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     config.train.ckpt_steps = 60
     halved = command.ClassifierRun(config, other)
     step_fn = halved.layout.step(
-        lambda key, state, rows: trainer.train_step(
+        lambda key, state, rows: train_step.train_step(
             key, state, rows, recipe=halved.recipe, axis=halved.layout.axis
         ),
         halved.state,
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     command.run(config_of(folder), other)
     bundle = dlm_jax.load(folder / "model")
     one, two = (
-        constraints.load(path, bundle.ema.table).params for path in (trained, other)
+        conditioning.load(path, bundle.ema.table).params for path in (trained, other)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -119,7 +119,7 @@ def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     recipe = run.recipe._replace(work=run.recipe.work._replace(terms=terms))
     rows = np.asarray(run.batch(0))[0]
     with jax.disable_jit():
-        trainer.train_step(jax.random.key(0), run.state, rows, recipe=recipe)
+        train_step.train_step(jax.random.key(0), run.state, rows, recipe=recipe)
     got = np.asarray(seen[0])
     assert (got[:, LENGTH:] == rows[:, LENGTH:]).all()
     cut = got[:, :LENGTH] != rows[:, :LENGTH]
@@ -183,7 +183,9 @@ def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
     path.write_text("text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9)
     changes = {"data.source": "csv", "data.path": str(path), "train.total_steps": 2}
     command.run(config_of(folder, **changes), str(tmp_path / "run"))
-    guide = constraints.load(tmp_path / "run", dlm_jax.load(folder / "model").ema.table)
+    guide = conditioning.load(
+        tmp_path / "run", dlm_jax.load(folder / "model").ema.table
+    )
     assert guide.names.classes == {"label": ["x", "y"]}
 
 
@@ -208,6 +210,6 @@ def test_of_another_table_or_no_classifier(folder, trained):
     with pytest.raises(UserError, match="is no classifier"):
         bundle.with_classifier(folder / "model")
     with pytest.raises(UserError, match="another embedding table"):
-        constraints.load(trained, bundle.ema.table + 1)
+        conditioning.load(trained, bundle.ema.table + 1)
     with pytest.raises(UserError, match="a classifier"):
         dlm_jax.load(trained)

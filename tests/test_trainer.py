@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from dlm_jax.data import batching
-from dlm_jax.diffusion import losses
+from dlm_jax.data import batching, corpus
+from dlm_jax.diffusion import time_sampling
 from dlm_jax.errors import UserError
-from dlm_jax.runtime import checkpoint, logging, parallel
-from dlm_jax.training import trainer
+from dlm_jax.runtime import checkpoint, logging, sharding
+from dlm_jax.training import train_step, trainer, validate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -61,13 +61,13 @@ RECIPES = {
 def _recipe(name, **changes):
     config = smoke.get_config()
     config.update_from_flattened_dict(SMALL | RECIPES[name])
-    return trainer.recipe_of(config)._replace(**changes)
+    return validate.recipe_of(config)._replace(**changes)
 
 
 @functools.cache
 def _start(name):
     recipe = _recipe(name)
-    return jax.jit(lambda key: trainer.init_state(key, recipe, VOCAB))(
+    return jax.jit(lambda key: train_step.init_state(key, recipe, VOCAB))(
         jax.random.key(0)
     )
 
@@ -82,8 +82,8 @@ def _step(name, devices=1, **changes):
     """The step on the whole batch; on several devices by pmap's meaning, `vmap`."""
     recipe = _recipe(name, **changes)
     if devices == 1:
-        return jax.jit(functools.partial(trainer.train_step, recipe=recipe))
-    one = functools.partial(trainer.train_step, recipe=recipe, axis="data")
+        return jax.jit(functools.partial(train_step.train_step, recipe=recipe))
+    one = functools.partial(train_step.train_step, recipe=recipe, axis="data")
     mapped = jax.jit(jax.vmap(one, in_axes=(None, None, 0), axis_name="data"))
 
     def step(key, state, ids):
@@ -134,11 +134,11 @@ def test_every_microbatch_has_its_own_dropout(monkeypatch):
     """With equal rows and equal draws only the dropout can tell microbatches apart."""
     recipe = _recipe("x0", accumulate=4, batch=4, times="uniform")
     recipe = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
-    same = trainer.make_draws(KEY, _ids()[:1], recipe._replace(batch=1), 0, ())
-    monkeypatch.setattr(trainer, "make_draws", lambda *args: same)
+    same = train_step.make_draws(KEY, _ids()[:1], recipe._replace(batch=1), 0, ())
+    monkeypatch.setattr(train_step, "make_draws", lambda *args: same)
     ids = np.repeat(_ids()[:1], 4, 0)
     gradients = jax.jit(
-        lambda key: trainer._gradients(key, _start("x0"), ids, recipe, 0)
+        lambda key: train_step._gradients(key, _start("x0"), ids, recipe, 0)
     )
     _, (terms, *_) = gradients(KEY)
     assert len(np.unique(np.round(terms.total(), 5))) == 4
@@ -170,7 +170,7 @@ def test_normalised_table_stays_on_the_sphere():
 def test_importance_sampling_warms_up():
     """Uniform until every index has ten losses, then by their size."""
     state, step = _start("x0"), _step("x0")
-    uniform = losses.time_probabilities(state.moments)
+    uniform = time_sampling.time_probabilities(state.moments)
     np.testing.assert_allclose(uniform, 1 / T, rtol=1e-5)
     seen = [0]
     for _ in range(60):
@@ -178,7 +178,7 @@ def test_importance_sampling_warms_up():
         seen.append(int(state.moments.filled.sum()))
     assert seen[1] == BATCH
     assert seen[-1] == 10 * T
-    p = losses.time_probabilities(state.moments)
+    p = time_sampling.time_probabilities(state.moments)
     np.testing.assert_allclose(p.sum(), 1, rtol=1e-5)
     assert float(jnp.max(jnp.abs(p / uniform - 1))) > 0.1
 
@@ -187,15 +187,15 @@ def test_importance_sampling_warms_up():
 def test_moments_hold_losses_without_their_weight(objective):
     recipe = _recipe("x0", objective=objective, batch=4, times="uniform")
     params, ids = _start("x0").params, _ids()[:4]
-    draws = trainer.make_draws(KEY, ids, recipe, 0, ())._replace(t=jnp.arange(4) / T)
+    draws = train_step.make_draws(KEY, ids, recipe, 0, ())._replace(t=jnp.arange(4) / T)
 
     @jax.jit
     def terms_of(weight):
-        return trainer.loss_fn(params, ids, draws._replace(weight=weight), recipe)[1]
+        return train_step.loss_fn(params, ids, draws._replace(weight=weight), recipe)[1]
 
     weight = jnp.asarray([0.1, 2.0, 5.0, 0.7])
-    terms, empty = terms_of(weight), losses.init_moments(T)
-    moments = trainer._remember(empty, terms, draws.t, weight, None)
+    terms, empty = terms_of(weight), time_sampling.init_moments(T)
+    moments = train_step._remember(empty, terms, draws.t, weight, None)
     unweighted = terms_of(jnp.ones(4)).total()
     np.testing.assert_allclose(moments.history[:4, 0], unweighted, rtol=1e-4)
 
@@ -266,7 +266,7 @@ BAD = 4  # the row of the training data that spoils its batch
 @pytest.fixture
 def spoilt(tmp_path, monkeypatch):
     """config(**changes) of a run in which row BAD alone gives no number."""
-    draws = trainer.make_draws
+    draws = train_step.make_draws
 
     def spoil(key, ids, recipe, first, moments):
         found = draws(key, ids, recipe, first, moments)
@@ -282,8 +282,8 @@ def spoilt(tmp_path, monkeypatch):
         config.data.min_count = 0
         return config
 
-    row = trainer.corpus_of(config()).train[BAD]
-    monkeypatch.setattr(trainer, "make_draws", spoil)
+    row = corpus.corpus_of(config()).train[BAD]
+    monkeypatch.setattr(train_step, "make_draws", spoil)
     return config
 
 
@@ -312,12 +312,12 @@ def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     assert _rows_of(config, _bad_step(config)) in said[0]
     state = trainer.Run(config, str(tmp_path / "run")).state
     assert int(state.step) == 14
-    assert parallel.finite(state._replace(step=()))
+    assert sharding.finite(state._replace(step=()))
 
 
 def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
     run = trainer.Run(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
-    step = jax.jit(functools.partial(trainer.train_step, recipe=run.recipe))
+    step = jax.jit(functools.partial(train_step.train_step, recipe=run.recipe))
     after, seen = step(KEY, run.state, run.corpus.train[[BAD, 0]])
     assert np.isnan(seen["loss"])
     assert int(after.step) == 1

@@ -34,8 +34,8 @@ from dlm_jax.evaluation.control_tasks import TASKS, Task
 from dlm_jax.inference import constraints
 from dlm_jax.inference.constraints import Plan
 from dlm_jax.inference.pipeline import Bundle
-from dlm_jax.runtime import checkpoint, parallel
-from dlm_jax.training import trainer
+from dlm_jax.runtime import checkpoint, sharding
+from dlm_jax.training import train_step, trainer
 from dlm_jax.types import UNK
 from stages import Job, together
 
@@ -132,12 +132,12 @@ def pack(lm: Bundle, workdir: str, out: Path) -> list[str]:
     """Writes the averaged weights as a run directory's archive, in parts; their names."""
     _, words = checkpoint.read_json(workdir, lm.step)
     step = np.asarray(lm.step, np.int32)
-    state = trainer.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
+    state = train_step.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         checkpoint.claim(model, lm.config)
         writer = checkpoint.manager(model, keep=1)
-        checkpoint.save(writer, lm.step, parallel.place(state), lm.config, words)
+        checkpoint.save(writer, lm.step, sharding.place(state), lm.config, words)
         checkpoint.finish(writer)
         writer.close()
         archive = io.BytesIO()

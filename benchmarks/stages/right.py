@@ -24,8 +24,8 @@ import ours
 from alternate import Case
 
 from dlm_jax.diffusion import model
-from dlm_jax.nn import transformer
-from dlm_jax.training import trainer
+from dlm_jax.nn import ops
+from dlm_jax.training import train_step, validate
 from stages import Job, Wrong, together
 
 if __name__ == "__main__":  # the reference's process; else accelerator.py is in charge
@@ -61,7 +61,7 @@ def case(trunk: str, dtype: str, *, tiny: bool, **other: Any) -> Case:
 def passes(trunk: str, dtype: str, tiny: bool) -> dict[str, Any]:
     """The network's output and its gradients by weights and input."""
     config = alternate.settings(case(trunk, dtype, tiny=tiny))
-    recipe = trainer.recipe_of(config)
+    recipe = validate.recipe_of(config)
     cfg = dataclasses.replace(recipe.cfg, output_prior=False)  # whose logits drown it
     params = _moved(model.init(jax.random.key(0), cfg, VOCAB))
     shape = (config.train.batch, config.data.length, cfg.dim)
@@ -93,7 +93,7 @@ def attention(fused: bool, tiny: bool) -> dict[str, Any]:
     """softmax(q k^T / sqrt k) v and its gradients, of numbers that bfloat16 keeps."""
     shape = (2, 2, 16, 16) if tiny else (8, 4, 64, 64)
     q, k, v = jax.random.normal(jax.random.key(3), (3, *shape)).astype(jnp.bfloat16)
-    how: Literal["xla", "cudnn"] | None = transformer.FUSED.get(jax.default_backend())
+    how: Literal["xla", "cudnn"] | None = ops.FUSED.get(jax.default_backend())
 
     def plain(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -117,10 +117,10 @@ def steps(trunk: str, tiny: bool) -> dict[str, Any]:
     """What three optimizer steps add to the weights."""
     config = alternate.settings(case(trunk, "float32", tiny=tiny))
     config.optim.warmup = 0
-    recipe = trainer.recipe_of(config)
+    recipe = validate.recipe_of(config)
     ids = jnp.asarray(ours.ids_of(config, VOCAB))
-    step = jax.jit(partial(trainer.train_step, recipe=recipe))
-    first = state = trainer.init_state(jax.random.key(0), recipe, VOCAB)
+    step = jax.jit(partial(train_step.train_step, recipe=recipe))
+    first = state = train_step.init_state(jax.random.key(0), recipe, VOCAB)
     for _ in range(3):
         state, _ = step(jax.random.key(1), state, ids)
     added = jax.tree.map(jnp.subtract, state.params, first.params)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from dlm_jax.data import grammar, sources
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, choose
 from dlm_jax.types import HeadSpec
 
 Fields = dict[str, str]
@@ -189,10 +189,7 @@ Annotated = tuple[list[str], list[Any]]
 def annotated(config: Any, task: str, split: str) -> Annotated:
     """Texts of a split of config.data, and a note for each; UserError."""
     source, most = config.data.source, config.classifier.texts
-    if task not in HEADS:
-        raise UserError(
-            f"config.classifier.task={task!r}: choose one of {', '.join(HEADS)}"
-        )
+    choose("config.classifier.task", HEADS, task)
     if most < 0:
         raise UserError(f"config.classifier.texts={most}: must be 0 (all) or more")
     if source == "grammar" and task != "label":

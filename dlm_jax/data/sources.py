@@ -5,21 +5,28 @@
 is a pure function of (seed, step), so that a run resumes without saving a position.
 """
 
-import codecs
-import csv
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from dlm_jax.data import array_record, grammar
-from dlm_jax.data.tfds import _tfds
+from dlm_jax.data import array_record, grammar, tfds
+from dlm_jax.data.files import (
+    cell,
+    csv_records,
+    describe,
+    existing,
+    hold_out,
+    jsonl_records,
+    part,
+    read_e2e,
+    read_records,
+    read_text,
+)
 from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
 from dlm_jax.errors import UserError, choose
 
@@ -35,7 +42,7 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     if split not in ("train", "valid"):
         raise UserError(f"unknown split {split!r}: choose train or valid")
     source = choose("config.data.source", SOURCES, cfg.source)
-    return _non_empty(source(cfg, split), f"{split} split of {_describe(cfg)}")
+    return _non_empty(source(cfg, split), f"{split} split of {describe(cfg)}")
 
 
 def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
@@ -43,10 +50,6 @@ def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
     train = choose("config.data.tokenizer", TRAINERS, cfg.tokenizer)
     option = {"word": "min_count", "sentencepiece": "vocab_size"}[cfg.tokenizer]
     return train(texts, **{option: getattr(cfg, option)})
-
-
-def _describe(cfg: Any) -> str:
-    return f"{cfg.source} {cfg.path}".strip()
 
 
 def _non_empty(texts: list, what: str) -> list:
@@ -68,13 +71,13 @@ def _file(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
     """What is read of `path`; validation from `valid_path` or held out of `path`."""
     path = _path(cfg, split)
     found = _non_empty(list(read(path, cfg)), str(path))
-    return found if cfg.valid_path else _hold_out(found, cfg, split)
+    return found if cfg.valid_path else hold_out(found, cfg, split)
 
 
 def _path(cfg: Any, split: str) -> Path:
     """The file that holds a split."""
     name = "valid_path" if split == "valid" and cfg.valid_path else "path"
-    return _existing(cfg[name], name)
+    return existing(cfg[name], name)
 
 
 def _e2e(cfg: Any, split: str) -> list[str]:
@@ -88,72 +91,10 @@ def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
     """
     if not cfg.valid_path and Path(cfg.path).is_dir():
         path = Path(cfg.path) / f"src1_{split}.txt"
-        pairs = _non_empty(_read_e2e(_existing(str(path), "path"), cfg), str(path))
+        pairs = _non_empty(read_e2e(existing(str(path), "path"), cfg), str(path))
     else:
-        pairs = _file(_read_e2e, cfg, split)
+        pairs = _file(read_e2e, cfg, split)
     return [text for text, _ in pairs], [record for _, record in pairs]
-
-
-def _hold_out(texts: list, cfg: Any, split: str) -> list:
-    return texts[slice(*part(len(texts), cfg, split))]
-
-
-def part(texts: int, cfg: Any, split: str) -> tuple[int, int]:
-    """(first, last) of a split among so many texts: the end is held out."""
-    if not 0 <= cfg.valid_fraction < 1:
-        raise UserError(
-            f"config.data.valid_fraction={cfg.valid_fraction}: set it from 0 up to 1"
-        )
-    held = round(texts * cfg.valid_fraction)
-    if cfg.valid_fraction and texts:
-        held = max(held, 1)
-    kept = (0, texts - held) if split == "train" else (texts - held, texts)
-    if kept[0] >= kept[1]:
-        raise UserError(
-            f"{_describe(cfg)} with {texts} texts leaves none for {split} at "
-            f"config.data.valid_fraction={cfg.valid_fraction}: change it, set "
-            "config.data.valid_path (or tfds_valid), or give more text"
-        )
-    return kept
-
-
-def _existing(path: str, flag: str) -> Path:
-    if not path:
-        raise UserError(f"config.data.{flag} is empty: set it to a file of texts")
-    if not Path(path).is_file():
-        found = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {found}: set config.data.{flag} to a file of texts")
-    return Path(path)
-
-
-def _decode(raw: bytes, path: Path, line: int) -> str:
-    """The text of that line of the file."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}): "
-            "convert the file to UTF-8"
-        ) from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, stripped, with their numbers from 1."""
-    for number, line in enumerate(_raw_lines(path), 1):
-        if stripped := line.strip():
-            yield number, stripped
-
-
-def _raw_lines(path: Path) -> Iterator[str]:
-    """One after the other, never all; UserError naming the one that is not UTF-8."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    with file:
-        for number, raw in enumerate(file, 1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            yield _decode(raw, path, number)
 
 
 def stream(cfg: Any, split: str) -> Iterator[str]:
@@ -188,33 +129,14 @@ def _count(path: Path, source: str, column: str, state: tuple[int, int]) -> int:
     return sum(1 for _ in FILES[source](path, ConfigDict({"column": column})))
 
 
-def _read_text(path: Path, cfg: Any) -> Iterator[str]:
-    return (line for _, line in _lines(path))
-
-
-def _read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
-    found = []
-    for number, line in _lines(path):
-        record, bar, text = line.partition("||")
-        if not bar:
-            raise UserError(
-                f"{path} line {number} has no '||' between record and text: "
-                "give E2E's `field : value | ... ||text`, or set config.data.source=text"
-            )
-        told = (part.partition(":") for part in record.split("|"))
-        fields = {field.strip(): value.strip() for field, _, value in told}
-        found.append((text.strip(), fields))
-    return found
-
-
 def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
     """The texts of csv or jsonl, and what another column says of each; UserError."""
-    records = {"csv": _csv_records, "jsonl": _jsonl_records}[cfg.source]
+    records = {"csv": csv_records, "jsonl": jsonl_records}[cfg.source]
 
     def read(path: Path, cfg: Any) -> list[tuple[str, str]]:
         pairs = []
         for where, record in records(path):
-            text = _cell(record, cfg.column, where)
+            text = cell(record, cfg.column, where)
             if text:
                 value = record.get(column)
                 label = "" if value is None else str(value).strip()
@@ -230,72 +152,20 @@ def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
-def _read_records(records: Callable, path: Path, cfg: Any) -> Iterator[str]:
-    texts = (_cell(record, cfg.column, where) for where, record in records(path))
-    return (text for text in texts if text)
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of each line."""
-    for number, line in _lines(path):
-        where = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{where} is not JSON ({reason}): mend it") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where} is not a JSON object: give {{column: text}}")
-        yield where, record
-
-
-def _csv_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of each row."""
-    pieces = chain.from_iterable(io.StringIO(x, newline="") for x in _raw_lines(path))
-    rows = csv.DictReader(pieces)
-    try:
-        for row in rows:
-            yield f"{path} line {rows.line_num}", row
-    except csv.Error as error:
-        where = f"{path} line {rows.line_num}"
-        raise UserError(f"{where} is not CSV ({error}): mend it") from error
-
-
-def _cell(record: dict, column: str, where: str) -> str:
-    """The text of one record, which may be bytes; UserError if it has none."""
-    if column not in record:
-        names = ", ".join(str(name) for name in record if name is not None)
-        raise UserError(
-            f"{where} has no column {column!r}: set config.data.column to one of {names}"
-        )
-    value = record[column]
-    try:
-        value = value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} column {column!r} is not UTF-8: mend it") from error
-    if not isinstance(value, str):
-        kind = "nothing" if value is None else type(value).__name__
-        raise UserError(
-            f"{where} column {column!r} holds {kind}, not text: "
-            "mend it or set config.data.column to another"
-        )
-    return value.strip()
-
-
 def _prepared_ids(cfg: Any, split: str) -> list[str]:
     return array_record.texts(cfg.path, split)
 
 
 FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
-    "text": _read_text,
-    "csv": partial(_read_records, _csv_records),
-    "jsonl": partial(_read_records, _jsonl_records),
+    "text": read_text,
+    "csv": partial(read_records, csv_records),
+    "jsonl": partial(read_records, jsonl_records),
 }
 SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,
     "e2e": _e2e,
     **{name: partial(_file, read) for name, read in FILES.items()},
-    "tfds": _tfds,
+    "tfds": tfds.load,
     "prepared": _prepared_ids,
 }
 

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from dlm_jax.data.sources import _cell, _hold_out
+from dlm_jax.data.files import cell, hold_out
 from dlm_jax.errors import UserError
 
 CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
 ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow
 
 
-def _tfds(cfg: Any, split: str) -> list[str]:
+def load(cfg: Any, split: str) -> list[str]:
     """A data set by name ("e2e_cleaned", "name/config:1.0.0"), prepared if it is not."""
     wanted = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:
@@ -24,13 +24,13 @@ def _tfds(cfg: Any, split: str) -> list[str]:
                 f"set config.data.column to one of {names}"
             )
         records = builder.as_data_source(split=wanted)
-        cells = (_cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
+        cells = (cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
         texts = [text for text in cells if text]
     except UserError:
         raise
     except Exception as error:
         raise UserError(_tfds_failure(error, cfg, wanted)) from error
-    return texts if cfg.tfds_valid else _hold_out(texts, cfg, split)
+    return texts if cfg.tfds_valid else hold_out(texts, cfg, split)
 
 
 def _prepared(cfg: Any) -> Any:

@@ -17,8 +17,8 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from dlm_jax.diffusion import model
 from dlm_jax.diffusion.embedding import embed
-from dlm_jax.diffusion.losses import Draws
 from dlm_jax.diffusion.schedule import Schedule, add_noise
+from dlm_jax.diffusion.time_sampling import Draws
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import (

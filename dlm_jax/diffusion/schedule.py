@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, choose
 from dlm_jax.types import Array, Latent, Time
 
 MAX_BETA = 0.999  # the published clip
@@ -390,10 +390,7 @@ def named(
     noise_factor: `rescale`. adaptive: the start of a schedule that training adapts, a
     quantile curve (see `adaptive`).
     """
-    if name not in SCHEDULES:
-        raise UserError(
-            f"config.schedule.name={name!r}: choose one of {', '.join(SCHEDULES)}"
-        )
+    choose("config.schedule.name", SCHEDULES, name)
     if steps < 0 or 0 < steps < 20:
         raise UserError(
             f"config.schedule.steps={steps}: take 20 or more, or 0 (a curve)"

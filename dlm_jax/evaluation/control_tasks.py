@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dlm_jax.data.annotations import Fields, Spans
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, choose
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.evaluation.control_targets import (
     Judge,
@@ -29,7 +29,7 @@ from dlm_jax.evaluation.control_targets import (
     sentences,
     stated,
 )
-from dlm_jax.inference import constraints, pipeline
+from dlm_jax.inference import constraints, loading
 from dlm_jax.inference.constraints import Plan, Wishes
 from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.runtime import checkpoint, parallel
@@ -287,7 +287,7 @@ def run(bundle: Bundle, workdir: str) -> list[dict]:
     options = config.control
     names = ["unguided", *TASKS] if options.task == "all" else [options.task]
     bundle = _equipped(bundle, options, names)
-    teacher = pipeline.load_teacher("config.control.teacher", options.teacher, bundle)
+    teacher = loading.load_teacher("config.control.teacher", options.teacher, bundle)
     pairs, rows = [(name, calls) for name in names for calls in options.calls], []
     main = parallel.hosts()[0] == 0  # all hosts draw and score, the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
@@ -399,10 +399,7 @@ def _equipped(bundle: Bundle, options: Any, names: list[str]) -> Bundle:
                 f"config.control.task={name!r}: choose all, unguided or one of "
                 f"{', '.join(TASKS)}"
             )
-    if options.preset not in PLANS:
-        raise UserError(
-            f"config.control.preset={options.preset!r}: choose one of {', '.join(PLANS)}"
-        )
+    choose("config.control.preset", PLANS, options.preset)
     for name in ("n", "samples", "seeds"):
         if options[name] < 1:
             raise UserError(f"config.control.{name}={options[name]}: must be 1 or more")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from dlm_jax.data import encoding, grammar, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
-from dlm_jax.diffusion import losses, samplers
+from dlm_jax.diffusion import losses, samplers, time_sampling
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
@@ -345,7 +345,7 @@ def loss_curve(bundle: Bundle, ids: Ids, *, feed: bool = False) -> Curve:
         shape, rows = (*ids.shape, bundle.cfg.dim), ids.shape[:1]
         eps_0, eps_t = (jax.random.normal(k, shape) for k in (k_0, k_t))
         fed = jnp.full(rows, float(feed))
-        draws = losses.Draws(jnp.full(rows, t), eps_0, eps_t, self_cond=fed)
+        draws = time_sampling.Draws(jnp.full(rows, t), eps_0, eps_t, self_cond=fed)
         return losses.end_to_end(
             params,
             ids,

@@ -19,7 +19,7 @@ from dlm_jax.diffusion import likelihood
 from dlm_jax.diffusion.likelihood import Summary
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
-from dlm_jax.inference import pipeline
+from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import Bundle
 from dlm_jax.runtime import parallel
 from dlm_jax.types import PAD, START
@@ -189,7 +189,7 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
 
 def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
-    teacher = pipeline.load_teacher(
+    teacher = loading.load_teacher(
         "config.evaluate.teacher", config.evaluate.teacher, bundle
     )
     train = sources.load_texts(config.data, "train")

@@ -5,25 +5,19 @@ A wish is an array with a row for each text, so one compilation serves every tar
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.data import annotations
 from dlm_jax.data.annotations import Names
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
-from dlm_jax.diffusion import classifier, guidance, model
+from dlm_jax.diffusion import guidance
 from dlm_jax.diffusion.classifier import Classifier
-from dlm_jax.diffusion.model import Denoise, Params
-from dlm_jax.diffusion.samplers import Step
-from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.runtime import checkpoint, parallel
-from dlm_jax.types import END, PAD, START, UNK, Array, Table
+from dlm_jax.types import END, PAD, START, UNK
 
 
 class Guide(NamedTuple):
@@ -72,138 +66,7 @@ class Plan(NamedTuple):
     mean: bool = False
 
 
-def load(workdir: str | Path, table: Table) -> Guide:
-    """A classifier's newest checkpoint; UserError where it is of another table."""
-    step = checkpoint.latest(workdir)
-    config, words = checkpoint.read_json(workdir, step)
-    if not {"names", "table"} <= words.keys():
-        raise UserError(
-            f"{workdir} is no classifier: train one, --mode train_classifier"
-        )
-    if words["table"] != checkpoint.crc(table):
-        raise UserError(
-            f"{workdir} was trained on another embedding table than this model's: "
-            "train a classifier with config.classifier.model set to this run"
-        )
-    try:
-        names, cfg = Names(**words["names"]), DenoiserConfig(**config["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{workdir}: not one of this version: {error}") from error
-    like = jax.eval_shape(lambda: classifier.init(jax.random.key(0), cfg, names.layout))
-    found = checkpoint.restore_part(workdir, step, parallel.global_like({"ema": like}))
-    return Guide(found["ema"], cfg, names)
-
-
-def log_prob(
-    wishes: Wishes,
-    guides: Mapping[str, Guide],
-    schedule: Schedule,
-    *,
-    mean: bool = False,
-) -> guidance.LogProb:
-    """log p of all labels that are asked, nats; mean: over a classifier's labels."""
-    terms = [
-        (
-            classifier.log_prob(
-                guides[task].params,
-                guides[task].cfg,
-                guides[task].names.layout,
-                asked,
-                schedule,
-                mean=mean,
-            ),
-            1.0,
-        )
-        for task, asked in wishes.labels.items()
-    ]
-    return guidance.every(*terms)
-
-
-def denoiser(
-    params: Params,
-    cfg: DenoiserConfig,
-    schedule: Schedule,
-    wishes: Wishes,
-    guides: Mapping[str, Guide],
-    plan: Plan,
-    *,
-    given: bool = False,
-) -> Denoise:
-    """The model's estimate given the wishes about words, and leaning to the labels.
-
-    given: it learned to be given tokens.
-    """
-    denoise = model.bind(params, cfg, schedule=schedule)
-    about_words = [(guidance.contains(phrase), 1.0) for phrase in wishes.phrases]
-    if wishes.lacking is not None:
-        about_words.append((guidance.lacks(wishes.lacking), 1.0))
-    tells = given and wishes.known is not None
-    if tells or wishes.allowed is not None or about_words:
-        read = model.bind_words(params, cfg, schedule=schedule)
-        if tells:
-            read = _told(read, params.table, wishes, plan)
-        if wishes.allowed is not None:
-            read = guidance.only(read, params.table, wishes.allowed)
-        denoise = guidance.spoken(read)
-        if about_words:
-            wish = guidance.every(*about_words)
-            denoise = guidance.steer(read, wish, schedule, weight=plan.weight)
-    of = log_prob(wishes, guides, schedule)
-    if wishes.labels and plan.share < 1:
-        denoise = guidance.token_times(denoise, of, share=plan.share)
-    if wishes.labels and plan.lean:
-        denoise = guidance.lean(denoise, of, schedule, weight=plan.lean)
-    return denoise
-
-
-def _told(read: model.Read, table: Table, wishes: Wishes, plan: Plan) -> model.Read:
-    """The model told the known tokens, plan.scale times as much as it makes of them."""
-    told = guidance.given(read, table, wishes.ids, wishes.known)
-    if plan.scale == 1:
-        return told
-    return guidance.classifier_free(told, read, weight=plan.scale)
-
-
-def step(
-    step: Step,
-    table: Table,
-    schedule: Schedule,
-    wishes: Wishes,
-    guides: Mapping[str, Guide],
-    plan: Plan,
-) -> Step:
-    """The step, then the classifiers' push, then the known tokens."""
-    if wishes.labels and plan.updates:
-        step = guidance.guide(
-            step,
-            log_prob(wishes, guides, schedule, mean=plan.mean),
-            schedule,
-            rule=plan.rule,
-            lr=plan.lr,
-            updates=plan.updates,
-            fluency=plan.fluency,
-            between=plan.between,
-        )
-    if wishes.known is None:
-        return step
-    # where a free reading is compared with one that is told, it may not see them clean
-    noised = plan.noised or plan.scale != 1
-    return guidance.infill(
-        step, table, wishes.ids, wishes.known, schedule, noised=noised
-    )
-
-
-def written(ids: Array, wishes: Wishes) -> Array:
-    """The ids with the known tokens in their places [n l]."""
-    if wishes.known is None:
-        return ids
-    return jnp.where(wishes.known, wishes.ids, ids)
-
-
 FREE, USUAL = Wishes(), Plan()
-
-
-# --- what people ask for, as wishes
 
 
 def word_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
@@ -381,8 +244,6 @@ def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
         allowed[..., special] |= loose
     return np.where(known[..., None], ids[..., None] == np.arange(vocab), allowed)
 
-
-# --- single wishes by name
 
 WISHES = ("length", "contains", "lacks", "semantic", "label", "pos", "tree", "span")
 PLACED = {"length", "pos", "tree", "span"}  # of words counted from the text's start

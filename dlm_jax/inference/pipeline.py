@@ -30,10 +30,10 @@ from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError, choose
-from dlm_jax.inference import constraints, published
+from dlm_jax.inference import conditioning, constraints
 from dlm_jax.inference.constraints import FREE, USUAL, Guide, Plan, Wishes
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.runtime import checkpoint, parallel
+from dlm_jax.runtime import sharding
 from dlm_jax.types import Ids, Latent, PyTree
 
 
@@ -102,7 +102,7 @@ class Bundle:
 
     def with_classifier(self, *workdirs: str | Path) -> "Bundle":
         """This bundle, and classifiers to steer it: runs of --mode train_classifier."""
-        found = [constraints.load(path, self.ema.table) for path in workdirs]
+        found = [conditioning.load(path, self.ema.table) for path in workdirs]
         guides = dict(self.guides) | {guide.names.task: guide for guide in found}
         return dataclasses.replace(self, guides=guides, compiled={})
 
@@ -178,9 +178,9 @@ class Bundle:
             )
             heads = {task: self.guides[task].params for task in wishes.labels}
             run = self._run(settings, size, plan)
-            index, rows = parallel.spread((index, rows))
+            index, rows = sharding.spread((index, rows))
             done = run(key, self.ema, self.noise, index, rows, heads)
-            parts.append(parallel.fetch(done))
+            parts.append(sharding.fetch(done))
         latents, ids = (np.concatenate([p[i] for p in parts])[:n] for i in (0, 1))
         traces = np.concatenate([p[2] for p in parts])[:n] if trace else None
         texts = [self.tokenizer.decode(row) for row in ids]
@@ -246,9 +246,9 @@ class Bundle:
             self.compiled["nll", draws] = jax.jit(self._nll(draws))
         run, parts = self.compiled["nll", draws], []
         for i, (rows, mask) in enumerate(batching.batches(np.asarray(ids), size)):
-            terms = run(jax.random.fold_in(key, i), self.ema, parallel.spread(rows))
+            terms = run(jax.random.fold_in(key, i), self.ema, sharding.spread(rows))
             parts.append(
-                jax.tree.map(lambda x, m=mask: x[m > 0], parallel.fetch(terms))
+                jax.tree.map(lambda x, m=mask: x[m > 0], sharding.fetch(terms))
             )
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -275,8 +275,8 @@ class Bundle:
             )
         parts, run = [], self.compiled["features"]
         for rows, mask in batching.batches(np.asarray(ids), min(len(ids), 256)):
-            found = run(self.ema, parallel.spread(rows))
-            parts.append(parallel.fetch(found)[mask > 0])
+            found = run(self.ema, sharding.spread(rows))
+            parts.append(sharding.fetch(found)[mask > 0])
         return np.concatenate(parts)
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -346,23 +346,23 @@ class Bundle:
             heads: dict[str, Any],
         ):
             guides = {t: self.guides[t]._replace(params=p) for t, p in heads.items()}
-            schedule = _schedule(self.config, noise) if noise else self.schedule
+            schedule = adapted_schedule(self.config, noise) if noise else self.schedule
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-            denoise = constraints.denoiser(
+            denoise = conditioning.denoiser(
                 params, self.cfg, schedule, wishes, guides, plan, given=self.given
             )
             if s.clamp >= 0:
                 options = {"below": s.clamp, "allowed": wishes.allowed}
                 denoise = guidance.clamp(denoise, params.table, **options)
             step = _step(s, denoise, schedule)
-            step = constraints.step(step, params.table, schedule, wishes, guides, plan)
+            step = conditioning.step(step, params.table, schedule, wishes, guides, plan)
             if s.churn:
                 step = samplers.churn(step, schedule, rate=s.churn)
 
             def to_ids(x):
                 ids = ROUNDINGS[s.rounding](params, x, wishes.allowed)
-                return constraints.written(ids, wishes)
+                return conditioning.written(ids, wishes)
 
             x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
@@ -399,7 +399,7 @@ def _step(s: Settings, denoise: model.Denoise, schedule: Schedule) -> samplers.S
     return samplers.temperature(solver, denoise, schedule, tau=s.temperature)
 
 
-def _schedule(config: dict, noise: PyTree) -> Schedule:
+def adapted_schedule(config: dict, noise: PyTree) -> Schedule:
     """The adaptive schedule that follows from what it knows."""
     return adaptive.ADAPTIVE[config["schedule"]["adaptive"]](noise)
 
@@ -413,85 +413,3 @@ def _positive(name: str, value: int) -> int:
 def _power(n: int) -> int:
     """The power of two at or above n: few batch sizes, few compilations."""
     return 1 << (n - 1).bit_length()
-
-
-def load(workdir: str | Path, step: int | None = None) -> Bundle:
-    """A run's newest checkpoint (or `step`), or a published checkpoint folder.
-
-    Raises UserError, one line, where there is none or it is damaged.
-    """
-    if published.is_reference(workdir):
-        cfg, params, tok, _ = published.load_reference(workdir)
-        return from_parts(cfg, params, tok, published.reference_config(workdir))
-    step = checkpoint.latest(workdir, step)
-    config, words = checkpoint.read_json(workdir, step)
-    if "names" in words:
-        raise UserError(f"{workdir} is a classifier: give it to bundle.with_classifier")
-    tok = tokenizer.from_dict(words)
-    cfg, noise, like = blueprint(config, tok.vocab_size)
-    parts = {"params": like, "ema": like}
-    if config["schedule"].get("adaptive"):
-        parts["noise"] = jax.eval_shape(lambda: adaptive.init(noise))
-    found = checkpoint.restore_part(workdir, step, parallel.global_like(parts))
-    return from_parts(cfg, found.pop("params"), tok, config, step=step, **found)
-
-
-SHARED = 0.9  # share of the words that a teacher and a run have in common
-
-
-def load_teacher(name: str, workdir: str, bundle: Bundle) -> Bundle | None:
-    """The teacher of that option, if it knows the very words and lengths of the run."""
-    if not workdir:
-        return None
-    teacher, flag = load(workdir), f"{name}={workdir}"
-    if not teacher.cfg.causal:
-        raise UserError(f"{flag}: not of objective 'ar'")
-    mine, its = (set(b.tokenizer.tokens()) for b in (bundle, teacher))
-    if len(mine & its) < SHARED * len(mine | its) or teacher.length < bundle.length:
-        raise UserError(
-            f"{flag}: trained on other text, or shorter ({len(mine & its)} of "
-            f"{len(mine | its)} words shared, length {teacher.length} for "
-            f"{bundle.length}); train one on this run's data"
-        )
-    return teacher
-
-
-def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
-    """(network, schedule, shapes of Params) that a resolved config describes."""
-    try:
-        cfg = DenoiserConfig(**config["model"])
-        bounds = {"layers": 2**10, "width": 2**20, "ff": 2**22, "positions": 2**24}
-        for name, most in bounds.items():
-            if not 0 < getattr(cfg, name) <= most:
-                raise ValueError(f"model.{name}={getattr(cfg, name)}")
-        if (config["schedule"].get("steps") or 0) > 2**24:
-            raise ValueError(f"schedule.steps={config['schedule']['steps']}")
-        noise, key = schedule.named(**config["schedule"]), jax.random.key(0)
-        return cfg, noise, jax.eval_shape(lambda: model.init(key, cfg, vocab))
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(
-            f"the saved config is not one of this version: {error}"
-        ) from error
-
-
-def from_parts(
-    cfg: DenoiserConfig,
-    params: Params,
-    tok: tokenizer.Tokenizer,
-    config: dict,
-    *,
-    ema: Params | None = None,
-    noise: Any = (),
-    step: int = 0,
-) -> Bundle:
-    """A bundle from its parts; ema defaults to params; noise: what the schedule knows."""
-    if tok.vocab_size != params.table.shape[0]:
-        raise UserError(
-            f"the tokenizer has {tok.vocab_size} words and the embedding "
-            f"{params.table.shape[0]}: they are not of one checkpoint"
-        )
-    found = schedule.named(**config["schedule"])
-    if noise:
-        found = jax.device_get(_schedule(config, noise))
-    ema = params if ema is None else ema
-    return Bundle(params, ema, cfg, found, tok, config, step, noise)

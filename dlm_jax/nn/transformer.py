@@ -7,19 +7,27 @@ come from the time, zero at the start (AdaLN-Zero, arXiv:2212.09748), for small 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Float, UInt32
+from jaxtyping import Float
 
+from dlm_jax.nn.ops import (
+    FUSED,
+    across,
+    by_tanh,
+    drop,
+    exact,
+    fused,
+    gelu,
+    rotate,
+    times,
+)
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
 
 # of the trunk's products, and of what flows between them: CPUs are slow at the latter in
@@ -96,81 +104,6 @@ def _uniform(fan_in: int) -> Callable:
     return init
 
 
-# Products whose gradients are written out: XLA's CPU compiler takes twice the time for
-# the product of a matrix that lies by columns, as a transpose does.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def times(
-    a: Float[Array, "*s m k"],
-    b: Float[Array, "*s k n"],
-    dtype: str,
-    out: str,
-) -> Float[Array, "*s m n"]:
-    """Computes a b: multiplied in dtype, accumulated in float32, returned in out."""
-    return _dot(a.astype(dtype), b.astype(dtype), 1, 0, out)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def across(
-    a: Float[Array, "*s m k"],
-    b: Float[Array, "*s n k"],
-    dtype: str,
-    out: str,
-) -> Float[Array, "*s m n"]:
-    """Computes a b^T, likewise."""
-    return _dot(a.astype(dtype), b.astype(dtype), 1, 1, out)
-
-
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out: str = "float32") -> Array:
-    """Contracts these of the last two axes."""
-    rest = tuple(range(a.ndim - 2))
-    over = ((len(rest) + axis_a,), (len(rest) + axis_b,))
-    return jax.lax.dot_general(
-        a,
-        b,
-        (over, (rest, rest)),
-        precision="highest",
-        preferred_element_type=jnp.dtype(out),
-    )
-
-
-def _by_rows(x: Array) -> Array:
-    """x, on a CPU made to lie in memory by rows."""
-
-    def constrained(x: Array) -> Array:
-        rows = Layout(major_to_minor=tuple(range(x.ndim)))
-        return with_layout_constraint(jnp.asarray(x), rows)
-
-    return jax.lax.platform_dependent(x, cpu=constrained, default=lambda x: x)
-
-
-def _forward(axis_b: int, a: Array, b: Array, dtype: str, out: str) -> tuple:
-    low = a.astype(dtype), b.astype(dtype)
-    return _dot(*low, 1, axis_b, out), (low, a[:0], b[:0])
-
-
-def _backward(
-    axis_b: int, dtype: str, out: str, saved: tuple, g: Array
-) -> tuple[Array, Array]:
-    (a, b), like_a, like_b = saved
-    g = _by_rows(g.astype(dtype))
-    d_a = _dot(g, b, 1, 1 - axis_b, out)
-    d_b = _outer(g, a) if axis_b else _outer(a, g)
-    return d_a.astype(like_a.dtype), d_b.astype(like_b.dtype)
-
-
-def _outer(a: Array, b: Array) -> Array:
-    """a^T b; it is the narrower one that is transposed."""
-    if a.shape[-1] <= b.shape[-1]:
-        return _dot(_by_rows(jnp.matrix_transpose(a)), b, 1, 0)
-    return jnp.matrix_transpose(_by_rows(_outer(b, a)))
-
-
-times.defvjp(functools.partial(_forward, 0), functools.partial(_backward, 0))
-across.defvjp(functools.partial(_forward, 1), functools.partial(_backward, 1))
-
-
 class Dense(nn.Module):
     """x w + b over the last axis; zero: both start there, else as PyTorch's.
 
@@ -206,31 +139,6 @@ class Dropout(nn.Module):
         return drop(x, jax.random.bits(self.make_rng("dropout"), (2,)), self.rate)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def drop(x: Float[Array, "*s"], seed: UInt32[Array, "2"], rate: float) -> Array:
-    """x / (1 - rate) where it is `kept`, else 0; nothing but the seed is saved."""
-    return jnp.where(kept(seed, x.shape, rate), x / (1 - rate), 0)
-
-
-def kept(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Array:
-    """True with probability 1 - rate: a hash of the place and the seed.
-
-    murmur3's finaliser, in place of random bits by threefry, which took up to a sixth of
-    a step: it is computed where it is used, forward and backward.
-    """
-    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    v = place * jnp.uint32(0x9E3779B1) + seed[0]
-    v = (v ^ (v >> 16)) * jnp.uint32(0x85EBCA6B) ^ seed[1]
-    v = (v ^ (v >> 13)) * jnp.uint32(0xC2B2AE35)
-    return v ^ (v >> 16) >= jnp.uint32(round(rate * 2**32))
-
-
-drop.defvjp(
-    lambda x, seed, rate: (drop(x, seed, rate), seed),
-    lambda rate, seed, g: (drop(g, seed, rate), np.zeros(2, jax.dtypes.float0)),
-)
-
-
 class Attention(nn.Module):
     """Self-attention over all positions: PADs attend and are attended, as published.
 
@@ -263,65 +171,11 @@ class Attention(nn.Module):
         return Dense(h, *cfg.precision, name="out")(mixed)
 
 
-# backend: who computes attention there without its scores in memory
-FUSED: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
-
-
 def fuses(cfg: DenoiserConfig) -> bool:
     """Whether this backend has such attention for these heads."""
     head = cfg.width // cfg.heads
     known = jax.default_backend() in FUSED and cfg.stream == "bfloat16"
     return known and head % 8 == 0 and head <= 128
-
-
-def fused(q: Array, k: Array, v: Array, causal: bool) -> Float[Array, "b n l k"]:
-    """softmax(q k^T / sqrt k) v of [b n l k]."""
-    by_place = (x.swapaxes(1, 2) for x in (q, k, v))
-    mixed = jax.nn.dot_product_attention(
-        *by_place, is_causal=causal, implementation=FUSED[jax.default_backend()]
-    )
-    return mixed.swapaxes(1, 2)
-
-
-def rotate(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
-    """RoPE: pairs of coordinates turn by angles proportional to the position."""
-    half = x.shape[-1] // 2
-    angle = np.arange(x.shape[2])[:, None] * 100.0 ** (-np.arange(half) / half)
-    cos, sin = (f(angle).astype(x.dtype) for f in (np.cos, np.sin))  # constants
-    u, w = x[..., :half], x[..., half:]
-    return jnp.concatenate([u * cos - w * sin, u * sin + w * cos], -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x: Float[Array, "*s"], phi: Callable) -> Float[Array, "*s"]:
-    """x Phi(x) in float32, of which x alone is kept for the gradient.
-
-    phi: x -> (Phi(x), its slope).
-    """
-    wide = x.astype(jnp.float32)
-    return (wide * phi(wide)[0]).astype(x.dtype)
-
-
-def _gelu_backward(phi: Callable, x: Array, g: Array) -> tuple[Array]:
-    wide = x.astype(jnp.float32)
-    value, slope = phi(wide)
-    return ((g * (value + wide * slope)).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x, phi: (gelu(x, phi), x), _gelu_backward)
-
-
-def exact(x: Array) -> tuple[Array, Array]:
-    """The normal distribution, by erf: jax.nn's erfc takes twice the time."""
-    density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))), density
-
-
-def by_tanh(x: Array) -> tuple[Array, Array]:
-    """Its usual approximation (arXiv:1606.08415)."""
-    c, a = math.sqrt(2 / math.pi), 0.044715
-    t = jnp.tanh(c * (x + a * x**3))
-    return 0.5 * (1 + t), 0.5 * c * (1 - t**2) * (1 + 3 * a * x**2)
 
 
 class PostBlock(nn.Module):

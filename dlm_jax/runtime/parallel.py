@@ -15,28 +15,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax.errors import UserError
-from dlm_jax.types import PyTree
 
-AXIS = "data"
-SMALL = 2**12  # elements of a leaf that is not worth splitting
 # seconds that hosts wait for: a sign of life, each other's start, each other's end
 HEARTBEAT, START, END = 30, 300, 60
 MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # what a host tells; seconds between questions
 ENDING = threading.RLock()  # one line is a process's last
-
-
-# --- hosts
 
 
 def start(coordinator: str, processes: int, process: int) -> None:
@@ -232,192 +223,3 @@ class Preemption:
         """Gives the signal back."""
         if self.handler:
             signal.signal(signal.SIGTERM, self.before)
-
-
-# --- layouts of a training run
-
-
-class Layout(NamedTuple):
-    """How state and rows lie on the devices; its parts go together.
-
-    axis: the mapped axis of the step, None where jit sees the global batch. begin(key,
-    init): the first state. like(shapes): what a checkpoint is restored into, and
-    loaded(tree) makes the state of it. whole(state): global arrays, for checkpoints and
-    for `spread` rows. step(fn, state): fn compiled. parts(accumulate), rows: the host's
-    rows of a step, read in that many parts and put on its devices.
-    """
-
-    axis: str | None
-    begin: Callable[[jax.Array, Callable], PyTree]
-    like: Callable[[PyTree], PyTree]
-    loaded: Callable[[PyTree], PyTree]
-    whole: Callable[[PyTree], PyTree]
-    step: Callable[[Callable, PyTree], Callable]
-    parts: Callable[[int], int]
-    rows: Callable[[np.ndarray], Any]
-
-
-def _mesh() -> Mesh:
-    """All devices of all hosts, each host's together."""
-    found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    return Mesh(np.array(found), (AXIS,))
-
-
-def _everywhere() -> NamedSharding:
-    return NamedSharding(_mesh(), PartitionSpec())
-
-
-def _here() -> NamedSharding:
-    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
-
-
-def place(tree: PyTree) -> PyTree:
-    """Copies onto all local devices; donation needs this before the first step."""
-    return jax.device_put(tree, _here())
-
-
-def to_global(tree: PyTree) -> PyTree:
-    """Host-local replicas as global arrays without a copy: Orbax refuses the former."""
-    return tree if jax.process_count() == 1 else _renamed(tree, _everywhere())
-
-
-def to_local(tree: PyTree) -> PyTree:
-    """The inverse of `to_global`: global arrays as this host's replicas."""
-    return place(tree) if jax.process_count() == 1 else _renamed(tree, _here())
-
-
-def _renamed(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    def convert(x: jax.Array) -> jax.Array:
-        parts = [s.data for s in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
-
-    return jax.tree.map(convert, tree)
-
-
-def global_like(tree: PyTree) -> PyTree:
-    """Shapes and dtypes with the replicated sharding over all devices, to restore."""
-    sharding = _everywhere()
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
-
-
-def _mapped(step: Callable, state: PyTree) -> Callable:
-    return jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(None, None, 0),
-        out_axes=None,
-        donate_argnums=1,
-    )
-
-
-def _by_device(rows: np.ndarray) -> np.ndarray:
-    """This host's rows [1 b l] as [local devices, b / devices, l]."""
-    return rows[0].reshape(jax.local_device_count(), -1, *rows.shape[2:])
-
-
-PMAP = Layout(
-    axis=AXIS,
-    begin=lambda key, init: place(jax.jit(init)(key)),
-    like=global_like,
-    loaded=to_local,
-    whole=to_global,
-    step=_mapped,
-    parts=lambda accumulate: 1,
-    rows=_by_device,
-)
-
-
-def split(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """The longest axis that the devices divide; a small leaf stays whole."""
-    axes = [i for i, size in enumerate(shape) if size % devices == 0]
-    if not axes or np.prod(shape) < SMALL:
-        return PartitionSpec()
-    longest = max(axes, key=lambda i: shape[i])
-    return PartitionSpec(*(AXIS if i == longest else None for i in range(len(shape))))
-
-
-def _split_like(tree: PyTree) -> PyTree:
-    mesh = _mesh()
-
-    def one(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, split(x.shape, mesh.size))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(one, tree)
-
-
-def _shardings(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _begin_split(key: jax.Array, init: Callable) -> PyTree:
-    """No device ever holds the whole."""
-    like = _split_like(jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=_shardings(like))(key)
-
-
-def _jitted(step: Callable, state: PyTree) -> Callable:
-    out = (_shardings(state), _everywhere())
-    return jax.jit(step, donate_argnums=1, out_shardings=out)
-
-
-def _by_part(rows: np.ndarray) -> jax.Array:
-    """This host's rows [parts b l] as the global array, b split over all devices."""
-    sharding = NamedSharding(_mesh(), PartitionSpec(None, AXIS))
-    return jax.make_array_from_process_local_data(sharding, rows)
-
-
-FSDP = Layout(
-    axis=None,
-    begin=_begin_split,
-    like=_split_like,
-    loaded=lambda tree: tree,
-    whole=lambda tree: tree,
-    step=_jitted,
-    parts=lambda accumulate: accumulate,
-    rows=_by_part,
-)
-LAYOUTS = {"pmap": PMAP, "fsdp": FSDP}
-
-
-def check_batch(batch: int, accumulate: int = 1) -> None:
-    """UserError unless the devices and the microbatches divide the batch."""
-    count = jax.device_count() * accumulate
-    if batch % count:
-        raise UserError(
-            f"config.train.batch={batch} is not a multiple of {count} "
-            f"({jax.device_count()} devices x optim.accumulate={accumulate}): "
-            f"take {batch // count * count or count}"
-        )
-
-
-# --- rows that all hosts know, as in sampling and evaluation
-
-
-def spread(rows: PyTree) -> PyTree:
-    """Rows, the same on every host, split over all devices that divide their number."""
-    if jax.device_count() == 1:
-        return rows
-    mesh = _mesh()
-
-    def one(x: Any) -> jax.Array:
-        even = x.shape[0] % mesh.size == 0
-        sharding = NamedSharding(mesh, PartitionSpec(AXIS if even else None))
-        return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
-
-    return jax.tree.map(one, rows)
-
-
-def fetch(tree: PyTree) -> PyTree:
-    """Arrays of all hosts as NumPy's, on every host."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-@jax.jit
-def finite(tree: PyTree) -> jax.Array:
-    """Whether all of the numbers are, wherever they lie."""
-    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))

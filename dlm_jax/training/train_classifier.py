@@ -6,25 +6,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.data import annotations
+from dlm_jax.data import annotations, corpus
 from dlm_jax.data.annotations import Names
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
-from dlm_jax.inference import pipeline
+from dlm_jax.inference import loading, pipeline
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer
-from dlm_jax.training.trainer import Work
+from dlm_jax.training import train_step, trainer, validate
+from dlm_jax.training.train_step import Work
 
 
 def work(names: Names, table: np.ndarray) -> Work:
     """Labels to learn, at the noise of the recipe's schedule, on the frozen table."""
     layout, size = names.layout, names.layout.size
 
-    def init(key: Any, recipe: trainer.Recipe, vocab: int) -> classifier.Classifier:
+    def init(key: Any, recipe: train_step.Recipe, vocab: int) -> classifier.Classifier:
         return classifier.init(key, recipe.cfg, layout)
 
-    def terms(key, params, rows, draws, recipe: trainer.Recipe) -> classifier.Scores:
+    def terms(key, params, rows, draws, recipe: train_step.Recipe) -> classifier.Scores:
         ids, asked = rows[:, :-size], rows[:, -size:]
         known = {"cfg": recipe.cfg, "layout": layout, "schedule": recipe.schedule}
         frozen = jnp.asarray(table)
@@ -43,17 +43,17 @@ class ClassifierRun(trainer.Run):
             raise UserError(
                 "config.classifier.model: name the run that is to be steered"
             )
-        self.base = pipeline.load(config.classifier.model)
+        self.base = loading.load(config.classifier.model)
         config = borrow(config, self.base)
         self.task, self.labelled = corpus_of(config, self.base)
         super().__init__(config, workdir)
 
-    def _recipe(self) -> trainer.Recipe:
+    def _recipe(self) -> train_step.Recipe:
         table = np.asarray(self.base.ema.table)
-        recipe = trainer.recipe_of(self.config)
+        recipe = validate.recipe_of(self.config)
         return recipe._replace(schedule=self.base.schedule, work=work(self.task, table))
 
-    def _corpus(self, tokenizer: Tokenizer | None) -> trainer.Corpus:
+    def _corpus(self, tokenizer: Tokenizer | None) -> corpus.Corpus:
         return self.labelled
 
     def _bundle(self) -> None:
@@ -91,7 +91,7 @@ def borrow(config: Any, base: pipeline.Bundle) -> Any:
     return config
 
 
-def corpus_of(config: Any, base: pipeline.Bundle) -> tuple[Names, trainer.Corpus]:
+def corpus_of(config: Any, base: pipeline.Bundle) -> tuple[Names, corpus.Corpus]:
     """The labels' names, and rows of ids and labels of both splits."""
     task, tok = config.classifier.task, base.tokenizer
     if task in ("pos", "tree") and not isinstance(tok, WordTokenizer):
@@ -110,7 +110,7 @@ def corpus_of(config: Any, base: pipeline.Bundle) -> tuple[Names, trainer.Corpus
         )
 
     about = {"names": names.to_dict(), "table": checkpoint.crc(base.ema.table)}
-    return names, trainer.Corpus(rows(*train_part), rows(*valid_part), tok, about)
+    return names, corpus.Corpus(rows(*train_part), rows(*valid_part), tok, about)
 
 
 def run(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both splits of a run as token ids, and what made them."""
+
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlm_jax.data import array_record, encoding, sources
+from dlm_jax.data.array_record import Rows
+from dlm_jax.data.tokenizer import Tokenizer
+from dlm_jax.errors import UserError
+
+
+class Corpus(NamedTuple):
+    """Token ids of both splits [n l], and what made them; about: more to record."""
+
+    train: np.ndarray | Rows
+    valid: np.ndarray | Rows
+    tokenizer: Tokenizer
+    about: dict | None = None
+
+    def record(self) -> dict:
+        """The tokenizer's, and a checksum of what it was trained and used on."""
+        record = {**self.tokenizer.to_dict(), **(self.about or {})}
+        if isinstance(self.train, np.ndarray):
+            record["corpus"] = zlib.crc32(self.train.tobytes())
+        return record
+
+
+def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Reads, tokenises and encodes both splits; a saved tokenizer is kept."""
+    if config.data.source == "prepared":
+        return _prepared(config.data)
+    texts = sources.load_texts(config.data, "train")
+    held_out = sources.load_texts(config.data, "valid")
+    tokenizer = tokenizer or sources.train_tokenizer(config.data, texts)
+    layout = {name: config.data[name] for name in ("length", "mode", "too_long")}
+    train, valid = (encoding.encode(t, tokenizer, **layout) for t in (texts, held_out))
+    return Corpus(train, valid, tokenizer)
+
+
+def _prepared(cfg: Any) -> Corpus:
+    """What --mode prepare_data wrote; UserError where the config has another layout."""
+    about = array_record.manifest(Path(cfg.path))
+    for name in ("length", "mode"):
+        if cfg[name] != about[name]:
+            raise UserError(
+                f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
+                f"{about[name]}; take that, or prepare it again"
+            )
+    return Corpus(*array_record.load(cfg.path))

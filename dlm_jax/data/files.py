@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text files, read record by record; what is wrong names its line."""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dlm_jax.errors import UserError
+
+
+def describe(cfg: Any) -> str:
+    return f"{cfg.source} {cfg.path}".strip()
+
+
+def hold_out(texts: list, cfg: Any, split: str) -> list:
+    return texts[slice(*part(len(texts), cfg, split))]
+
+
+def part(texts: int, cfg: Any, split: str) -> tuple[int, int]:
+    """(first, last) of a split among so many texts: the end is held out."""
+    if not 0 <= cfg.valid_fraction < 1:
+        raise UserError(
+            f"config.data.valid_fraction={cfg.valid_fraction}: set it from 0 up to 1"
+        )
+    held = round(texts * cfg.valid_fraction)
+    if cfg.valid_fraction and texts:
+        held = max(held, 1)
+    kept = (0, texts - held) if split == "train" else (texts - held, texts)
+    if kept[0] >= kept[1]:
+        raise UserError(
+            f"{describe(cfg)} with {texts} texts leaves none for {split} at "
+            f"config.data.valid_fraction={cfg.valid_fraction}: change it, set "
+            "config.data.valid_path (or tfds_valid), or give more text"
+        )
+    return kept
+
+
+def existing(path: str, flag: str) -> Path:
+    if not path:
+        raise UserError(f"config.data.{flag} is empty: set it to a file of texts")
+    if not Path(path).is_file():
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{path} {found}: set config.data.{flag} to a file of texts")
+    return Path(path)
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
+    """The text of that line of the file."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}): "
+            "convert the file to UTF-8"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, stripped, with their numbers from 1."""
+    for number, line in enumerate(_raw_lines(path), 1):
+        if stripped := line.strip():
+            yield number, stripped
+
+
+def _raw_lines(path: Path) -> Iterator[str]:
+    """One after the other, never all; UserError naming the one that is not UTF-8."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        for number, raw in enumerate(file, 1):
+            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            yield _decode(raw, path, number)
+
+
+def read_text(path: Path, cfg: Any) -> Iterator[str]:
+    return (line for _, line in _lines(path))
+
+
+def read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
+    found = []
+    for number, line in _lines(path):
+        record, bar, text = line.partition("||")
+        if not bar:
+            raise UserError(
+                f"{path} line {number} has no '||' between record and text: "
+                "give E2E's `field : value | ... ||text`, or set config.data.source=text"
+            )
+        told = (part.partition(":") for part in record.split("|"))
+        fields = {field.strip(): value.strip() for field, _, value in told}
+        found.append((text.strip(), fields))
+    return found
+
+
+def read_records(records: Callable, path: Path, cfg: Any) -> Iterator[str]:
+    texts = (cell(record, cfg.column, where) for where, record in records(path))
+    return (text for text in texts if text)
+
+
+def jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of each line."""
+    for number, line in _lines(path):
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{where} is not JSON ({reason}): mend it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is not a JSON object: give {{column: text}}")
+        yield where, record
+
+
+def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of each row."""
+    pieces = chain.from_iterable(io.StringIO(x, newline="") for x in _raw_lines(path))
+    rows = csv.DictReader(pieces)
+    try:
+        for row in rows:
+            yield f"{path} line {rows.line_num}", row
+    except csv.Error as error:
+        where = f"{path} line {rows.line_num}"
+        raise UserError(f"{where} is not CSV ({error}): mend it") from error
+
+
+def cell(record: dict, column: str, where: str) -> str:
+    """The text of one record, which may be bytes; UserError if it has none."""
+    if column not in record:
+        names = ", ".join(str(name) for name in record if name is not None)
+        raise UserError(
+            f"{where} has no column {column!r}: set config.data.column to one of {names}"
+        )
+    value = record[column]
+    try:
+        value = value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} column {column!r} is not UTF-8: mend it") from error
+    if not isinstance(value, str):
+        kind = "nothing" if value is None else type(value).__name__
+        raise UserError(
+            f"{where} column {column!r} holds {kind}, not text: "
+            "mend it or set config.data.column to another"
+        )
+    return value.strip()

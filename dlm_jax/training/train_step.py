@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step: gradients, update, average, schedule; a pure function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dlm_jax.diffusion import adaptive, losses, model, time_sampling
+from dlm_jax.diffusion.embedding import unit_rows
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.training import optimizer
+from dlm_jax.types import Array, Ids, PRNGKey, PyTree
+
+
+class TrainState(NamedTuple):
+    """Everything a resumed run needs; keys and data order follow from the step.
+
+    step: updates done; ema: the average used for sampling; moments: () or the losses'
+    history for importance sampling of t; noise: () or what the schedule adapts to.
+    """
+
+    step: Array
+    params: Any
+    ema: Any
+    opt: PyTree
+    moments: Any
+    noise: Any = ()
+
+
+class Work(NamedTuple):
+    """What is learnt. A row of data is a text's ids, then `labels` more numbers.
+
+    init(key, recipe, vocab): parameters; terms(key, params, rows, draws, recipe): the
+    named terms of each row, with their `total()`.
+    """
+
+    init: Callable[..., Any]
+    terms: Callable[..., Any]
+    labels: int = 0
+
+
+def _init(key: PRNGKey, recipe: "Recipe", vocab: int) -> Params:
+    return model.init(key, recipe.cfg, vocab, normalize=recipe.normalize)
+
+
+def _end_to_end(key, params, rows, draws, recipe) -> losses.Terms:
+    return losses.end_to_end(
+        params,
+        rows,
+        draws,
+        cfg=recipe.cfg,
+        schedule=recipe.schedule,
+        objective=recipe.objective,
+        key=key,
+        mask_pad=recipe.mask_pad,
+        normalize=recipe.normalize,
+    )
+
+
+LANGUAGE = Work(_init, _end_to_end)
+
+
+class Recipe(NamedTuple):
+    """What a step needs besides arrays: the static choices of the run."""
+
+    cfg: DenoiserConfig
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    objective: str
+    batch: int  # global
+    times: str = "uniform"
+    mask_pad: bool = False
+    self_cond: float = 0.0
+    truncate: float = 0.0
+    known: float = 0.0
+    adaptive: str = ""
+    normalize: bool = False
+    frozen: bool = False
+    ema: float = 0.9999
+    accumulate: int = 1
+    skip: bool = False  # an update whose loss or gradient is no number
+    work: Work = LANGUAGE
+
+    def at(self, noise: Any) -> "Recipe":
+        """The recipe with the schedule that the state's `noise` gives."""
+        if not self.adaptive:
+            return self
+        return self._replace(schedule=adaptive.ADAPTIVE[self.adaptive](noise))
+
+
+def init_state(
+    key: PRNGKey, recipe: Recipe, vocab: int, table: Any = None
+) -> TrainState:
+    """Step 0; table: a fixed start for the embedding [v d]."""
+    params = recipe.work.init(key, recipe, vocab)
+    if table is not None:
+        table = (
+            unit_rows(jnp.asarray(table)) if recipe.normalize else jnp.asarray(table)
+        )
+        params = params._replace(table=table)
+    opt = recipe.optimizer.init(params)
+    moments = ()
+    if recipe.times == "importance":
+        moments = time_sampling.init_moments(recipe.schedule.steps or 0)
+    noise = adaptive.init(recipe.schedule) if recipe.adaptive else ()
+    copy = jax.tree.map(jnp.copy, params)  # a donated buffer may not appear twice
+    return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, noise)
+
+
+def make_draws(
+    key: PRNGKey, ids: Ids, recipe: Recipe, first: Any, moments: Any
+) -> time_sampling.Draws:
+    """The draws of rows first ... of the recipe's batch."""
+    importance = recipe.times == "importance"
+    return time_sampling.draw(
+        key,
+        (ids.shape[0], ids.shape[1] - recipe.work.labels, recipe.cfg.dim),
+        first=first,
+        total=recipe.batch,
+        times="uniform" if importance else recipe.times,
+        steps=recipe.schedule.steps,
+        self_cond=recipe.self_cond,
+        known=recipe.known,
+        moments=moments if importance else None,
+    )
+
+
+def loss_fn(
+    params: PyTree,
+    ids: Ids,
+    draws: time_sampling.Draws,
+    recipe: Recipe,
+    *,
+    key: PRNGKey | None = None,
+) -> tuple[Array, Any]:
+    """The batch's mean loss, and its terms; a key turns dropout on."""
+    terms = recipe.work.terms(key, params, ids, draws, recipe)
+    return jnp.mean(terms.total()), terms
+
+
+def _gradients(key, state, ids, recipe, first):
+    """Mean gradient over the microbatches, each with a key of its own."""
+    k_draw, k_drop = jax.random.split(key)
+    k_cut = jax.random.fold_in(key, 2)
+    micro = ids.reshape(recipe.accumulate, -1, ids.shape[-1])
+    dropout = max(recipe.cfg.dropout, recipe.cfg.attention_dropout) > 0
+
+    def one(carry, inputs):
+        i, rows = inputs
+        start = first + i * rows.shape[0]
+        if recipe.truncate:
+            size = rows.shape[1] - recipe.work.labels
+            cut = time_sampling.truncate(
+                k_cut, rows[:, :size], recipe.truncate, first=start
+            )
+            rows = jnp.concatenate([cut, rows[:, size:]], -1)
+        draws = make_draws(k_draw, rows, recipe, start, state.moments)
+        k = jax.random.fold_in(k_drop, start) if dropout else None
+        value = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, terms), grads = value(state.params, rows, draws, recipe, key=k)
+        return jax.tree.map(jnp.add, carry, grads), (terms, draws.t, draws.weight)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    numbered = (jnp.arange(recipe.accumulate), micro)
+    if recipe.accumulate == 1:
+        grads, seen = one(zeros, jax.tree.map(lambda x: x[0], numbered))
+    else:
+        grads, seen = jax.lax.scan(one, zeros, numbered)
+    grads = jax.tree.map(lambda g: g / recipe.accumulate, grads)
+    return grads, jax.tree.map(lambda x: x.reshape(-1), seen)
+
+
+def train_step(
+    key: PRNGKey,
+    state: TrainState,
+    ids: Ids,
+    *,
+    recipe: Recipe,
+    axis: str | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update from this device's rows [b l]; axis: the mapped axis, None under jit.
+
+    Metrics (means over the global batch): the loss, its named terms, the gradient norm.
+    """
+    key, recipe = jax.random.fold_in(key, state.step), recipe.at(state.noise)
+    first = 0 if axis is None else jax.lax.axis_index(axis) * ids.shape[0]
+    grads, (terms, t, weight) = _gradients(key, state, ids, recipe, first)
+    metrics = {"loss": terms.total(), **terms._asdict()}
+    del metrics["weight"]
+    metrics = jax.tree.map(jnp.mean, metrics)
+    if axis is not None and jax.lax.axis_size(axis) > 1:
+        grads, metrics = jax.lax.pmean((grads, metrics), axis)
+    metrics["grad_norm"] = optimizer.norm(grads)
+    if recipe.frozen:
+        grads = grads._replace(table=jnp.zeros_like(grads.table))
+    updates, opt = recipe.optimizer.update(grads, state.opt, state.params)
+    moved: Any = optax.apply_updates(state.params, updates)
+    params = _constrain(moved, state.params, recipe)
+    ema = _constrain(
+        optimizer.average(state.ema, params, recipe.ema), state.ema, recipe
+    )
+    moments = _remember(state.moments, terms, t, weight, axis)
+    noise = _adapt(state.noise, terms, t, recipe, axis)
+    new = TrainState(state.step + 1, params, ema, opt, moments, noise)
+    return _unless_bad(new, state, metrics) if recipe.skip else new, metrics
+
+
+def _unless_bad(new: TrainState, state: TrainState, metrics: dict) -> TrainState:
+    """The new state, or the old one where loss or gradient are no numbers."""
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
+    return kept._replace(step=new.step)
+
+
+def _constrain(params: Any, before: Any, recipe: Recipe) -> Any:
+    """The table's constraint: frozen, or on the sphere."""
+    if recipe.frozen:
+        return params._replace(table=before.table)
+    return (
+        params._replace(table=unit_rows(params.table)) if recipe.normalize else params
+    )
+
+
+def _remember(moments, terms: Any, t, weight, axis):
+    """The history with these losses, as they are without importance weights."""
+    if not isinstance(moments, time_sampling.Moments):
+        return moments
+    error = (terms.diffusion + terms.t0) * terms.weight / weight  # see losses._vlb
+    loss = error + terms.rounding + terms.prior
+    if axis is not None:
+        t, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (t, loss))
+    return time_sampling.update_moments(moments, t, loss)
+
+
+def _adapt(noise, terms: Any, t, recipe: Recipe, axis):
+    """What the schedule knows of the loss, with that of this batch."""
+    if not recipe.adaptive:
+        return noise
+    u, loss = -recipe.schedule.log_snr(t), terms.diffusion + terms.t0
+    if axis is not None:
+        u, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (u, loss))
+    return adaptive.update(noise, u, loss)

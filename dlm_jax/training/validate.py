@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resolved config, checked, as what a step needs."""
+
+import math
+from typing import Any
+
+from dlm_jax.diffusion import adaptive, losses, model, schedule, time_sampling
+from dlm_jax.errors import UserError, choose
+from dlm_jax.nn import transformer
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import sharding
+from dlm_jax.training import optimizer
+from dlm_jax.training.train_step import Recipe
+
+
+def recipe_of(config: Any) -> Recipe:
+    """The static choices of a resolved config; UserError names a wrong key."""
+    _check_ranges(config)
+    cfg, noise = network(config), schedule.named(**config.schedule)
+    choose("config.loss.objective", losses.OBJECTIVES, config.loss.objective)
+    times = {**time_sampling.TIMES, "importance": None}
+    choose("config.loss.times", times, config.loss.times)
+    losses.check(config.loss.objective, cfg, noise)
+    if config.schedule.adaptive:
+        choose("config.schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive)
+        if config.loss.objective in ("nelbo", "ar"):
+            raise UserError(
+                f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
+                f"{config.loss.objective!r} is no function of the noise alone; set ''"
+            )
+    if config.loss.times == "importance" and noise.steps is None:
+        raise UserError(
+            "config.loss.times='importance' needs config.schedule.steps > 0"
+        )
+    if config.loss.self_cond and not cfg.self_cond:
+        raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
+    if config.loss.known and cfg.causal:
+        raise UserError("config.loss.known > 0: a teacher is given what stands before")
+    choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
+    sharding.check_batch(config.train.batch, config.optim.accumulate)
+    return Recipe(
+        cfg=cfg,
+        schedule=noise,
+        optimizer=optimizer.make(config.optim, config.train.total_steps),
+        batch=config.train.batch,
+        normalize=config.embedding.normalize,
+        frozen=config.embedding.frozen,
+        ema=config.optim.ema,
+        adaptive=config.schedule.adaptive,
+        accumulate=config.optim.accumulate,
+        skip=config.train.on_nonfinite == "skip",
+        **config.loss,
+    )
+
+
+ON_NONFINITE: dict[str, Any] = dict.fromkeys(("stop", "skip", "rollback"))
+COUNT, ZERO_OR_MORE = (1, math.inf), (0, math.inf)
+RATE, BELOW_ONE = (0, 1), (0, 1 - 1e-9)
+RANGES = {
+    "train": {
+        **dict.fromkeys(("batch", "total_steps", "log_steps", "keep"), COUNT),
+        **dict.fromkeys(("ckpt_steps", "valid_steps", "sample_steps"), ZERO_OR_MORE),
+        "valid_batches": COUNT,
+    },
+    "model": {
+        **dict.fromkeys(("dim", "width", "layers", "heads", "ff", "positions"), COUNT),
+        **dict.fromkeys(("dropout", "attention_dropout"), BELOW_ONE),
+        "time_dim": COUNT,
+    },
+    "optim": {
+        **dict.fromkeys(("lr", "warmup", "weight_decay", "clip", "eps"), ZERO_OR_MORE),
+        **dict.fromkeys(("b1", "b2"), BELOW_ONE),
+        "ema": RATE,
+        "accumulate": COUNT,
+    },
+    "loss": dict.fromkeys(("self_cond", "truncate", "known"), RATE),
+    "data": {"seed": ZERO_OR_MORE, "valid_fraction": RATE},
+}
+
+
+def _check_ranges(config: Any) -> None:
+    """UserError for the first number that cannot be."""
+    for section, ranges in RANGES.items():
+        for name, (least, most) in ranges.items():
+            value = config[section][name]
+            if not least <= value <= most:
+                bound = f"at most {most:g}" if value > most else f"{least} or more"
+                bound = "below 1" if value > most == BELOW_ONE[1] else bound
+                raise UserError(f"config.{section}.{name}={value}: must be {bound}")
+
+
+def network(config: Any) -> DenoiserConfig:
+    """config.model as a DenoiserConfig, checked against the data's length."""
+    cfg = DenoiserConfig(**config.model)
+    choose("config.model.trunk", transformer.BLOCKS, cfg.trunk)
+    choose("config.model.predicts", model.TO_X0, cfg.predicts)
+    choose("config.model.dtype", transformer.DTYPES, cfg.dtype)
+    if config.data.length > cfg.positions:
+        raise UserError(
+            f"config.data.length={config.data.length} exceeds "
+            f"config.model.positions={cfg.positions}: raise the latter"
+        )
+    if cfg.width % cfg.heads:
+        raise UserError(
+            f"config.model.heads={cfg.heads} does not divide width={cfg.width}"
+        )
+    if cfg.trunk == "adaln" and cfg.width % (2 * cfg.heads):
+        raise UserError(
+            f"config.model.width={cfg.width}: rotary positions need a multiple of 2 x "
+            f"config.model.heads={cfg.heads}"
+        )
+    return cfg
