@@ -26,7 +26,7 @@ import numpy as np
 
 from configs import e2e_small
 from dlm_jax.data import batching, grammar, prepare
-from dlm_jax.runtime import parallel
+from dlm_jax.runtime import hosts
 from dlm_jax.training import train_step, trainer
 
 
@@ -69,7 +69,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     rows["share of a step that waits"] = float(
         np.median(np.array(found["wait"]) / np.array(found["step"]))
     )
-    return {"tokens a second": rows, "seconds": found, "device": parallel.describe()}
+    return {"tokens a second": rows, "seconds": found, "device": hosts.describe()}
 
 
 def seconds(call: Callable[[int], Any], times: int) -> float:

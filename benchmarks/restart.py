@@ -24,7 +24,7 @@ import numpy as np
 
 from configs import e2e
 from dlm_jax.diffusion import model
-from dlm_jax.runtime import checkpoint, parallel, sharding
+from dlm_jax.runtime import checkpoint, hosts, sharding
 from dlm_jax.training import train_step, validate
 
 VOCAB, BATCH = 821, 2
@@ -101,7 +101,7 @@ def main() -> None:
     if args.only:
         print(compiling(args.only))
         return
-    record: dict[str, Any] = {"device": parallel.describe()}
+    record: dict[str, Any] = {"device": hosts.describe()}
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             record[size] = saving(size, Path(folder), args.repeats)

@@ -81,18 +81,18 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
 
 def _alone() -> None:
     from dlm_jax.errors import UserError
-    from dlm_jax.runtime import parallel
+    from dlm_jax.runtime import hosts
 
-    if parallel.hosts()[1] > 1:
+    if hosts.index_and_count()[1] > 1:
         raise UserError(f"--mode {FLAGS.mode} is for one host: start it alone")
 
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     bundle = _load(config, workdir, step)
-    from dlm_jax.runtime import parallel
+    from dlm_jax.runtime import hosts
 
     texts = bundle.sample(bundle.config["sample"]["n"])
-    if parallel.hosts()[0] == 0:
+    if hosts.index_and_count()[0] == 0:
         print("\n".join(texts))
 
 
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
     Status 75 (sysexits' "temporary failure"): the same command goes on from what is saved.
     """
     from dlm_jax.errors import PreemptedError, UserError
-    from dlm_jax.runtime import checkpoint, parallel
+    from dlm_jax.runtime import checkpoint, hosts
 
     sys.unraisablehook = _unraisable
     try:
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{argv[1]}: not a flag; see --help")
         if not FLAGS.workdir:
             raise UserError("--workdir: name the run's directory, such as runs/first")
-        parallel.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         if FLAGS.mode in LOCAL and "://" in FLAGS.workdir:
             raise UserError(
                 f"--mode {FLAGS.mode} writes to a disk: copy {FLAGS.workdir} here first"
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
         print(error, file=sys.stderr, flush=True)
         sys.exit(RESTART)
     except Exception as error:
-        with parallel.ENDING:  # what another host tells is not said beside it
+        with hosts.ENDING:  # what another host tells is not said beside it
             _end(error)
         raise
 
@@ -168,18 +168,18 @@ def main(argv: list[str]) -> None:
 def _end(error: Exception) -> None:
     """Ends in one line, if a lost host or the user's mistake is the reason."""
     from dlm_jax.errors import UserError
-    from dlm_jax.runtime import parallel
+    from dlm_jax.runtime import hosts
 
-    if reason := parallel.lost(error):
+    if reason := hosts.lost(error):
         with contextlib.suppress(Exception):  # who kept what they know is lost
-            parallel.hear()
+            hosts.hear()
         print(f"another host is lost ({reason}): start all again", file=sys.stderr)
-        parallel.leave(RESTART)
+        hosts.leave(RESTART)
     if isinstance(error, UserError):
-        _fail(error, parallel.fail)
+        _fail(error, hosts.fail)
     if isinstance(error, OSError):
         line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
-        _fail(line, parallel.fail)
+        _fail(line, hosts.fail)
 
 
 def _unraisable(found: Any) -> None:

@@ -151,7 +151,7 @@ def test_flax_stays_in_nn(module):
 
 
 @pytest.mark.parametrize(
-    "module", sorted(set(MODULES) - {"runtime.parallel", "runtime.sharding"})
+    "module", sorted(set(MODULES) - {"runtime.hosts", "runtime.sharding"})
 )
 def test_devices_stay_in_parallel(module):
     for source, name in _imports(module):
@@ -216,7 +216,7 @@ def test_options_are_keywords(module):
         "inference.pipeline",
         "main",
         "runtime.checkpoint",
-        "runtime.parallel",
+        "runtime.hosts",
         "runtime.sharding",
         "training.optimizer",
         "training.train_step",

@@ -14,7 +14,7 @@ import pytest
 from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main
 from dlm_jax.errors import UserError
-from dlm_jax.runtime import parallel
+from dlm_jax.runtime import hosts
 from dlm_jax.training import trainer, validate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -207,7 +207,7 @@ def test_notes_of_the_libraries_stay_silent():
 )
 def test_hosts_are_checked(coordinator, processes, process):
     with pytest.raises(UserError, match="--coordinator"):
-        parallel.start(coordinator, processes, process)
+        hosts.start(coordinator, processes, process)
 
 
 SMALL = ("modern", "faithful", "teacher")

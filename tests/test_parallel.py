@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from configs import smoke
 from dlm_jax.errors import UserError
-from dlm_jax.runtime import checkpoint, logging, parallel, sharding
+from dlm_jax.runtime import checkpoint, hosts, logging, sharding
 from dlm_jax.runtime.sharding import AXIS
 from dlm_jax.training import trainer
 
@@ -308,21 +308,21 @@ def test_a_host_name_that_does_not_resolve_ends_all(tmp_path, erring):
 def test_an_error_that_came_of_a_lost_host_says_so(monkeypatch):
     error = UserError("cannot be saved: make room")
     error.__cause__ = RuntimeError("Gloo all-reduce failed: peer closed\nand more")
-    assert not parallel.lost(error)  # with one host there is none to lose
-    monkeypatch.setattr(parallel.distributed.global_state, "num_processes", 2)
-    assert parallel.lost(error) == "Gloo all-reduce failed: peer closed"
-    assert not parallel.lost(UserError("peers.txt does not exist"))
-    assert not parallel.lost(OSError(28, "No space left on device", "heartbeats.txt"))
+    assert not hosts.lost(error)  # with one host there is none to lose
+    monkeypatch.setattr(hosts.distributed.global_state, "num_processes", 2)
+    assert hosts.lost(error) == "Gloo all-reduce failed: peer closed"
+    assert not hosts.lost(UserError("peers.txt does not exist"))
+    assert not hosts.lost(OSError(28, "No space left on device", "heartbeats.txt"))
 
 
 def test_errors_are_handled_without_a_backend():
     """The error may be that none can be started."""
     program = (
-        "import jax; from dlm_jax.runtime import parallel; "
+        "import jax; from dlm_jax.runtime import hosts; "
         "jax.config.update('jax_platforms', 'none_such'); "
-        "parallel.distributed.global_state.num_processes = 2; "
-        "print(repr(parallel.lost(RuntimeError('peer closed'))), flush=True); "
-        "parallel._linger(); parallel.fail('')"
+        "hosts.distributed.global_state.num_processes = 2; "
+        "print(repr(hosts.lost(RuntimeError('peer closed'))), flush=True); "
+        "hosts._linger(); hosts.fail('')"
     )
     command = [sys.executable, "-c", program]
     kinds = {"capture_output": True, "text": True, "timeout": 120}
@@ -346,13 +346,13 @@ def test_a_host_is_to_be_found_by_its_name(found, says, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     if says is None:
-        parallel._check_name("mine")
+        hosts._check_name("mine")
         return
     with pytest.raises(UserError, match=f"the host name mine {says}.*/etc/hosts"):
-        parallel._check_name("mine")
+        hosts._check_name("mine")
     config = {"jax_platforms": "cuda", "jax_cpu_collectives_implementation": "gloo"}
     monkeypatch.setattr(jax, "config", SimpleNamespace(**config))
-    parallel._check_name("mine")  # only CPUs are linked by it
+    hosts._check_name("mine")  # only CPUs are linked by it
 
 
 @pytest.mark.parametrize(
@@ -379,12 +379,12 @@ def test_the_longest_axis_that_divides_is_split(shape, spec):
     ],
 )
 def test_clusters_are_known_by_what_they_set(env, found):
-    assert parallel.in_cluster(env) == found
+    assert hosts.in_cluster(env) == found
 
 
 def test_sigterm_is_noticed_and_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    asked = parallel.Preemption()
+    asked = hosts.Preemption()
     assert not asked(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert asked(2)

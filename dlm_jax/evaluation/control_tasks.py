@@ -32,7 +32,7 @@ from dlm_jax.evaluation.control_targets import (
 from dlm_jax.inference import constraints, loading
 from dlm_jax.inference.constraints import Plan, Wishes
 from dlm_jax.inference.pipeline import Bundle
-from dlm_jax.runtime import checkpoint, parallel
+from dlm_jax.runtime import checkpoint, hosts
 from dlm_jax.types import UNK
 
 
@@ -289,13 +289,15 @@ def run(bundle: Bundle, workdir: str) -> list[dict]:
     bundle = _equipped(bundle, options, names)
     teacher = loading.load_teacher("config.control.teacher", options.teacher, bundle)
     pairs, rows = [(name, calls) for name in names for calls in options.calls], []
-    main = parallel.hosts()[0] == 0  # all hosts draw and score, the first one writes
+    main = (
+        hosts.index_and_count()[0] == 0
+    )  # all hosts draw and score, the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
         for name, calls in pairs:
             bar.set_description(f"{name}, {calls} calls")
             about = _about(bundle, name, calls, teacher)
             path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
-            if parallel.of_first(path.exists()):
+            if hosts.of_first(path.exists()):
                 bar.update(options.seeds)
             else:
                 row = _row(bundle, config, name, calls, teacher, bar.update)

@@ -21,7 +21,7 @@ from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import Bundle
-from dlm_jax.runtime import parallel
+from dlm_jax.runtime import hosts
 from dlm_jax.types import PAD, START
 
 
@@ -287,7 +287,7 @@ def run(bundle: Bundle, workdir: str) -> dict[str, Any]:
         "evaluate": bundle.config["evaluate"],
         "texts": samples[0],
     }
-    if parallel.hosts()[0] == 0:
+    if hosts.index_and_count()[0] == 0:
         _write(record, Path(workdir), rows["unigram entropy, nats"].held_out.mean)
     return record
 

@@ -103,7 +103,7 @@ def save(
 ) -> None:
     """Starts an asynchronous save of `step`; UserError if nothing would be written.
 
-    state: global arrays where there are several hosts (`parallel.Layout.whole`).
+    state: global arrays where there are several hosts (`sharding.Layout.whole`).
     """
     sums = SUMMED | _sums(state) | _json_sums(config, tokenizer)
     parts = ocp.args.Composite(

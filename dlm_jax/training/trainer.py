@@ -20,7 +20,7 @@ from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError, UserError, choose
 from dlm_jax.inference import loading, pipeline
-from dlm_jax.runtime import checkpoint, parallel, sharding
+from dlm_jax.runtime import checkpoint, hosts, sharding
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.train_step import (
     Recipe,
@@ -94,7 +94,7 @@ class Run:
         layouts, mode = sharding.LAYOUTS, config.parallel.mode
         self.layout = choose("config.parallel.mode", layouts, mode)
         self.recipe = self._recipe()
-        self.host, self.hosts = parallel.hosts()
+        self.host, self.hosts = hosts.index_and_count()
         self.record = json.loads(config.to_json_best_effort())
         checkpoint.check(workdir, self.record)
         self.newest = self._newest()
@@ -121,7 +121,7 @@ class Run:
     def _newest(self) -> int | None:
         """The step to go on from: what the first host sees, and all must."""
         there = checkpoint.steps(self.workdir)
-        step = parallel.of_first(there[-1] if there else -1)
+        step = hosts.of_first(there[-1] if there else -1)
         if step >= 0 and step not in there:
             raise UserError(
                 f"--workdir {self.workdir}: host {self.host} does not see step {step}, "
@@ -133,7 +133,7 @@ class Run:
         """The first host writes config.json; the others must see it."""
         if self.host == 0:
             checkpoint.claim(self.workdir, self.record)
-        parallel.wait_for_all("claimed")
+        hosts.wait_for_all("claimed")
         for _ in range(100):
             if (self.workdir / "config.json").exists():
                 return
@@ -257,9 +257,11 @@ def run(
     try:
         task = make(config, workdir)
     except checkpoint.Damaged as error:
-        if not allow_fallback or parallel.lost(error):
+        if not allow_fallback or hosts.lost(error):
             raise
-        if parallel.hosts()[1] > 1:  # they would have to agree, and one may be waiting
+        if (
+            hosts.index_and_count()[1] > 1
+        ):  # they would have to agree, and one may be waiting
             raise UserError(
                 f"{error.path} is damaged: on several hosts nobody sets it aside, move it "
                 "out of its folder and start again"
@@ -270,14 +272,14 @@ def run(
     if start >= total:
         print(f"{workdir}: finished already, at step {start} of {total}")
         return
-    print(parallel.describe(), flush=True)
+    print(hosts.describe(), flush=True)
     progress = Progress(
         task.workdir / "metrics.jsonl", total=total, start=start, main=task.host == 0
     )
     count = model.count(task.state.params)
     progress.say(f"{count:,} parameters; from step {start}")
     writer = checkpoint.manager(workdir, keep=config.train.keep)
-    asked = parallel.Preemption()
+    asked = hosts.Preemption()
     try:
         _loop(task, progress, writer, asked, total)
         checkpoint.finish(writer)
@@ -294,7 +296,7 @@ def run(
 
 
 def _loop(
-    task: Run, progress: Progress, writer: Any, asked: parallel.Preemption, total: int
+    task: Run, progress: Progress, writer: Any, asked: hosts.Preemption, total: int
 ) -> None:
     one = functools.partial(train_step, recipe=task.recipe, axis=task.layout.axis)
     step_fn = task.layout.step(one, task.state)

@@ -147,7 +147,7 @@ def in_cluster(env: Any) -> bool:
     return bool(chips and importlib.util.find_spec("libtpu"))
 
 
-def hosts() -> tuple[int, int]:
+def index_and_count() -> tuple[int, int]:
     """(this host's number, number of hosts)."""
     return jax.process_index(), jax.process_count()
 
