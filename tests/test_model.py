@@ -12,7 +12,7 @@ import pytest
 from conftest import sizes
 
 from dlm_jax.diffusion import losses, model, schedule, time_sampling
-from dlm_jax.nn import ops, transformer
+from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 
 T200 = schedule.named("sqrt", 200)
@@ -122,9 +122,9 @@ def double(monkeypatch):
     """
     with monkeypatch.context() as patch, jax.enable_x64(True):
         patch.setitem(transformer.DTYPES, "float32", ("float64", "float64"))
-        patch.setattr(ops, "times", lambda a, b, *dtypes: a @ b)
-        patch.setattr(ops, "across", lambda a, b, *dtypes: a @ b.mT)
-        patch.setattr(ops, "gelu", lambda x, phi: x * phi(x)[0])
+        patch.setattr(transformer, "times", lambda a, b, *dtypes: a @ b)
+        patch.setattr(transformer, "across", lambda a, b, *dtypes: a @ b.mT)
+        patch.setattr(transformer, "gelu", lambda x, phi: x * phi(x)[0])
         yield lambda tree: jax.tree.map(lambda a: jnp.asarray(a, float), tree)
 
 

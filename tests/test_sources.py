@@ -253,7 +253,7 @@ def test_tfds_failures_are_one_line(tfds_set, changes, says):
 
 def test_tfds_that_needs_tensorflow_says_so(tfds_set, tmp_path, monkeypatch):
     cfg = _cfg(source="tfds", path="lm1b", tfds_dir=str(tmp_path))
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds, "find_spec", lambda name: None)
     _fails("lm1b needs the package tensorflow", sources.load_texts, cfg, "train")
 
     def prepare(cfg):

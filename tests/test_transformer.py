@@ -178,7 +178,7 @@ def test_fused_attention_is_attention(trunk, causal, monkeypatch):
     rows, (x, t, before) = weights(cfg), inputs()
     args = (x[:3, :5], t[:3], before[:3, :5])
     plain = np.asarray(transformer.apply(rows, cfg, 11, *args))
-    monkeypatch.setattr(ops, "FUSED", {"cpu": "xla"})
+    monkeypatch.setitem(ops.FUSED, "cpu", "xla")
     calls, known = [], jax.nn.dot_product_attention
     spy = lambda *a, **k: calls.append(k) or known(*a, **k)  # noqa: E731
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
@@ -209,7 +209,7 @@ def test_every_layer_drops_others(cfg):
         return original(x, seed, rate)
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr(ops, "drop", spy)
+        patch.setattr(transformer, "drop", spy)
         transformer.apply(weights(deep), deep, 11, *inputs(), key=key_of(5))
     assert len(seeds) == 1 + 3 * 2
     assert len({tuple(seed) for seed in seeds}) == len(seeds)
