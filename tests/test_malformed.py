@@ -238,7 +238,7 @@ import json, os, signal, sys
 from dlm_jax import main
 from dlm_jax.data import prepare
 from dlm_jax.evaluation import control_tasks, report
-from dlm_jax.runtime import parallel
+from dlm_jax.runtime import hosts
 from dlm_jax.training import trainer
 results = {}
 for name, flags, out in json.load(sys.stdin):
