@@ -182,7 +182,7 @@ def test_wrong_results_stop_the_stage(monkeypatch, tmp_path):
         lambda **options: {"forward, adaln/float32": np.full(3, np.nan)},
     )
     monkeypatch.setattr(right, "compare", lambda found, reference: right_checks())
-    job = Job(tmp_path / "right.json", 60.0, 0.0, rehearse=True)
+    job = Job(tmp_path / "right.json", 60.0, time.monotonic(), rehearse=True)
     (tmp_path / "reference.py").write_text(
         "import sys, numpy; numpy.savez(sys.argv[1], a=numpy.ones(1))"
     )

@@ -8,24 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch_peer as peer
 
-from configs import e2e_small
-from dlm_jax.diffusion import (
+torch = pytest.importorskip("torch", reason="the peers need the extra `peer`")
+pytest.importorskip("transformers", reason="the peers need the extra `peer`")
+
+from configs import e2e_small  # noqa: E402
+from dlm_jax.diffusion import (  # noqa: E402
     classifier,
     guidance,
     model,
     samplers,
     time_sampling,
 )
-from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.training import train_step, validate
-from dlm_jax.types import HeadSpec
-
-torch = pytest.importorskip("torch", reason="the peers need the extra `peer`")
-pytest.importorskip("transformers", reason="the peers need the extra `peer`")
+from dlm_jax.nn.transformer import DenoiserConfig  # noqa: E402
+from dlm_jax.training import train_step, validate  # noqa: E402
+from dlm_jax.types import HeadSpec  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import torch_peer as peer  # noqa: E402
 
 VOCAB, BATCH, LENGTH = 13, 4, 6
 IDS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
