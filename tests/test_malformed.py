@@ -259,7 +259,7 @@ def _digest(folder):
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        if p.is_file() and p.parent.name != "__pycache__"  # of configs, by Python 3.13
     }
 
 
