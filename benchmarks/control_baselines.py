@@ -6,7 +6,7 @@
 FT-sample, FT-search: the same blocks, causal, trained from scratch by the same command
 for as many steps as the quickstart, on the control's words, a bar, and the text. FUDGE:
 the plain teacher (configs/grammar.py:teacher), each token weighed by a classifier of
-prefixes, which is trained as the others are. Targets and scores: `dlm_jax.tasks`.
+prefixes, which is trained as the others are. Targets and scores: `dlm_jax.evaluation.control_tasks`.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def _in_slices(
 def measure(
     method: str, task: str, bundle: pipeline.Bundle, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """A row as `tasks.measure` gives it."""
+    """A row as `control_tasks.measure` gives it."""
     config = grammar_config.get_config()
     found = pairs(task, config.data.seed + control_targets.TARGET_SEED, args.n)
     wanted, words, _ = (list(part) for part in zip(*found, strict=True))

@@ -14,10 +14,12 @@ from dlm_jax.errors import UserError
 
 
 def describe(cfg: Any) -> str:
+    """Names the source in an error: its kind and path."""
     return f"{cfg.source} {cfg.path}".strip()
 
 
 def hold_out(texts: list, cfg: Any, split: str) -> list:
+    """Returns the texts of a split; the last `valid_fraction` are held out."""
     return texts[slice(*part(len(texts), cfg, split))]
 
 

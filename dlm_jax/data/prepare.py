@@ -80,7 +80,7 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
 
 
 def rows_of(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
-    """The rows [n l] of `data.encode`, from some texts at a time."""
+    """The rows [n l] of `encoding.encode`, from some texts at a time."""
     left: list[int] = []
     arrange, fit = encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)
     while chunk := list(itertools.islice(texts, CHUNK)):

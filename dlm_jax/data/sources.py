@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data: texts from files, TFDS or the grammar -> ids [n l] -> batches, seeded by step.
+"""Texts by source: files, E2E, TFDS, the grammar, prepared data.
 
-`load_texts` reads `config.data`, `encode` makes the one array of ids, and `batch_index`
-is a pure function of (seed, step), so that a run resumes without saving a position.
+`load_texts` reads what `config.data` names; `stream` reads a file text by text.
 """
 
 from collections.abc import Callable, Iterable, Iterator

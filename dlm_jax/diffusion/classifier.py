@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers on noisy latents: p(labels | x_t), whose slope steers (`control.guide`).
+"""Classifiers on noisy latents: p(labels | x_t), whose slope steers (`guidance.guide`).
 
 A trunk of the denoiser's blocks reads x_t and its noise; a head of a few arrays gives
 logits for every label of an example. A label of -1 is not asked. Source of the tasks:
@@ -135,7 +135,7 @@ def log_prob(
     *,
     mean: bool = False,
 ) -> Callable[[Latent, Time], PerExample]:
-    """log p(labels | x_t), nats (`control.LogProb`), the sum over those that are asked.
+    """log p(labels | x_t), nats (`guidance.LogProb`), the sum over those that are asked.
 
     mean: over them, as the published code has it.
     """

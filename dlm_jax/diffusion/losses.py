@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end-to-end losses: diffusion + t=0 term + rounding + prior, named, per example.
 
-The randomness is drawn first (`draw`); `end_to_end` is then deterministic. Sources:
-arXiv:2205.14217 section 4.1 and appendix A; REFERENCE 1.3 for what the code computes.
+The randomness is drawn first (`time_sampling.draw`); `end_to_end` is then deterministic.
+Sources: arXiv:2205.14217 section 4.1 and appendix A; REFERENCE 1.3 for what the published
+code computes.
 """
 
 import math

@@ -2,7 +2,7 @@
 """The control tasks: targets, how to steer, how to score; one table, one JSON a row.
 
 Scores are those of arXiv:2205.14217 section 6 (REFERENCE 1.9); beside each stands the
-fluency. Targets come from `targets`.
+fluency. Targets come from `control_targets`.
 """
 
 import json

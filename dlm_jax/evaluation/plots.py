@@ -20,7 +20,7 @@ from dlm_jax.errors import UserError
 from dlm_jax.runtime import logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
 
-Bundle: TypeAlias = Any  # generate.Bundle, which is of this layer
+Bundle: TypeAlias = Any  # pipeline.Bundle, which is of this layer
 Points: TypeAlias = Float[np.ndarray, "n 2"]
 
 WORDS = 200  # labels on the map

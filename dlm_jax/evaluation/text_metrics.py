@@ -3,7 +3,7 @@
 
 None of them says alone how good a model is: a sampler that repeats one likely sentence
 wins every likelihood, one that copies its training data wins every distance. They are
-read together, beside the same figures of held-out text (`evaluate`).
+read together, beside the same figures of held-out text (`report`).
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steering a batch of texts: wishes as arrays, and the wrappers that grant them.
+"""Constraints on a batch of texts, as arrays: templates, lengths, words, labels.
 
-A wish is an array with a row for each text, so one compilation serves every target.
+A constraint is an array with a row for each text, so one compilation serves every target.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ class Wishes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How wishes are granted, the same for all texts: see `control`.
+    """How wishes are granted, the same for all texts: see `guidance`.
 
     lean: weight of the classifiers on the estimate; weight: of the model's own words;
     scale: of the known tokens, for a model that learned to be given some; share: of the

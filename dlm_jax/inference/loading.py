@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to a model that samples."""
+"""From a checkpoint of ours, or a published one, to a model that samples."""
 
 from pathlib import Path
 from typing import Any

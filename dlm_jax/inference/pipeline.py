@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programmatic API: load a run, sample texts from it.
+"""The programmatic API: sample from a trained model, steer it, score texts with it.
 
 bundle = dlm_jax.load("runs/quickstart")
 bundle.sample(4, seed=0, steps=64)
@@ -144,7 +144,7 @@ class Bundle:
 
         seed: text i depends on (seed, i) alone, not on n or the batch. steps: denoiser
         calls. churn, temperature, asymmetry: see `samplers`. clamp: True, False or the
-        time below which x0_hat is snapped to words. wishes, plan: see `steering`.
+        time below which x0_hat is snapped to words. wishes, plan: see `constraints`.
         """
         settings = self.settings(
             trace=trace,
@@ -203,7 +203,7 @@ class Bundle:
         plan: Plan = USUAL,
         **options: Any,
     ) -> list[str]:
-        """n texts that are as `steering.wish` and the template have it.
+        """n texts that are as `constraints.wish` and the template have it.
 
         bundle.control(semantic={"food": "Italian"}, length=12). options: the wishes,
         and settings of `draw`.

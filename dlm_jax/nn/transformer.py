@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The denoiser f(x_t, t): a transformer over noisy embeddings; the one flax file.
+"""The denoiser f(x_t, t): a transformer over noisy embeddings.
 
 Two trunks. `post_ln`: BERT's post-LN encoder between tanh projections, as published
 (arXiv:2205.14217, REFERENCE 1.4). `adaln`: pre-LN blocks whose scale, shift and gate
@@ -47,7 +47,7 @@ class DenoiserConfig:
     "logits" over the vocabulary, whose softmax averages the embeddings. self_cond: the
     last estimate is an input. output_prior: each position's own posterior is an input
     too, and the logits start from it (`model.prior_logits`). causal: a position sees
-    none after it (`teacher`). noise_time: the time input is log-SNR, so that it keeps its
+    none after it (`autoregressive`). noise_time: the time input is log-SNR, so that it keeps its
     meaning while the schedule adapts. remat: the backward pass computes each layer anew
     instead of keeping what is inside it.
     """

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: how a run lies on them, multi-host start, signals; the one such file.
+"""Hosts: joining them, ending them together, signals.
 
-Two layouts. `pmap`: every device holds the whole state (in_axes=None, out_axes=None, so
-no leading device axis). `fsdp`: parameters, average and optimiser state are split over
-all devices by jit. Sampling and evaluation split their rows in both (`spread`).
+One host's mistake ends all of them with one line; a lost host ends the others with a
+status that asks for a restart.
 """
 
 import contextlib

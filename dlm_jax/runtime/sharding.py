@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How state and rows lie on the devices: pmap and fsdp."""
+"""How state and rows lie on the devices.
+
+Two layouts. `pmap`: every device holds the whole state (in_axes=None, out_axes=None, so
+no leading device axis). `fsdp`: parameters, average and optimiser state are split over
+all devices by jit. Sampling and evaluation split their rows in both (`spread`).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a classifier on a model's frozen embeddings, by the loop of `train`."""
+"""Training of a classifier on a model's frozen embeddings, by the loop of `trainer`."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: a pure step, and the loop that drives it."""
+"""The training loop: begins or resumes a run, saves, validates, reports."""
 
 import contextlib
 import dataclasses
