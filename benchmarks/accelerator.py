@@ -243,4 +243,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--stage"]:
         inside(*sys.argv[2:])
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the stage too
         main()

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -237,7 +237,8 @@ def alternate(
 
     Raises Ended if one of them fails.
     """
-    found = race(contenders, repeats, seconds)
+    alone = [{name: make} for name, make in contenders.items()]
+    found = race(alone, repeats, seconds)
     for name, row in found.items():
         if "error" in row:
             raise Ended(f"{name}: {row['error']}")
@@ -245,56 +246,49 @@ def alternate(
 
 
 def race(
-    contenders: Makers, repeats: int, seconds: float = 1.0, *, together: bool = False
+    waves: Sequence[Makers], repeats: int, seconds: float = 1.0
 ) -> dict[str, dict[str, Any]]:
     """`alternate`, but a contender that fails has a row {"error": its reason}.
 
-    together: all start at the same time, which saves time where there are many cores;
-    the seconds of "build" and "first" are then those of a busy machine.
+    Those of a wave start at the same time, and are ready before the next wave starts: the
+    seconds of "build" and "first" are of a machine that is busy with the wave.
     """
+    names = [name for wave in waves for name in wave]
     living: dict[str, Contender] = {}
     rows: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    counts: dict[str, int] = {}
 
-    def each(work: Callable[[str], Any]) -> None:
-        for name in [n for n in contenders if n not in rows]:
+    def each(work: Callable[[str], Any], some: Iterable[str]) -> None:
+        for name in [n for n in some if n not in rows]:
             try:
                 work(name)
             except Ended as error:
                 rows[name] = {"error": str(error)}
 
-    def start(name: str) -> None:
-        living[name] = contenders[name]()
-        if not together:
-            _ = living[name].started
-
-    counts: dict[str, int] = {}
-
     def count(name: str) -> None:
-        _ = living[name].started
         counts[name] = max(1, round(seconds / living[name].ask()))
 
     def measure(name: str) -> None:
         times[name].append(living[name].ask(counts[name]))
 
     def end(name: str) -> None:
-        rows[name] = {
-            "all": times[name],
-            **summary(times[name]),
-            **living[name].started,
-            **living[name].close(),
-        }
+        one = living[name]
+        taken = {"all": times[name], **summary(times[name]), **one.started}
+        rows[name] = {**taken, **one.close()}
 
     try:
-        each(start)
-        each(count)
+        for wave in waves:
+            living.update((name, make()) for name, make in wave.items())
+            each(lambda name: living[name].started, wave)
+        each(count, names)
         for _ in range(repeats):
-            each(measure)
-        each(end)
+            each(measure, names)
+        each(end, names)
     finally:
         for contender in living.values():
             contender.kill()
-    return {name: rows[name] for name in contenders}
+    return {name: rows[name] for name in names}
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerator benchmark: its rehearsal, what it refuses, and that wrong is wrong."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import wait_until
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accelerator
@@ -156,6 +158,26 @@ def test_a_stage_that_hangs_is_ended_with_its_children(monkeypatch, tmp_path):
     raise AssertionError("its child lives on")
 
 
+def test_a_terminated_run_leaves_no_process(tmp_path):
+    out = tmp_path / "out"
+    flags = ["--out", str(out), "--rehearse", "--stages", "right"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    running = subprocess.Popen([sys.executable, SCRIPT, *flags], env=env)
+    wait_until(lambda: processes_of(out) >= 2, "a stage of its own")
+    running.terminate()
+    assert running.wait(60) == 143
+    wait_until(lambda: not processes_of(out), "all of them are gone")
+
+
+def processes_of(out):
+    """How many processes name this folder."""
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            found += str(out).encode() in path.read_bytes()
+    return found
+
+
 def test_a_wrong_number_is_found():
     """Against a reference: other numbers, NaN, another sign, words that differ."""
     name, words = (
@@ -227,7 +249,7 @@ def test_a_contender_that_fails_has_a_row(tmp_path):
 
     makers = {name: maker(name) for name in ("ours", "memory", "broken")}
     makers["slow"] = maker("slow", 5)
-    rows = alternate.race(makers, 2, 0.001, together=True)
+    rows = alternate.race([makers], 2, 0.001)
     assert list(rows) == ["ours", "memory", "broken", "slow"]
     assert len(rows["ours"]["all"]) == 2
     assert rows["memory"] == {"error": "out of memory"}

@@ -79,27 +79,34 @@ class Races:
             for name in cases:
                 self.keep(name, {"skipped": f"{max(0, self.job.left()):.0f} s left"})
             return
-        makers: Makers = {}
-        for name, case in cases.items():
-            dtype = f"model.dtype={self.plan.dtype}"
-            mine = case._replace(change=(*case.change, dtype))
-            seconds = max(1.0, self.job.left() - GUARD)
-            patience = min(seconds, PATIENCE)  # a peer that compiles for longer is out
-            makers[f"{name}/ours"] = partial(Contender, "ours.py", mine, "", seconds)
-            for variant in variants.get(name, ()):
-                makers[f"{name}/{variant}"] = partial(
-                    Contender,
-                    "torch_peer.py",
-                    case,
-                    variant,
-                    patience,
-                    env={"JAX_PLATFORMS": "cpu"},  # it asks JAX for the config alone
-                )
-        found = alternate.race(makers, self.plan.repeats, self.plan.turn, together=True)
+        mine: Makers = {
+            f"{name}/ours": partial(self._ours, case) for name, case in cases.items()
+        }
+        theirs: Makers = {
+            f"{name}/{variant}": partial(self._peer, case, variant)
+            for name, case in cases.items()
+            for variant in variants.get(name, ())
+        }
+        # ours first: XLA chooses kernels by timing them, which others would disturb
+        plan = self.plan
+        found = alternate.race([mine, theirs], plan.repeats, plan.turn)
         for name, case in cases.items():
             start = f"{name}/"
             rows = {n[len(start) :]: r for n, r in found.items() if n.startswith(start)}
             self.keep(name, self._row(case, rows))
+
+    def _ours(self, case: Case) -> Contender:
+        change = (*case.change, f"model.dtype={self.plan.dtype}")
+        return Contender("ours.py", case._replace(change=change), "", self._left())
+
+    def _peer(self, case: Case, variant: str) -> Contender:
+        """A peer; it asks JAX for the config alone. One that compiles for long is out."""
+        seconds = min(self._left(), PATIENCE)
+        env = {"JAX_PLATFORMS": "cpu"}
+        return Contender("torch_peer.py", case, variant, seconds, env)
+
+    def _left(self) -> float:
+        return max(1.0, self.job.left() - GUARD)
 
     def _row(self, case: Case, rows: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {**case._asdict(), "contenders": rows}
