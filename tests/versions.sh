@@ -47,8 +47,10 @@ bare() {
     echo "error: trixie needs root and debootstrap: apt-get install debootstrap" >&2
     exit 2
   fi
-  [ -e "$folder/etc/debian_version" ] || debootstrap --variant=minbase \
-    --include=python3,python3-venv trixie "$folder" "${MIRROR:-http://deb.debian.org/debian}"
+  if [ ! -e "$folder/etc/debian_version" ] || [ -e "$folder/debootstrap" ]; then # begun
+    debootstrap --variant=minbase --include=python3,python3-venv trixie "$folder" \
+      "${MIRROR:-http://deb.debian.org/debian}"
+  fi
   settle
   [ -e "$folder/root/dlm_jax" ] || git clone --quiet . "$folder/root/dlm_jax"
   git -C "$folder/root/dlm_jax" fetch --quiet "$PWD" HEAD
