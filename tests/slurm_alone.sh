@@ -22,6 +22,23 @@ finish() {
 }
 pids=()
 trap finish EXIT
+
+# reached SECONDS WHAT COMMAND: waits until the command succeeds; past SECONDS all fails
+reached() {
+  local end=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@"; do
+    if [ "$SECONDS" -ge "$end" ]; then
+      tail -n 5 "$folder"/*.log >&2
+      echo "error: waited in vain: $what" >&2
+      exit 1
+    fi
+    sleep 0.5
+  done
+}
+idle() { sinfo -h -o %t 2>/dev/null | grep -q idle; }
+over() { [ -d "$run/checkpoints/600" ] && ! squeue -h -j "$job" -t R | grep -q .; }
+
 head -c 1024 /dev/urandom > "$folder/munge.key"
 chmod 400 "$folder/munge.key"
 mkdir -p "$folder/ctld" "$folder/slurmd"
@@ -53,10 +70,7 @@ slurmctld -D > "$folder/slurmctld.log" 2>&1 &
 pids+=($!)
 slurmd -D > "$folder/slurmd.log" 2>&1 &
 pids+=($!)
-for _ in $(seq 60); do
-  sinfo -h -o %t 2>/dev/null | grep -q idle && break
-  sleep 1
-done
+reached 60 "the node is idle" idle
 sinfo
 
 run=$folder/run
@@ -64,15 +78,9 @@ job=$(JAX_NUM_CPU_DEVICES=1 sbatch --parsable --nodes=1 --ntasks=2 \
   --output="$folder/out" launch/slurm.sh --config configs/smoke.py --workdir "$run" \
   --config.train.total_steps=600 --config.train.ckpt_steps=100 --config.train.batch=16 \
   --config.optim.decay=constant --config.train.valid_steps=0 --config.train.sample_steps=0)
-for _ in $(seq 240); do
-  [ -d "$run/checkpoints/100" ] && break
-  sleep 0.5
-done
+reached 120 "a checkpoint of the job" test -d "$run/checkpoints/100"
 scancel --signal=TERM "$job.0"
-for _ in $(seq 300); do
-  [ -d "$run/checkpoints/600" ] && ! squeue -h -j "$job" -t R | grep -q . && break
-  sleep 1
-done
+reached 300 "the end of the job" over
 cat "$folder/out"
 ls "$run/checkpoints"
 grep -q 'stopped by SIGTERM' "$folder/out"
