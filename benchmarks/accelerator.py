@@ -12,6 +12,7 @@ does not fit is skipped and named. Status 1 if a stage failed, 2 for a user's mi
 """
 
 import argparse
+import fcntl
 import importlib
 import json
 import os
@@ -19,19 +20,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = str(HERE.parent)
+sys.path.insert(0, ROOT)  # this checkout, whatever is installed
 # a stage's share of the time that is left when it starts; what it leaves goes on
-STAGES = {"machine": 0.1, "right": 0.18, "speed": 0.6, "learn": 1.0}
-LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 150}  # seconds; else skipped
+STAGES = {"machine": 0.1, "right": 0.18, "speed": 0.55, "learn": 1.0}
+LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 120}  # seconds; else skipped
 USES = {"speed": "machine", "learn": "speed"}  # whose record a stage is given
 GRACE = 10  # seconds between SIGTERM and SIGKILL
 WRONG = 3  # status of a stage whose results are wrong
 # what is compiled takes no time there, so compile quickly
-REHEARSAL = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+REHEARSAL = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 def fail(line: str) -> NoReturn:
@@ -52,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--profile", action="store_true", help="save a step's trace")
     args = parser.parse_args()
+    args.stages = [stage for stage in STAGES if stage in args.stages]  # in their order
     if not 0 < args.minutes <= 24 * 60:
         fail(f"--minutes={args.minutes:g}: give a number of minutes over 0, up to 1440")
     if not args.rehearse:
@@ -64,7 +73,9 @@ def arguments() -> argparse.Namespace:
 def check_data(args: argparse.Namespace) -> None:
     """E2E's files must be there before the first minute is spent."""
     for name in ("src1_train.txt", "src1_valid.txt"):
-        if "learn" in args.stages and not (Path(args.data) / name).is_file():
+        path = Path(args.data) / name
+        there = path.is_file() and path.stat().st_size > 0
+        if "learn" in args.stages and not there:
             fail(
                 f"--data={args.data}: no {name} there; name the folder of the E2E data, "
                 "or leave out learning: --stages machine right speed"
@@ -74,7 +85,8 @@ def check_data(args: argparse.Namespace) -> None:
 def check_device() -> None:
     """Asks JAX in a process of its own, which leaves the device free."""
     ask = "import jax; print(jax.default_backend())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    options: Any = {"capture_output": True, "text": True, "timeout": 180}
+    done = subprocess.run([sys.executable, "-c", ask], **options)
     backend = done.stdout.strip()
     if done.returncode or backend == "cpu":
         lines = done.stderr.strip().splitlines() or ["JAX sees the CPU alone"]
@@ -82,15 +94,20 @@ def check_device() -> None:
 
 
 def claim(out: Path, stages: list[str]) -> None:
-    """Makes the folder; results that lie there are never replaced."""
-    there = [name for name in stages if (out / f"{name}.json").exists()]
-    if there:
-        fail(f"--out={out}: holds results of {', '.join(there)}; choose another folder")
+    """Makes the folder this run's; results that lie there are never replaced."""
     try:
+        there = [name for name in stages if (out / f"{name}.json").exists()]
+        if there:
+            fail(
+                f"--out={out}: holds results of {', '.join(there)}; choose another folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.txt").touch()
+        log = os.open(out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        fail(f"--out={out}: another run writes there; choose another folder")
     except OSError as error:
-        fail(f"--out={out}: {error.strerror}; choose another folder")
+        fail(f"--out={str(out)[:200]}: {error.strerror}; choose another folder")
 
 
 def toy_data(folder: Path) -> str:
@@ -123,6 +140,12 @@ def start(
     command = [sys.executable, __file__, "--stage", stage, str(out), str(seconds)]
     env = {**os.environ, **(REHEARSAL if args.rehearse else {})}
     env["JAX_COMPILATION_CACHE_DIR"] = cache
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, env.get("PYTHONPATH")]))
+    env["DLM_PARENT"] = str(os.getpid())
+    if "no fused attention" in read(out, "right"):
+        env["DLM_PLAIN_ATTENTION"] = "1"  # see ours.py
+    note = out / f"{stage}.error"
+    note.unlink(missing_ok=True)
     began = time.monotonic()
     with (out / "log.txt").open("a") as log:
         process = subprocess.Popen(
@@ -141,7 +164,6 @@ def start(
     error = "" if status == 0 else f"ended with status {status}"
     if status is None:
         error = f"stopped after {seconds:.0f} s"
-    note = out / f"{stage}.error"
     if note.exists():
         error = note.read_text().strip()
         note.unlink()
@@ -164,10 +186,16 @@ def end(process: subprocess.Popen) -> None:
             continue
 
 
+def follow(parent: int) -> None:
+    """Ends this stage and its children when the benchmark is gone, however it ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
     """The stage's own process; an error's first line goes beside its results."""
     began = time.monotonic()
-    sys.path.insert(0, str(HERE.parent))
     from stages import Job, Wrong
 
     module = importlib.import_module(f"stages.{stage}")
@@ -216,6 +244,11 @@ def main() -> None:
         args.data = toy_data(out / "toy_e2e")
     with tempfile.TemporaryDirectory() as cache:
         states = run(args, cache)
+    for rest in (
+        *out.glob("*.part"),
+        *out.glob("*.error"),
+    ):  # of a stage that was killed
+        rest.unlink()
     show(out, states)
     failed = [s["error"] for s in states.values() if s["error"]]
     sys.exit(int(any(not error.startswith("skipped") for error in failed)))
@@ -241,6 +274,8 @@ def run(args: argparse.Namespace, cache: str) -> dict[str, dict[str, Any]]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--stage"]:
+        parent = int(os.environ["DLM_PARENT"])
+        threading.Thread(target=follow, args=(parent,), daemon=True).start()
         inside(*sys.argv[2:])
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the stage too

@@ -6,6 +6,7 @@ within a round. A contender waits for its turn on its input, without using the m
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -95,7 +97,7 @@ def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> No
     """
     case, variant = Case(*json.loads(sys.argv[1])), sys.argv[2]
     imports = resident("VmRSS")
-    spared = imports - _imported(alone) if alone else 0.0
+    spared = imports - _imported(alone) if alone and not on_gpu() else 0.0
     began = time.perf_counter()
     run = make(case._replace(change=tuple(case.change)), variant)
     ready = time.perf_counter()
@@ -112,13 +114,19 @@ def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> No
     say(peak | {"device_mb": device_memory()})
 
 
+def on_gpu() -> bool:
+    """Whether this is a PyTorch peer on a GPU, whose host memory nobody compares."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available()
+
+
 def device_memory() -> float | None:
     """MB of an accelerator that this process used at most; None on a CPU.
 
     A PyTorch peer keeps JAX on the CPU, so the two are never counted together.
     """
     torch, jax = (sys.modules.get(name) for name in ("torch", "jax"))
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and on_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
     stats = jax.local_devices()[0].memory_stats() if jax else None
     return stats["peak_bytes_in_use"] / 2**20 if stats else None
@@ -146,7 +154,8 @@ OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED|MemoryError", re.I
 class Contender:
     """A process that measures when asked; it starts at once and is ready at `started`.
 
-    seconds: it is killed when it is older than that. Raises Ended when it is gone.
+    patience: seconds in which it must be ready; seconds: in which it must be done with
+    all; else it is killed. Raises Ended when it is gone.
     """
 
     def __init__(
@@ -154,6 +163,7 @@ class Contender:
         script: str,
         case: Case,
         variant: str = "",
+        patience: float | None = None,
         seconds: float | None = None,
         env: Mapping[str, str] = MappingProxyType({}),
     ):
@@ -166,14 +176,24 @@ class Contender:
             text=True,
             env={**os.environ, **FAIR, **env},
         )
-        self.limit = threading.Timer(seconds or threading.TIMEOUT_MAX, self._overdue)
-        self.limit.daemon, self.overdue = True, False
+        longest = threading.TIMEOUT_MAX
+        self.end = time.monotonic() + (seconds or longest)
+        self.overdue = False
+        self._allow(min(patience or longest, seconds or longest))
+
+    def _allow(self, seconds: float) -> None:
+        """Kills it after so long, unless more is allowed before."""
+        self.limit = threading.Timer(max(0.0, seconds), self._overdue)
+        self.limit.daemon = True
         self.limit.start()
 
     @functools.cached_property
     def started(self) -> dict[str, float]:
         """Waits until it is ready; seconds to build its work, and of the first run."""
-        return self._heard()
+        found = self._heard()
+        self.limit.cancel()
+        self._allow(min(self.end - time.monotonic(), threading.TIMEOUT_MAX))
+        return found
 
     def ask(self, times: int = 1) -> float:
         """Seconds of one run, the mean of so many."""
@@ -216,14 +236,14 @@ class Contender:
         if self.overdue:
             return f"not done after {self.limit.interval:.0f} s"
         self.errors.seek(0)
-        text = self.errors.read()
-        if OUT_OF_MEMORY.search(text):
-            return "out of memory"
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for line in self.errors if line.strip()]
+        print(f"{self.process.args} ended:", *lines[-40:], sep="\n  ", flush=True)
         errors = [
             line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)
         ]
         last = (errors or lines or ["no word"])[-1]
+        if OUT_OF_MEMORY.search(last):
+            return "out of memory"
         return f"{last[:200]} (status {self.process.returncode})"
 
 
@@ -266,6 +286,9 @@ def race(
             except Ended as error:
                 rows[name] = {"error": str(error)}
 
+    def start(name: str) -> None:
+        _ = living[name].started
+
     def count(name: str) -> None:
         counts[name] = max(1, round(seconds / living[name].ask()))
 
@@ -274,13 +297,15 @@ def race(
 
     def end(name: str) -> None:
         one = living[name]
-        taken = {"all": times[name], **summary(times[name]), **one.started}
-        rows[name] = {**taken, **one.close()}
+        rows[name] = {"all": times[name], **summary(times[name]), **one.started}
+        with contextlib.suppress(Ended):  # what was measured stands without its memory
+            rows[name] |= one.close()
 
     try:
         for wave in waves:
             living.update((name, make()) for name, make in wave.items())
-            each(lambda name: living[name].started, wave)
+            with ThreadPoolExecutor(len(wave) or 1) as pool:  # each by its own clock
+                list(pool.map(lambda name: each(start, [name]), wave))
         each(count, names)
         for _ in range(repeats):
             each(measure, names)

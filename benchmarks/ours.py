@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our side of the speed benchmarks: a contender of `alternate`."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 from alternate import Case
 
 from dlm_jax.diffusion import classifier, guidance, model, samplers
+from dlm_jax.nn import ops
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import sharding
 from dlm_jax.training import train_step, validate
 from dlm_jax.types import HeadSpec
 
 CLASSES = 17
+if "DLM_PLAIN_ATTENTION" in os.environ:  # accelerator.py found that it does not run
+    ops.FUSED.clear()
 TAGGER = {"width": 128, "layers": 2, "heads": 4, "ff": 512, "trunk": "adaln"}
 
 

@@ -247,7 +247,7 @@ class Noise(nn.Module):
     def forward(self, t):
         if self.steps is not None:
             index = torch.round(t * self.steps).long().clip(-1, self.steps - 1) + 1
-            return self.table[index].unbind(-1)
+            return F.embedding(index, self.table).unbind(-1)
         snr = torch.where(t < 0, 50.0, self.log_snr(t))  # t < 0 is clean
         return torch.sigmoid(snr).sqrt(), torch.sigmoid(-snr).sqrt()
 

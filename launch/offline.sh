@@ -15,17 +15,21 @@ fail() {
 }
 
 have=${1:-} data=${2:-} folder=${3:-.offline} most=45 # MiB
+folder=${folder%/} mark=made_by_offline_sh
 python=${PYTHON:-.venv/bin/python}
 [ -f "$have" ] || fail "name a file that lists the other machine's packages, such as launch/cuda_image.txt"
 for split in train valid; do
   [ -f "$data/src1_$split.txt" ] || fail "$data/src1_$split.txt: no such file; name the folder of the E2E data second"
 done
-[ -x "$python" ] || fail "$python: no such program; run launch/test.sh first, or set PYTHON="
-[ ! -e "$folder" ] || [ -f "$folder/run.sh" ] || fail "$folder is not of this script; name another folder third"
-
+command -v "$python" >/dev/null || fail "$python: no such program; run launch/test.sh first, or set PYTHON="
 part=$folder.part
+for old in "$folder" "$part"; do
+  [ ! -e "$old" ] || [ -f "$old/$mark" ] || fail "$old is not of this script; name another folder third"
+done
 rm -rf "$part"
 mkdir -p "$part/wheels" "$part/e2e"
+touch "$part/$mark"
+echo '*' > "$part/.gitignore"
 trap 'rm -rf "$part"' EXIT
 
 # What the benchmark imports is what the package needs, but for what is imported when it
@@ -43,7 +47,12 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[\[=<>@ ]", name.strip())[0]).lower()
 
 
-lines = [line.split("#")[0].strip() for line in open(sys.argv[1], encoding="utf-8")]
+try:
+    text = open(sys.argv[1], encoding="utf-8").read()
+except (OSError, UnicodeDecodeError) as error:
+    sys.exit(f"error: {sys.argv[1]}: {error}; give a list of packages as text")
+# a vendor's own version, such as 0.11.2+cuda13, is in no index
+lines = [line.split("#")[0].split("+")[0].strip() for line in text.splitlines()]
 have = {plain(line) for line in lines if line}
 setup = configparser.RawConfigParser()
 setup.read("setup.cfg", encoding="utf-8")
@@ -54,7 +63,11 @@ with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins, tempfile.Temporary
     pins.flush()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += ["--report=-", f"--target={away}", f"--constraint={pins.name}", *TARGET, *needed]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        sys.exit(f"error: {sys.argv[1]}: no wheels fit its versions ({last}); leave some out")
+    report = json.loads(done.stdout)
 for item in report["install"]:
     if plain(item["metadata"]["name"]) not in have:
         print(f"{item['metadata']['name']}=={item['metadata']['version']}")
@@ -77,7 +90,11 @@ cat > "$part/run.sh" << 'SH'
 #   bash run.sh OUT [its flags]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:?"name a folder for the results first"}
+if [ $# = 0 ]; then
+  echo "error: name a folder for the results first" >&2
+  exit 2
+fi
+out=$1
 shift
 python=${PYTHON:-python3}
 site=$(mktemp -d)
@@ -87,9 +104,14 @@ for wheel in "$here"/wheels/*.whl; do
 done
 mkdir "$site/e2e"
 for file in "$here"/e2e/*.gz; do gunzip --stdout "$file" > "$site/e2e/$(basename "$file" .gz)"; done
-root=${ROOT:-$here/..}
+root=${DLM_ROOT:-$here/..}
 export PYTHONPATH=$site/packages:$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-"$python" "$root/benchmarks/accelerator.py" --out "$out" --data "$site/e2e" "$@"
+"$python" "$root/benchmarks/accelerator.py" --out "$out" --data "$site/e2e" "$@" &
+trap 'kill $! 2>/dev/null' TERM INT
+status=0
+wait $! || status=$?
+wait $! 2>/dev/null || true # after a signal: until its stages have ended
+exit "$status"
 SH
 
 size=$(du -sk "$part" | cut -f1)

@@ -4,7 +4,7 @@
 import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +38,27 @@ class Job(NamedTuple):
         part.replace(self.path)
 
 
-def together(work: dict[str, Callable[[], Any]], threads: int = 8) -> dict[str, Any]:
-    """Runs each piece in a thread, as compilers use one core each; name -> result."""
+def together(
+    work: dict[str, Callable[[], Any]],
+    threads: int = 8,
+    *,
+    done: Callable[[str, Any], None] = lambda name, result: None,
+) -> dict[str, Any]:
+    """Runs each piece in a thread, as compilers use one core each; name -> result.
+
+    done(name, result) is called as each piece is there. Raises the first error when all
+    others are done.
+    """
+    results: dict[str, Any] = {}
+    errors: list[BaseException] = []
     with ThreadPoolExecutor(threads) as pool:
-        running = {name: pool.submit(piece) for name, piece in work.items()}
-        return {name: future.result() for name, future in running.items()}
+        names = {pool.submit(piece): name for name, piece in work.items()}
+        for future in as_completed(names):
+            if error := future.exception():
+                errors.append(error)
+                continue
+            results[names[future]] = future.result()
+            done(names[future], future.result())
+    if errors:
+        raise errors[0]
+    return results

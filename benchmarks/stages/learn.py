@@ -87,8 +87,12 @@ def run(job: Job, speed: dict[str, Any]) -> None:
         record["parameters"] = model.count(lm.ema)
         record["model"] = pack(lm, workdir, job.path.parent)
         job.report(record)
-        for name, result in together(_pieces(lm, config, job.rehearse)).items():
+
+        def done(name: str, result: Any) -> None:
             record[name] = result
+            job.report(record)
+
+        together(_pieces(lm, config, job.rehearse), done=done)
         _by_chance(record)
         job.report(record)
 
@@ -108,7 +112,11 @@ def _steps(job: Job, config: Any, record: dict[str, Any]) -> int:
 
 def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     """Trains; a run that takes too long is stopped as by SIGTERM, which saves it."""
-    limit = max(5.0, job.left() - EVALUATION)
+    limit = job.left() - EVALUATION
+    if limit < 30 and not job.rehearse:
+        raise RuntimeError(f"no time to train: {job.left():.0f} s left")
+    # until the loop has its own handler, a signal that comes too early is no end
+    signal.signal(signal.SIGTERM, lambda *_: None)
     stop = threading.Timer(limit, os.kill, (os.getpid(), signal.SIGTERM))
     began = time.monotonic()
     stop.start()

@@ -56,8 +56,10 @@ def queued(run: Callable[[], Any], calls: int = 10, repeats: int = 5) -> float:
     jax.block_until_ready(run())
 
     def once() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(calls)][-1])
+        began, last = time.perf_counter(), None
+        for _ in range(calls):
+            last = run()  # the one before is freed
+        jax.block_until_ready(last)
         return (time.perf_counter() - began) / calls
 
     return statistics.median(once() for _ in range(repeats))

@@ -6,6 +6,8 @@ same time and are then measured in turn, so that what disturbs one disturbs all.
 """
 
 import importlib.util
+import itertools
+import json
 import subprocess
 import sys
 from functools import partial
@@ -30,7 +32,8 @@ TINY = (
 )
 PEERS = {"e2e": ("eager", "bf16", "compiled"), "e2e:modern": ("bf16", "compiled")}
 GUARD = 20.0  # seconds that a race needs besides its slowest contender's start
-PATIENCE = 100.0
+PATIENCE = 100.0  # in which a peer must be ready
+PROFILE = 75.0
 
 
 class Plan:
@@ -44,7 +47,7 @@ class Plan:
         self.change = TINY if tiny else ()
         self.dtype = "float32" if tiny else "bfloat16"
         self.repeats, self.turn = (2, 0.01) if tiny else (5, 0.3)
-        self.seconds = 10 if tiny else 60
+        self.seconds = 10 if tiny else 45
 
     def case(self, name: str, batch: int, **other: Any) -> Case:
         """A case of this config, as our peer computes it too."""
@@ -68,45 +71,76 @@ def peers(job: Job, backend: str) -> tuple[tuple[str, ...], str]:
 
 
 class Races:
-    """Runs races while the box has room, and reports every row at once."""
+    """Runs races while the box has room, and reports every row at once.
+
+    A case that was measured before is measured again beside new peers; its row keeps
+    the others' figures, and the seconds of its first compilation.
+    """
 
     def __init__(self, job: Job, plan: Plan, record: dict[str, Any]):
         self.job, self.plan, self.record = job, plan, record
 
-    def run(self, cases: dict[str, Case], variants: dict[str, tuple[str, ...]]) -> None:
-        """All cases at once, each beside its peers."""
+    def run(
+        self,
+        cases: dict[str, Case],
+        variants: dict[str, tuple[str, ...]] | None = None,
+        *,
+        apart: bool = False,
+    ) -> None:
+        """All cases at once, each beside its peers; apart: one process at a time."""
         if self.job.left() < self.plan.seconds:
-            for name in cases:
+            for name in cases.keys() - self.record["rows"].keys():
                 self.keep(name, {"skipped": f"{max(0, self.job.left()):.0f} s left"})
             return
+        env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if apart else {}
         mine: Makers = {
-            f"{name}/ours": partial(self._ours, case) for name, case in cases.items()
+            f"{name}/ours": partial(self._ours, case, env)
+            for name, case in cases.items()
         }
         theirs: Makers = {
             f"{name}/{variant}": partial(self._peer, case, variant)
             for name, case in cases.items()
-            for variant in variants.get(name, ())
+            for variant in (variants or {}).get(name, ())
         }
         # ours first: XLA chooses kernels by timing them, which others would disturb
         plan = self.plan
-        found = alternate.race([mine, theirs], plan.repeats, plan.turn)
+        lanes = [[{n: make}] for n, make in (mine | theirs).items()]
+        found: dict[str, Any] = {}
+        for waves in lanes if apart else [[mine, theirs]]:
+            found |= alternate.race(waves, plan.repeats, plan.turn)
         for name, case in cases.items():
             start = f"{name}/"
             rows = {n[len(start) :]: r for n, r in found.items() if n.startswith(start)}
-            self.keep(name, self._row(case, rows))
+            self.keep(name, self._merged(name, self._row(case, rows)))
 
-    def _ours(self, case: Case) -> Contender:
+    def _ours(self, case: Case, env: dict[str, str]) -> Contender:
         change = (*case.change, f"model.dtype={self.plan.dtype}")
-        return Contender("ours.py", case._replace(change=change), "", self._left())
+        mine = case._replace(change=change)
+        return Contender("ours.py", mine, "", self._left(), self._left(), env)
 
     def _peer(self, case: Case, variant: str) -> Contender:
         """A peer; it asks JAX for the config alone. One that compiles for long is out."""
-        seconds = min(self._left(), PATIENCE)
-        env = {"JAX_PLATFORMS": "cpu"}
-        return Contender("torch_peer.py", case, variant, seconds, env)
+        patience, env = min(self._left(), PATIENCE), {"JAX_PLATFORMS": "cpu"}
+        return Contender("torch_peer.py", case, variant, patience, self._left(), env)
 
     def _left(self) -> float:
         return max(1.0, self.job.left() - GUARD)
+
+    def _merged(self, name: str, row: dict[str, Any]) -> dict[str, Any]:
+        old = self.record["rows"].get(name, {})
+        if "ratios" not in old:
+            return row
+        new, before = row["contenders"], old["contenders"]
+        peers = {n: r for n, r in new.items() if n != "ours"}
+        if "ratios" not in row:  # ours failed this time: the first row stands
+            return {**old, "contenders": before | peers}
+        start = {n: before["ours"][n] for n in ("build", "first")}
+        contenders = {**before, **new, "ours": new["ours"] | start}
+        return {
+            **row,
+            "contenders": contenders,
+            "ratios": old["ratios"] | row["ratios"],
+        }
 
     def _row(self, case: Case, rows: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {**case._asdict(), "contenders": rows}
@@ -146,65 +180,84 @@ def run(job: Job, machine: dict[str, Any]) -> None:
     plan = Plan(job)
     races = Races(job, plan, record)
     beside = {n: tuple(v for v in PEERS[n] if v in variants) for n in CONFIGS}
-    first, *others = plan.batches
-    _train(races, first, beside)
-    # a guided chain under torch.compile takes minutes to compile
-    plain = {n: tuple(x for x in v if x != "compiled") for n, v in beside.items()}
-    _chains(races, plain)
-    for batch in others:
-        _train(races, batch, beside)
-    for name in CONFIGS:
-        _largest(races, name, beside[name])
+    _ours_alone(races)
     if job.profile:
         record["profile"] = profile(job, plan)
         job.report(record)
+    fast = {n: tuple(x for x in v if x != "compiled") for n, v in beside.items()}
+    slow = {n: tuple(x for x in v if x == "compiled") for n, v in beside.items()}
+    for batch in reversed(plan.batches):
+        _beside(races, batch, fast)
+    _beside(races, plan.batches[-1], slow)
+    _chains(races, plan.steps[:1], fast)  # a guided one takes minutes to compile
+    for name in CONFIGS:
+        _largest(races, name, fast[name] + slow[name])
+    _beside(races, plan.batches[0], slow)
+    _check(record)
 
 
-def _train(races: Races, batch: int, beside: dict[str, tuple[str, ...]]) -> None:
-    names = {f"{n}, training step, batch {batch}": n for n in CONFIGS}
-    cases = {full: races.plan.case(n, batch) for full, n in names.items()}
-    races.run(cases, {full: beside[n] for full, n in names.items()})
+def _check(record: dict[str, Any]) -> None:
+    """Raises the first error of ours that is not for want of memory or time."""
+    for name, row in record["rows"].items():
+        why = row.get("error", "")
+        if why and why != "out of memory" and not why.startswith("not done"):
+            raise RuntimeError(f"{name}: {why}")
 
 
-def _chains(races: Races, beside: dict[str, tuple[str, ...]]) -> None:
-    """Chains and guided chains; peers beside the shorter, as theirs take long."""
-    plan = races.plan
-    for steps in plan.steps:
-        cases, variants = {}, {}
-        for name in CONFIGS:
-            for job in ("chain", "guided"):
-                full = f"{name}, {job}, {steps} steps, {plan.chain_batch} samples"
-                cases[full] = plan.case(name, plan.chain_batch, job=job, steps=steps)
-                variants[full] = beside[name] if steps == plan.steps[0] else ()
+def _training(races: Races, batch: int) -> dict[str, Case]:
+    return {_title(n, batch): races.plan.case(n, batch) for n in CONFIGS}
+
+
+def _title(name: str, batch: int) -> str:
+    return f"{name}, training step, batch {batch}"
+
+
+def _ours_alone(races: Races) -> None:
+    """What needs no peer, and so is sure to be had: steps and chains of ours."""
+    cases: dict[str, Case] = {}
+    for batch in races.plan.batches:
+        cases |= _training(races, batch)
+    races.run(cases)
+    _chains(races, races.plan.steps, {})
+
+
+def _beside(races: Races, batch: int, variants: dict[str, tuple[str, ...]]) -> None:
+    """Training steps beside these peers, where there are any."""
+    titles = {_title(n, batch): v for n, v in variants.items() if v}
+    cases = {t: c for t, c in _training(races, batch).items() if t in titles}
+    if cases:
+        races.run(cases, titles)
+
+
+def _chains(
+    races: Races, steps: tuple[int, ...], beside: dict[str, tuple[str, ...]]
+) -> None:
+    """Chains and guided chains of so many steps."""
+    plan, cases, variants = races.plan, {}, {}
+    for name in CONFIGS:
+        for job, n in itertools.product(("chain", "guided"), steps):
+            title = f"{name}, {job}, {n} steps, {plan.chain_batch} samples"
+            cases[title] = plan.case(name, plan.chain_batch, job=job, steps=n)
+            variants[title] = beside.get(name, ())
+    if not beside or any(variants.values()):
         races.run(cases, variants)
 
 
 def _largest(races: Races, name: str, variants: tuple[str, ...]) -> None:
-    """Larger batches while they are faster; then the peers at the best of them."""
-    best, rate = (
-        0,
-        max(
-            races.rate(f"{name}, training step, batch {b}") for b in races.plan.batches
-        ),
-    )
+    """Larger batches while they are faster; then the peers at the best of them.
+
+    One process at a time, as each may need all of the memory.
+    """
+    best, rate = 0, max(races.rate(_title(name, b)) for b in races.plan.batches)
     for batch in races.plan.larger:
-        full = f"{name}, training step, batch {batch}"
-        races.run({full: races.plan.case(name, batch)}, {})
-        if races.rate(full) <= rate:
+        races.run({_title(name, batch): races.plan.case(name, batch)}, apart=True)
+        if races.rate(_title(name, batch)) <= rate:
             break
-        best, rate = batch, races.rate(full)
+        best, rate = batch, races.rate(_title(name, batch))
     if best and variants:
-        full = f"{name}, training step, batch {best}"
-        alone = races.record["rows"][full]
-        fast = tuple(v for v in variants if v != "eager")
-        races.run({full: races.plan.case(name, best)}, {full: fast})
-        row = races.record["rows"][full]
-        if "tokens/s" not in row:
-            races.keep(full, alone)
-        else:  # what was compiled the first time is taken from the cache now
-            start = {n: alone["contenders"]["ours"][n] for n in ("build", "first")}
-            row["contenders"]["ours"] |= start
-            races.keep(full, row)
+        peers = tuple(v for v in variants if v != "eager")
+        title = _title(name, best)
+        races.run({title: races.plan.case(name, best)}, {title: peers}, apart=True)
 
 
 def profile(job: Job, plan: Plan) -> list[str]:
@@ -215,11 +268,14 @@ def profile(job: Job, plan: Plan) -> list[str]:
         sys.executable,
         str(alternate.HERE / "stages" / "trace.py"),
         str(job.path.with_name("trace.tar.gz")),
-        alternate.json.dumps(case._replace(change=change)),
+        json.dumps(case._replace(change=change)),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=max(1.0, job.left())
-    )
+    limit = max(1.0, min(PROFILE, job.left() - GUARD))
+    options: Any = {"capture_output": True, "text": True, "timeout": limit}
+    try:
+        done = subprocess.run(command, **options)
+    except subprocess.TimeoutExpired:
+        return [f"no profile: not done after {limit:.0f} s"]
     if done.returncode:
         return [f"no profile: {(done.stderr.strip().splitlines() or ['?'])[-1]}"]
     return done.stdout.splitlines()

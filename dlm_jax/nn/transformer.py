@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = rotate(q), rotate(k)
         drops = not deterministic and cfg.attention_dropout > 0
-        if fuses(cfg) and not drops:
+        if fuses(cfg) and not drops and l > 1:  # cuDNN has none of one position
             mixed: Any = fused(q, k, v, cfg.causal)
         else:
             scores: Any = across(q, k, cfg.products, "float32")
