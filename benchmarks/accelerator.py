@@ -140,7 +140,8 @@ def start(
     command = [sys.executable, __file__, "--stage", stage, str(out), str(seconds)]
     env = {**os.environ, **(REHEARSAL if args.rehearse else {})}
     env["JAX_COMPILATION_CACHE_DIR"] = cache
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, env.get("PYTHONPATH")]))
+    paths = [ROOT, str(HERE), env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     env["DLM_PARENT"] = str(os.getpid())
     if "no fused attention" in read(out, "right"):
         env["DLM_PLAIN_ATTENTION"] = "1"  # see ours.py

@@ -28,9 +28,6 @@ from dlm_jax.nn import ops
 from dlm_jax.training import train_step, validate
 from stages import Job, Wrong, together
 
-if __name__ == "__main__":  # the reference's process; else accelerator.py is in charge
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 TRUNKS = {"post_ln": "configs/e2e.py", "adaln": "configs/e2e.py:modern"}
 SMALL = ("model.width=256", "model.ff=1024", "model.layers=2", "model.heads=4")
 TINY = ("model.width=32", "model.ff=64", "model.layers=1", "model.heads=2")
