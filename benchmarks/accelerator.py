@@ -86,7 +86,10 @@ def check_device() -> None:
     """Asks JAX in a process of its own, which leaves the device free."""
     ask = "import jax; print(jax.default_backend())"
     options: Any = {"capture_output": True, "text": True, "timeout": 180}
-    done = subprocess.run([sys.executable, "-c", ask], **options)
+    try:
+        done = subprocess.run([sys.executable, "-c", ask], **options)
+    except subprocess.TimeoutExpired:
+        fail("JAX found no device within 180 s; check its driver, or take --rehearse")
     backend = done.stdout.strip()
     if done.returncode or backend == "cpu":
         lines = done.stderr.strip().splitlines() or ["JAX sees the CPU alone"]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps and chains of the 87M model, beside PyTorch's on the same card.
 
-Every contender has a process of its own (`alternate`). Those of a race compile at the
-same time and are then measured in turn, so that what disturbs one disturbs all.
+Every contender has a process of its own (`alternate`). Ours are measured alone first, so
+that they are sure to be had. Beside peers, ours start first, the peers start together
+when ours are ready, and all are then measured in turn.
 """
 
 import importlib.util
@@ -33,7 +34,7 @@ TINY = (
 PEERS = {"e2e": ("eager", "bf16", "compiled"), "e2e:modern": ("bf16", "compiled")}
 GUARD = 20.0  # seconds that a race needs besides its slowest contender's start
 PATIENCE = 100.0  # in which a peer must be ready
-PROFILE = 75.0
+PROFILE = 75.0  # seconds for the trace
 
 
 class Plan:
