@@ -133,7 +133,7 @@ def after_words(
 
     def run(key: jax.Array, prefix: jax.Array) -> Any:
         if search:
-            return autoregressive.search(*model, bundle.length, prefix=prefix, beams=4)
+            return autoregressive.beam_search(*model, bundle.length, prefix=prefix, beams=4)
         keys = jax.random.split(key, len(prefix))
         return autoregressive.sample(keys, *model, bundle.length, prefix=prefix)
 

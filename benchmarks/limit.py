@@ -26,7 +26,7 @@ import ours
 from alternate import Case
 
 from dlm_jax.main import large_pages
-from dlm_jax.nn.ops import times
+from dlm_jax.nn.ops import matmul
 
 CASES = {
     "e2e": Case("configs/e2e.py", batch=16),
@@ -81,10 +81,10 @@ def rates(m: int, k: int, n: int, dtype: str) -> Rates:
     )
 
     def three(x: Any, w: Any, g: Any) -> Any:
-        y, back = jax.vjp(lambda x, w: times(x, w, dtype, "float32"), x, w)
+        y, back = jax.vjp(lambda x, w: matmul(x, w, dtype, "float32"), x, w)
         return y, back(g.astype(jnp.float32))
 
-    one = best(partial(jax.jit(lambda x, w: times(x, w, dtype, "float32")), x, w))
+    one = best(partial(jax.jit(lambda x, w: matmul(x, w, dtype, "float32")), x, w))
     return _rates(m * k * n, one, best(partial(jax.jit(three), x, w, g)))
 
 

@@ -20,7 +20,7 @@ from dlm_jax.types import HeadSpec
 
 CLASSES = 17
 if "DLM_PLAIN_ATTENTION" in os.environ:  # accelerator.py found that it does not run
-    ops.FUSED.clear()
+    ops.FUSED_ATTENTION.clear()
 TAGGER = {"width": 128, "layers": 2, "heads": 4, "ff": 512, "trunk": "adaln"}
 
 
@@ -76,7 +76,7 @@ def chain(case: Case) -> Callable[[], Any]:
     )
     head = classifier.init(jax.random.key(1), tagger, layout)
     options = {"eta": config.sample.eta} if config.sample.solver == "ddim" else {}
-    times = samplers.time_grid(schedule, case.steps)
+    times = samplers.schedule_timesteps(schedule, case.steps)
 
     def whole(params: Any, head: Any, labels: Any, keys: Any, x_T: Any) -> Any:
         denoise = model.bind(params, cfg, schedule=schedule)
@@ -85,11 +85,11 @@ def chain(case: Case) -> Callable[[], Any]:
         step = samplers.SOLVERS[config.sample.solver](denoise, schedule, **options)
         if case.job == "guided":
             of = classifier.log_prob(head, tagger, layout, labels, schedule)
-            step = guidance.guide(step, of, schedule, lr=0.2, updates=case.updates)
+            step = guidance.gradient_guidance(step, of, schedule, lr=0.2, updates=case.updates)
         return samplers.sample(keys, step, x_T, times)[0].x0_hat
 
-    keys = samplers.keys_of(jax.random.key(1), len(ids))
-    x_T = samplers.noise(keys, (ids.shape[1], cfg.dim))
+    keys = samplers.per_example_keys(jax.random.key(1), len(ids))
+    x_T = samplers.standard_normal(keys, (ids.shape[1], cfg.dim))
     inputs = sharding.spread((ids % CLASSES, keys, x_T))
     run = partial(jax.jit(whole), params, head, *inputs)
     return lambda: jax.block_until_ready(run())

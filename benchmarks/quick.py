@@ -41,7 +41,7 @@ def products(config: Any, operations: float) -> Callable[[], Any]:
     times = max(1, round(operations / (4 * m * k * n)))
 
     def one(x: Any, w: Any) -> Any:
-        return ops.times(x, w, kind, "float32")
+        return ops.matmul(x, w, kind, "float32")
 
     def run(x: Any, w: Any) -> Any:
         for _ in range(times):

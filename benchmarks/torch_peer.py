@@ -599,7 +599,7 @@ def make(case: Any, variant: str) -> Callable[[], Any]:
         of = (ours.tagger_config(config), ours.CLASSES, recipe.schedule)
         tagger, labels = Tagger(*of, plain=plain), ids % ours.CLASSES
         guide = pusher(tagger, labels, variant, updates=case.updates)
-    times = samplers.time_grid(recipe.schedule, case.steps)
+    times = samplers.schedule_timesteps(recipe.schedule, case.steps)
     of = {"solver": config.sample.solver, "clamp": case.clamp, "guide": guide}
     run = chain(net, variant, times, **of)
     x_T = torch.randn(*ids.shape, recipe.cfg.dim, device=device())

@@ -39,14 +39,14 @@ def _gumbel_curve(mean, scale):
     return lambda u: 3.0 * jnp.exp(-jnp.exp(-(u - mean) / scale))
 
 
-@pytest.mark.parametrize("name", adaptive.ADAPTIVE)
+@pytest.mark.parametrize("name", adaptive.ADAPTIVE_SCHEDULES)
 def test_is_a_schedule(name):
     """alpha_bar falls, the warp's from nearly 1 to nearly 0, whatever was seen.
 
     The Gumbel law ends where its lower tail does, with the words decided, not clean.
     """
     for state in (adaptive.init(START), _seen(_gumbel_curve(1.0, 0.5), 30)):
-        noise = adaptive.ADAPTIVE[name](state)
+        noise = adaptive.ADAPTIVE_SCHEDULES[name](state)
         t = jnp.linspace(0, 1, 200)
         alpha = noise.alpha_bar(t)
         assert (jnp.diff(alpha) <= 1e-6).all()
@@ -79,7 +79,7 @@ def test_start_is_kept_where_nothing_was_seen():
     assert np.allclose(noise.log_snr(t), START.log_snr(t), atol=0.4)
 
 
-@pytest.mark.parametrize("name", adaptive.ADAPTIVE)
+@pytest.mark.parametrize("name", adaptive.ADAPTIVE_SCHEDULES)
 def test_forgets_without_breaking(name):
     """A bin that is not seen for 50,000 steps is no 0/0, and its old loss is gone."""
     state = _seen(_gumbel_curve(1.0, 0.5), 30)
@@ -90,7 +90,7 @@ def test_forgets_without_breaking(name):
         body = lambda _, s: adaptive.update(s, low, jnp.zeros(64))  # noqa: E731
         return jax.lax.fori_loop(0, 50_000, body, state)
 
-    noise = adaptive.ADAPTIVE[name](many(state))
+    noise = adaptive.ADAPTIVE_SCHEDULES[name](many(state))
     alpha = noise.alpha_bar(jnp.linspace(0, 1, 50))
     assert jnp.isfinite(alpha).all()
     assert alpha[0] > 0.9
@@ -115,7 +115,7 @@ def _config(name, **model):
     return config
 
 
-@pytest.mark.parametrize("name", adaptive.ADAPTIVE)
+@pytest.mark.parametrize("name", adaptive.ADAPTIVE_SCHEDULES)
 def test_trains_resumes_and_samples_with_it(name, tmp_path):
     """What it knows is part of the state: halves are the same as the whole."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -131,7 +131,7 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     assert 0 < jnp.sum(seen.seen) <= 12 * 16
     bundle = loading.load(whole)
     t = np.linspace(0.1, 0.9, 9)
-    wanted = adaptive.ADAPTIVE[name](seen).log_snr(jnp.asarray(t))
+    wanted = adaptive.ADAPTIVE_SCHEDULES[name](seen).log_snr(jnp.asarray(t))
     assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
     assert len(bundle.sample(2, steps=4)) == 2
     start = adaptive.init(validate.recipe_of(_config(name)).schedule)
@@ -161,7 +161,7 @@ def test_regression_follows_it_too(objective, tmp_path):
 
 def test_needs_a_curve():
     with pytest.raises(UserError, match="adaptive='warp' needs steps=0"):
-        schedule.named("sqrt", 100, adaptive="warp")
+        schedule.make_schedule("sqrt", 100, adaptive="warp")
     config = smoke.get_config()
     config.schedule.adaptive = "wrap"
     with pytest.raises(UserError, match="choose one of warp, gumbel"):
@@ -171,19 +171,19 @@ def test_needs_a_curve():
 @pytest.mark.parametrize("solver", samplers.SOLVERS)
 def test_every_solver_runs_on_a_traced_schedule(solver):
     """What is known may be an argument of the compiled chain, as in `generate`."""
-    start = adaptive.init(schedule.named("logistic"))
+    start = adaptive.init(schedule.make_schedule("logistic"))
     x = np.ones((2, 3, 4), np.float32)
 
     @jax.jit
     def run(noise):
-        curve = adaptive.ADAPTIVE["warp"](noise)
+        curve = adaptive.ADAPTIVE_SCHEDULES["warp"](noise)
         step = samplers.SOLVERS[solver](lambda x, t, p: 0.5 * x, curve)
-        times = samplers.time_grid(curve, 4)
+        times = samplers.schedule_timesteps(curve, 4)
         return samplers.sample(jax.random.key(0), step, x, times)[0].x_t
 
     on_host = samplers.SOLVERS[solver](
-        lambda x, t, p: 0.5 * x, jax.device_get(adaptive.ADAPTIVE["warp"](start))
+        lambda x, t, p: 0.5 * x, jax.device_get(adaptive.ADAPTIVE_SCHEDULES["warp"](start))
     )
-    times = samplers.grid(4, start=1.0, stop=0.25)
+    times = samplers.timesteps(4, start=1.0, stop=0.25)
     wanted = samplers.sample(jax.random.key(0), on_host, x, times)[0].x_t
     np.testing.assert_allclose(run(start), wanted, atol=1e-4)

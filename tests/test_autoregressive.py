@@ -42,7 +42,7 @@ def _nll(params, rows, cfg=CFG):
 
 def test_sees_nothing_after_a_position(params):
     ids = jnp.array([[0, 4, 5, 4, 1, 3]])
-    logits = jax.jit(lambda ids: autoregressive.hidden(params, CFG, ids, head=True))
+    logits = jax.jit(lambda ids: autoregressive.trunk_output(params, CFG, ids, head=True))
     before = logits(ids)
     for i in range(1, 6):
         changed = logits(ids.at[0, i].set(2))
@@ -64,12 +64,12 @@ def test_probabilities_sum_to_one(params, trunk):
 
 def test_loss_is_its_nats_per_position(params):
     ids = np.array([[0, 4, 5, 4, 1, 3], [0, 5, 1, 3, 3, 3]])
-    noise = schedule.named("logistic")
+    noise = schedule.make_schedule("logistic")
     options = {"cfg": CFG, "schedule": noise, "objective": "ar"}
     loss = jax.jit(lambda draws: losses.end_to_end(params, ids, draws, **options))
     wanted = _nll(params, ids).mean(-1)
     for seed in (0, 1):  # whatever is drawn
-        draws = time_sampling.draw(jax.random.key(seed), (2, 6, CFG.dim))
+        draws = time_sampling.draw_noise(jax.random.key(seed), (2, 6, CFG.dim))
         assert np.allclose(loss(draws).total(), wanted, rtol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_loss_is_its_nats_per_position(params):
 def test_objective_and_network_must_fit(objective, change):
     cfg = CFG.__class__(**{**CFG.__dict__, **change})
     with pytest.raises(UserError, match="'ar'"):
-        losses.check(objective, cfg, schedule.named("logistic"))
+        losses.check_compatible(objective, cfg, schedule.make_schedule("logistic"))
 
 
 def test_samples_have_the_probabilities_it_scores(params):
@@ -104,7 +104,7 @@ def test_samples_have_the_probabilities_it_scores(params):
 
 def test_features_ignore_padding(params):
     ids = np.array([[0, 4, 1, 3, 3, 3]])
-    functions = autoregressive.hidden, autoregressive.features
+    functions = autoregressive.trunk_output, autoregressive.features
     states, mean = jax.jit(lambda ids: [f(params, CFG, ids) for f in functions])(ids)
     assert np.allclose(mean, states[:, :3].mean(1), atol=1e-6)
 
@@ -140,12 +140,12 @@ def test_search_finds_the_likeliest(params):
         return nll.sum(-1).min(), here[np.argmin(nll.sum(-1))]
 
     wide = jax.jit(
-        lambda: autoregressive.search(params, CFG, 4, prefix=prefix, beams=36)
+        lambda: autoregressive.beam_search(params, CFG, 4, prefix=prefix, beams=36)
     )()
     for row, first in zip(np.asarray(wide), (4, 5), strict=True):
         assert row.tolist() == best(first)[1].tolist()
     one = jax.jit(
-        lambda: autoregressive.search(params, CFG, 4, prefix=prefix, beams=1)
+        lambda: autoregressive.beam_search(params, CFG, 4, prefix=prefix, beams=1)
     )()
     assert (np.asarray(one)[:, :2] == prefix).all()
 

@@ -23,7 +23,7 @@ from dlm_jax.types import HeadSpec
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 VOCAB, LENGTH, DIM = 9, 6, 8
-NOISE = schedule.named("sqrt", 200)
+NOISE = schedule.make_schedule("sqrt", 200)
 CFG = DenoiserConfig(
     dim=DIM, width=16, layers=1, heads=2, ff=32, positions=LENGTH, time_dim=8,
     trunk="adaln", dropout=0.0, attention_dropout=0.0,
@@ -50,7 +50,7 @@ def labels_of(ids, layout):
 
 def batch(seed, layout, n=64):
     ids = np.random.default_rng(seed).integers(0, VOCAB, (n, LENGTH))
-    draws = time_sampling.draw(jax.random.key(seed), (n, LENGTH, DIM), steps=200)
+    draws = time_sampling.draw_noise(jax.random.key(seed), (n, LENGTH, DIM), steps=200)
     return ids, labels_of(ids, layout), draws
 
 
@@ -137,13 +137,13 @@ def test_it_steers(trained):
     shaped = labels.reshape(n, *layout.shape)
 
     def denoise(x_t, t, x0_prev):
-        return model.average(TABLE, model.prior_logits(TABLE, x_t, t, NOISE))
+        return model.expected_embedding(TABLE, model.token_posterior_logits(TABLE, x_t, t, NOISE))
 
     log_prob = classifier.log_prob(params, CFG, layout, shaped, NOISE)
-    x_T = samplers.noise(samplers.keys_of(jax.random.key(5), n), (LENGTH, DIM))
+    x_T = samplers.standard_normal(samplers.per_example_keys(jax.random.key(5), n), (LENGTH, DIM))
 
     def met(updates):
-        step = guidance.guide(
+        step = guidance.gradient_guidance(
             samplers.ddim(denoise, NOISE, eta=1.0), log_prob, NOISE, updates=updates
         )
         run = jax.jit(lambda x: samplers.sample(jax.random.key(6), step, x, times)[0])
@@ -151,5 +151,5 @@ def test_it_steers(trained):
         right = labels_of(words, layout) == labels
         return right[labels >= 0].mean()
 
-    times = samplers.grid(50)
+    times = samplers.timesteps(50)
     assert met(3) > met(0) + 0.2

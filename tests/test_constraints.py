@@ -79,7 +79,7 @@ def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
     parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
     wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
     table, x = bundle.ema.table, np.zeros((6, LENGTH, 8), "f")
-    keys = samplers.keys_of(jax.random.key(0), 6)
+    keys = samplers.per_example_keys(jax.random.key(0), 6)
     times = samplers.Times(*map(np.float32, (0.6, 0.5, 0.4)))
     clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
     for scale in (1.0, 2.0):

@@ -9,7 +9,7 @@ import pytest
 from dlm_jax.diffusion import guidance, model, samplers, schedule
 from dlm_jax.types import END, PAD, START
 
-NOISE = schedule.named("sqrt")
+NOISE = schedule.make_schedule("sqrt")
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(7, 4)).astype(np.float32)
@@ -74,7 +74,7 @@ def test_given_tells_clean_vectors_at_time_0():
 
     ids, known = np.array([[1, 2, 3]]), np.array([[True, False, True]])
     x_t = np.full((1, 3, 4), 9.0, np.float32)
-    guidance.given(denoise, TABLE, ids, known)(x_t, np.array([0.5], np.float32), x_t)
+    guidance.condition_on_tokens(denoise, TABLE, ids, known)(x_t, np.array([0.5], np.float32), x_t)
     np.testing.assert_array_equal(seen["t"], [[0.0, 0.5, 0.0]])
     np.testing.assert_array_equal(seen["x"][0, [0, 2]], TABLE[[1, 3]])
     np.testing.assert_array_equal(seen["x"][0, 1], x_t[0, 1])
@@ -85,7 +85,7 @@ def test_classifier_free_is_a_line_through_both():
         return 3.0 * x_t
 
     for weight, factor in [(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]:
-        mixed = guidance.classifier_free(
+        mixed = guidance.classifier_free_guidance(
             with_condition, lambda x, t, p: x, weight=weight
         )
         np.testing.assert_allclose(mixed(X, T, X), factor * X, rtol=1e-6)
@@ -95,7 +95,7 @@ def test_classifier_free_mixes_words_too():
     def certain(x_t, t, x0_prev):
         return x_t, jax.nn.log_softmax(3.0 * exact_read(x_t, t, x0_prev)[1])
 
-    x0_hat, log_p = guidance.classifier_free(certain, exact_read, weight=2.0)(X, T, X)
+    x0_hat, log_p = guidance.classifier_free_guidance(certain, exact_read, weight=2.0)(X, T, X)
     np.testing.assert_allclose(x0_hat, 2 * X - exact_read(X, T, X)[0], rtol=1e-5)
     want = 2 * certain(X, T, X)[1] - exact_read(X, T, X)[1]
     np.testing.assert_allclose(log_p, want, rtol=1e-5)
@@ -110,25 +110,25 @@ def test_tokens_under_guidance_are_told_less_noise():
     def times(x_t, t, x0_prev):
         return jnp.broadcast_to(t[..., None], x_t.shape)
 
-    told = guidance.token_times(times, of, share=0.6)(X, T, X)[..., 0]
+    told = guidance.token_time_guidance(times, of, share=0.6)(X, T, X)[..., 0]
     size = weights[:, 0] / 4
     np.testing.assert_allclose(told, T[:, None] * (1 - 0.4 * size), rtol=1e-5)
-    same = guidance.token_times(times, of, share=1.0)(X, T, X)[..., 0]
+    same = guidance.token_time_guidance(times, of, share=1.0)(X, T, X)[..., 0]
     np.testing.assert_allclose(same, np.broadcast_to(T[:, None], (3, 5)), rtol=1e-6)
-    flat = guidance.token_times(times, lambda x, t: 0.0 * of(x, t), share=0.6)(X, T, X)
+    flat = guidance.token_time_guidance(times, lambda x, t: 0.0 * of(x, t), share=0.6)(X, T, X)
     np.testing.assert_allclose(flat[..., 0], same)
 
 
 def exact_read(x_t, t, x0_prev):
     """Bayes for words drawn uniformly and alone: p(w | x_t) by N(alpha E_w, sigma^2)."""
-    raw = model.prior_logits(TABLE, jnp.asarray(x_t), t, NOISE)
-    return model.average(TABLE, raw), jax.nn.log_softmax(raw)
+    raw = model.token_posterior_logits(TABLE, jnp.asarray(x_t), t, NOISE)
+    return model.expected_embedding(TABLE, raw), jax.nn.log_softmax(raw)
 
 
 def test_only_renormalises_over_the_allowed():
     allowed = np.zeros((3, 5, 7), bool)
     allowed[..., [1, 4]] = True
-    x0_hat, log_p = guidance.only(exact_read, TABLE, allowed)(X, T, X)
+    x0_hat, log_p = guidance.restrict_tokens(exact_read, TABLE, allowed)(X, T, X)
     p = np.exp(exact_read(X, T, X)[1]) * allowed
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(np.exp(log_p), p, atol=1e-6)
@@ -140,10 +140,10 @@ def test_steer_is_bayes_rule():
     ids = RNG.integers(0, 7, (3, 5))
     known = np.zeros((3, 5), bool)
     known[:, 2] = True
-    guided = guidance.steer(exact_read, guidance.spells(ids, known), NOISE)(X, T, X)
+    guided = guidance.token_guidance(exact_read, guidance.spells(ids, known), NOISE)(X, T, X)
     wanted = np.where(known[..., None], TABLE[ids], exact_read(X, T, X)[0])
     np.testing.assert_allclose(guided, wanted, atol=2e-4)
-    bare = guidance.steer(exact_read, guidance.spells(ids, known), NOISE, weight=0.0)
+    bare = guidance.token_guidance(exact_read, guidance.spells(ids, known), NOISE, weight=0.0)
     np.testing.assert_array_equal(bare(X, T, X), exact_read(X, T, X)[0])
 
 
@@ -163,10 +163,10 @@ def one_text(words, sure=50.0):
             [1, 5, 3],
             [1, 2, 2],
         ),
-        (guidance.contains(np.array([[2, 3]])), [1, 2, 3], [2, 1, 3]),
-        (guidance.contains(np.array([[3, -1]])), [1, 2, 3], [1, 2, 2]),
-        (guidance.lacks(np.array([[4, 5]])), [1, 2, 3], [1, 4, 3]),
-        (guidance.lacks(np.array([[4, -1]])), [1, 5, 3], [1, 4, 3]),
+        (guidance.contains_phrase(np.array([[2, 3]])), [1, 2, 3], [2, 1, 3]),
+        (guidance.contains_phrase(np.array([[3, -1]])), [1, 2, 3], [1, 2, 2]),
+        (guidance.excludes_tokens(np.array([[4, 5]])), [1, 2, 3], [1, 4, 3]),
+        (guidance.excludes_tokens(np.array([[4, -1]])), [1, 5, 3], [1, 4, 3]),
     ],
 )
 def test_wishes_know_texts_that_meet_them(wish, meets, fails):
@@ -178,24 +178,24 @@ def test_a_phrase_at_any_place_by_enumeration():
     log_p = jax.nn.log_softmax(RNG.normal(size=(1, 4, 7)).astype(np.float32))
     p = np.exp(log_p[0])
     wanted = sum(p[i, 2] * p[i + 1, 5] for i in range(3))
-    found = guidance.contains(np.array([[2, 5]]))(log_p)
+    found = guidance.contains_phrase(np.array([[2, 5]]))(log_p)
     np.testing.assert_allclose(found, [np.log(wanted)], rtol=1e-5)
 
 
 def test_no_phrase_is_no_wish():
-    found = guidance.contains(np.array([[-1, -1]]))(one_text([1, 2, 3]))
+    found = guidance.contains_phrase(np.array([[-1, -1]]))(one_text([1, 2, 3]))
     np.testing.assert_array_equal(found, [0])
 
 
 def test_every_wish_at_once():
     log_p = one_text([1, 2, 3])
-    a, b = guidance.contains(np.array([[2]])), guidance.contains(np.array([[6]]))
-    both = guidance.every((a, 1.0), (b, 0.5))(log_p)
+    a, b = guidance.contains_phrase(np.array([[2]])), guidance.contains_phrase(np.array([[6]]))
+    both = guidance.weighted_sum((a, 1.0), (b, 0.5))(log_p)
     np.testing.assert_allclose(both, a(log_p) + 0.5 * b(log_p), rtol=1e-6)
 
 
 def test_length_pattern():
-    ids, known = guidance.of_length(np.array([2, 3]), 6)
+    ids, known = guidance.length_template(np.array([2, 3]), 6)
     assert ids[0].tolist() == [START, PAD, PAD, END, PAD, PAD]
     assert known[0].tolist() == [True, False, False, True, True, True]
     assert ids[1].tolist()[4:] == [END, PAD]
@@ -220,7 +220,7 @@ def test_known_tokens_come_back_for_every_solver(solver, noised):
     ids, known = RNG.integers(0, 7, (3, 5)), RNG.random((3, 5)) < 0.5
     step = guidance.infill(SOLVERS[solver], TABLE, ids, known, NOISE, noised=noised)
     state, trace = samplers.sample(
-        jax.random.key(0), step, X, samplers.grid(6), trace=lambda s: s
+        jax.random.key(0), step, X, samplers.timesteps(6), trace=lambda s: s
     )
     for x in (state.x_t, state.x0_hat, *trace.x0_hat):
         np.testing.assert_array_equal(x[known], TABLE[ids][known])
@@ -233,7 +233,7 @@ def test_infill_leaves_the_noise_of_the_others_alone():
     ids = np.zeros((3, 5), int)
     step = guidance.infill(SOLVERS["ddim"], TABLE, ids, nothing, NOISE)
     plain, filled = (
-        samplers.sample(jax.random.key(0), s, X, samplers.grid(6))[0]
+        samplers.sample(jax.random.key(0), s, X, samplers.timesteps(6))[0]
         for s in (SOLVERS["ddim"], step)
     )
     np.testing.assert_array_equal(plain.x_t, filled.x_t)
@@ -242,12 +242,12 @@ def test_infill_leaves_the_noise_of_the_others_alone():
 def test_published_rule(golden):
     """Three sign steps, fluency over sigma (REFERENCE 6.2, item 15)."""
     x, target = golden["n1"], golden["n0"]
-    found = guidance.climbing(
+    found = guidance.gradient_updates(
         jnp.asarray(x),
         lambda x: -jnp.mean((x - target) ** 2, (1, 2)),
         0.9 * x,
         jnp.float32(0.1095),
-        update=guidance.RULES["sign"].update,
+        update=guidance.UPDATE_RULES["sign"].update,
         power=1,
         lr=0.1,
         updates=3,
@@ -260,15 +260,15 @@ def towards(target):
     return lambda x, t: -jnp.sum((x - target) ** 2, (1, 2))
 
 
-@pytest.mark.parametrize("rule", guidance.RULES)
+@pytest.mark.parametrize("rule", guidance.UPDATE_RULES)
 def test_guidance_raises_the_log_probability(rule):
     target = RNG.normal(size=X.shape).astype(np.float32)
     log_prob, values = towards(target), []
     for updates in (0, 1, 3):
-        step = guidance.guide(
+        step = guidance.gradient_guidance(
             SOLVERS["ddim"], log_prob, NOISE, rule=rule, updates=updates, fluency=0.0
         )
-        keys = samplers.keys_of(jax.random.key(0), 3)
+        keys = samplers.per_example_keys(jax.random.key(0), 3)
         times = samplers.Times(*map(jnp.float32, (0.6, 0.5, 0.4)))
         after = step(keys, samplers.State(X, X), times)
         values.append(log_prob(after.x_t, T))
@@ -278,29 +278,29 @@ def test_guidance_raises_the_log_probability(rule):
 def test_no_update_and_no_time_change_nothing():
     log_prob = towards(np.zeros_like(X))
     plain, *same = (
-        samplers.sample(jax.random.key(0), s, X, samplers.grid(6))[0].x_t
+        samplers.sample(jax.random.key(0), s, X, samplers.timesteps(6))[0].x_t
         for s in (
             SOLVERS["ddim"],
-            guidance.guide(SOLVERS["ddim"], log_prob, NOISE, updates=0),
-            guidance.guide(SOLVERS["ddim"], log_prob, NOISE, between=(0.95, 1.0)),
+            guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, updates=0),
+            guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, between=(0.95, 1.0)),
         )
     )
     for found in same:
         np.testing.assert_array_equal(found, plain)
-    acts = guidance.guide(SOLVERS["ddim"], log_prob, NOISE, between=(0.4, 0.7))
-    moved = samplers.sample(jax.random.key(0), acts, X, samplers.grid(6))[0].x_t
+    acts = guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, between=(0.4, 0.7))
+    moved = samplers.sample(jax.random.key(0), acts, X, samplers.timesteps(6))[0].x_t
     assert not np.array_equal(moved, plain)
 
 
 def test_fluency_holds_the_sample():
     target = 5.0 + np.zeros_like(X)
     free, held = (
-        guidance.climbing(
+        guidance.gradient_updates(
             jnp.asarray(X),
             lambda x: towards(target)(x, None),
             X,
             jnp.float32(0.1),
-            update=guidance.RULES["gradient"].update,
+            update=guidance.UPDATE_RULES["gradient"].update,
             power=2,
             lr=1.0,
             updates=3,

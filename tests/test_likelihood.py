@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dlm_jax.diffusion import likelihood, losses, model, schedule, time_sampling
-from dlm_jax.diffusion.likelihood import Predictor
+from dlm_jax.diffusion.likelihood import LatentPredictor
 from dlm_jax.nn.transformer import DenoiserConfig
 
 TABLE = np.array([[-1.2], [0.3], [1.1]], np.float32)
@@ -46,8 +46,8 @@ def _network(name, noise):
         denoiser=jax.tree.map(lambda x: 1.5 * x + 0.05, params.denoiser),
     )
     sigma_0 = noise.sigma_0 if noisy else 0.0
-    found = likelihood.predictor(params, cfg, noise, sigma_0=sigma_0)
-    return Predictor(jax.jit(found.estimate), jax.jit(found.decode), sigma_0)
+    found = likelihood.latent_predictor(params, cfg, noise, sigma_0=sigma_0)
+    return LatentPredictor(jax.jit(found.estimate), jax.jit(found.decode), sigma_0)
 
 
 def _estimate(predict, noise, ids, key=0, **options):
@@ -185,7 +185,7 @@ def _optimal(log_p, texts, noise, sigma_0):
         p = posterior(x, jnp.full(x.shape[0], -1.0 if sigma_0 else 0.0))
         return jnp.log(jnp.einsum("bn,nlv->blv", p, jax.nn.one_hot(texts, VOCAB)))
 
-    return Predictor(estimate, decode, sigma_0)
+    return LatentPredictor(estimate, decode, sigma_0)
 
 
 def _weighted(total, log_p, repeats):
@@ -273,7 +273,7 @@ def test_ratio_and_its_error():
     rng = np.random.default_rng(0)
     count = rng.integers(5, 30, (400, 500))
     nats = 2.0 * count + rng.normal(size=count.shape) * np.sqrt(count)
-    each = [likelihood.per(n, c) for n, c in zip(nats, count, strict=True)]
+    each = [likelihood.ratio_with_stderr(n, c) for n, c in zip(nats, count, strict=True)]
     means = np.array([s.mean for s in each])
     assert abs(means.mean() - 2.0) < 0.002
     assert np.mean([s.standard_error for s in each]) == pytest.approx(
@@ -288,13 +288,13 @@ def test_nelbo_is_the_bound_per_position():
     params = jax.jit(lambda key: model.init(key, cfg, VOCAB))(jax.random.key(5))
     params = params._replace(table=jnp.asarray(TABLE))
     many = jnp.asarray(np.tile(_texts(2), (20_000, 1)))
-    draws = time_sampling.draw(
+    draws = time_sampling.draw_noise(
         jax.random.key(0), (*many.shape, 1), times="low_discrepancy"
     )
     options = {"cfg": cfg, "schedule": noise, "objective": "nelbo"}
     loss = jax.jit(lambda ids: losses.end_to_end(params, ids, draws, **options))
     terms = jax.device_get(loss(many))
-    predict = likelihood.predictor(params, cfg, noise, sigma_0=0.0)
+    predict = likelihood.latent_predictor(params, cfg, noise, sigma_0=0.0)
     wanted = _estimate(predict, noise, many, draws=2)
     assert np.allclose(2 * terms.prior, wanted.prior, rtol=1e-4)
     difference = 2 * terms.diffusion - wanted.diffusion
@@ -309,11 +309,11 @@ def test_nelbo_rounds_as_the_bound_does():
     params = jax.jit(lambda key: model.init(key, TINY, VOCAB))(jax.random.key(5))
     params = params._replace(table=jnp.asarray(TABLE))
     many = jnp.asarray(np.tile(_texts(2), (2000, 1)))
-    draws = time_sampling.draw(jax.random.key(0), (*many.shape, 1))
+    draws = time_sampling.draw_noise(jax.random.key(0), (*many.shape, 1))
     options = {"cfg": TINY, "schedule": noise, "objective": "nelbo"}
     loss = jax.jit(lambda ids: losses.end_to_end(params, ids, draws, **options))
     mine = 2 * jax.device_get(loss(many)).rounding
-    predict = likelihood.predictor(params, TINY, noise, sigma_0=0.0)
+    predict = likelihood.latent_predictor(params, TINY, noise, sigma_0=0.0)
     wanted = _estimate(predict, noise, many, draws=1).rounding
     error = np.hypot(mine.std(), wanted.std()) / np.sqrt(len(mine))
     assert abs(mine.mean() - wanted.mean()) < 5 * error < 0.05 * wanted.mean()

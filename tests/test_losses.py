@@ -18,8 +18,8 @@ from dlm_jax.nn.transformer import DenoiserConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-T20 = schedule.named("sqrt", 20)
-CURVE = schedule.named("cosine")
+T20 = schedule.make_schedule("sqrt", 20)
+CURVE = schedule.make_schedule("cosine")
 TINY = DenoiserConfig(dim=4, width=8, layers=1, heads=2, ff=8, positions=4, time_dim=4)
 IDS = np.array([[0, 5, 2], [4, 1, PAD], [2, PAD, PAD]])
 RNG = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def network(monkeypatch):
 def run(objective="x0", *, params=PARAMS, ids=IDS, noise=T20, draws=None, **options):
     """end_to_end; what DenoiserConfig knows goes there."""
     fields = {k: options.pop(k) for k in ("predicts", "self_cond") if k in options}
-    draws = time_sampling.Draws(T, EPS_0, EPS_T) if draws is None else draws
+    draws = time_sampling.NoiseDraws(T, EPS_0, EPS_T) if draws is None else draws
     cfg = DenoiserConfig(dim=draws.eps_t.shape[-1], **fields)
     return losses.end_to_end(
         params, ids, draws, cfg=cfg, schedule=noise, objective=objective, **options
@@ -57,7 +57,7 @@ def run(objective="x0", *, params=PARAMS, ids=IDS, noise=T20, draws=None, **opti
 
 
 draw = jax.jit(
-    time_sampling.draw,
+    time_sampling.draw_noise,
     static_argnums=1,
     static_argnames=("total", "times", "steps", "self_cond"),
 )
@@ -138,7 +138,7 @@ def test_total_is_the_weighted_sum(network):
     network(lambda weights, x_t, t, x0_prev: 0 * x_t)
     weight = np.array([0.5, 1.0, 3.0], np.float32)
     for objective in ("x0", "eps", "mu", "vlb_legacy"):
-        terms = run(objective, draws=time_sampling.Draws(T, EPS_0, EPS_T, weight))
+        terms = run(objective, draws=time_sampling.NoiseDraws(T, EPS_0, EPS_T, weight))
         sum_ = terms.diffusion + terms.t0 + terms.rounding + terms.prior
         np.testing.assert_allclose(terms.total(), weight * sum_, rtol=1e-6)
         plain = run(objective)
@@ -150,7 +150,7 @@ def test_bound_weighs_only_what_depends_on_time(network):
     network(lambda weights, x_t, t, x0_prev: 0 * x_t)
     weight = np.array([0.5, 1.0, 3.0], np.float32)
     terms, plain = (
-        run("vlb", draws=time_sampling.Draws(T, EPS_0, EPS_T, weight)),
+        run("vlb", draws=time_sampling.NoiseDraws(T, EPS_0, EPS_T, weight)),
         run("vlb"),
     )
     want = weight * (plain.diffusion + plain.t0) + plain.rounding + plain.prior
@@ -169,11 +169,11 @@ def test_time_per_token(network):
     """A text with tokens at index 0 has both terms, each a part of the mean."""
     network(lambda weights, x_t, t, x0_prev: X_0 + 0.5)
     rows = np.tile(T[:, None], 3)
-    one, many = run(), run(draws=time_sampling.Draws(rows, EPS_0, EPS_T))
+    one, many = run(), run(draws=time_sampling.NoiseDraws(rows, EPS_0, EPS_T))
     for name in ("diffusion", "t0"):
         np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-5)
     rows[1] = [0, 0.1, 0]
-    mixed = run(draws=time_sampling.Draws(rows, EPS_0, EPS_T))
+    mixed = run(draws=time_sampling.NoiseDraws(rows, EPS_0, EPS_T))
     np.testing.assert_allclose(mixed.diffusion[1], 0.25 / 3, rtol=1e-4)
     off = (X_0[1] + 0.5 - CLEAN[1])[[0, 2]]
     np.testing.assert_allclose(mixed.t0[1], np.mean(off**2) * 2 / 3, rtol=1e-4)
@@ -186,7 +186,7 @@ def test_masked_pads_do_not_matter(network, objective):
     head = TABLE.T if objective == "ce" else np.eye(4, dtype=np.float32)
     network(lambda weights, x_t, t, x0_prev: 0.5 * x_t @ head)
     pads = np.where(IDS == PAD, 1, 0)[..., None].astype(np.float32)
-    moved = time_sampling.Draws(T, EPS_0 + 9 * pads, EPS_T - 9 * pads)
+    moved = time_sampling.NoiseDraws(T, EPS_0 + 9 * pads, EPS_T - 9 * pads)
     options = {"mask_pad": True, "predicts": predicts}
     masked, other = run(objective, **options), run(objective, draws=moved, **options)
     np.testing.assert_allclose(masked.total(), other.total(), rtol=1e-6)
@@ -194,7 +194,7 @@ def test_masked_pads_do_not_matter(network, objective):
     np.testing.assert_allclose(masked.total()[0], plain.total()[0], rtol=1e-5)
     assert np.all(np.abs(masked.total() - plain.total())[1:] > 1e-4)
     # one position left: its own loss
-    alone = time_sampling.Draws(T[2:], EPS_0[2:, :1], EPS_T[2:, :1])
+    alone = time_sampling.NoiseDraws(T[2:], EPS_0[2:, :1], EPS_T[2:, :1])
     want = run(objective, ids=IDS[2:, :1], draws=alone, predicts=predicts)
     np.testing.assert_allclose(masked.total()[2], want.total()[0], rtol=1e-5)
 
@@ -232,7 +232,7 @@ def test_known_tokens_are_told_and_not_asked(network):
 
     network(scores)
     known = np.array([[True, False, False], [False, False, False], [True, True, True]])
-    plain = time_sampling.Draws(T, EPS_0, EPS_T)
+    plain = time_sampling.NoiseDraws(T, EPS_0, EPS_T)
     whole, some, rest = (
         run("ce", predicts="logits", noise=CURVE, draws=plain._replace(known=k)).total()
         for k in (None, known, ~known)
@@ -249,7 +249,7 @@ def test_known_tokens_are_told_and_not_asked(network):
 def test_what_is_known():
     """A share of the rows; prefixes, gaps and single tokens; by the row's number."""
     first, rest, shared = (
-        time_sampling.draw(
+        time_sampling.draw_noise(
             jax.random.key(0), (b, 12, 1), first=i, total=2000, known=0.8
         ).known
         for i, b in ((0, 1500), (1500, 500), (0, 2000))
@@ -262,7 +262,7 @@ def test_what_is_known():
     gap = (steps == 2) & some[:, 0] & some[:, -1]
     for share in (prefix, gap, steps > 2):
         assert share.mean() > 0.08
-    assert time_sampling.draw(jax.random.key(0), (4, 12, 1)).known is None
+    assert time_sampling.draw_noise(jax.random.key(0), (4, 12, 1)).known is None
 
 
 def test_normalize_is_the_loss_of_the_unit_table(network):
@@ -290,7 +290,7 @@ def test_gradient_reaches_all():
     """Rounding teaches table and bias, diffusion table and denoiser, prior the table."""
     shapes = jax.eval_shape(lambda key: model.init(key, TINY, 6), jax.random.key(0))
     params = jax.tree.map(lambda p: RNG.normal(size=p.shape).astype("f"), shapes)
-    draws = time_sampling.Draws(jnp.asarray(T), jnp.asarray(EPS_0), jnp.asarray(EPS_T))
+    draws = time_sampling.NoiseDraws(jnp.asarray(T), jnp.asarray(EPS_0), jnp.asarray(EPS_T))
 
     def parts(params):
         terms = losses.end_to_end(
@@ -312,7 +312,7 @@ def test_first_estimate_is_a_constant(network):
     """raw = w x_t + w x0_prev: the gradient is that of a fixed first estimate."""
     network(lambda weights, x_t, t, x0_prev: weights["w"] * (x_t + x0_prev))
     feed = np.array([1, 1, 0], np.float32)
-    draws = time_sampling.Draws(T, EPS_0, EPS_T, None, feed)
+    draws = time_sampling.NoiseDraws(T, EPS_0, EPS_T, None, feed)
     x_t = np.asarray(schedule.add_noise(X_0, T, EPS_T, T20))
     first = x_t * feed[:, None, None]  # at w = 1, without feedback
 
@@ -334,7 +334,7 @@ def test_no_feedback(network):
     """Zeros are fed where the draw says so, and to a network without the input."""
     seen = []
     network(lambda weights, x_t, t, x0_prev: seen.append(x0_prev) or x_t)
-    off = time_sampling.Draws(T, EPS_0, EPS_T, None, np.zeros(3, np.float32))
+    off = time_sampling.NoiseDraws(T, EPS_0, EPS_T, None, np.zeros(3, np.float32))
     on = off._replace(self_cond=np.ones(3, np.float32))
     run(draws=off, self_cond=True)
     run(draws=on, self_cond=False)
@@ -365,11 +365,11 @@ def test_draws_know_only_the_global_row():
     assert whole.weight is None
 
 
-@pytest.mark.parametrize("times", time_sampling.TIMES)
+@pytest.mark.parametrize("times", time_sampling.TIME_SAMPLERS)
 def test_times_know_only_the_global_row(times):
     key, index = jax.random.key(1), jnp.arange(8)
-    halves = [time_sampling.TIMES[times](key, part, 8) for part in jnp.split(index, 2)]
-    whole = time_sampling.TIMES[times](key, index, 8)
+    halves = [time_sampling.TIME_SAMPLERS[times](key, part, 8) for part in jnp.split(index, 2)]
+    whole = time_sampling.TIME_SAMPLERS[times](key, index, 8)
     np.testing.assert_array_equal(whole, jnp.concatenate(halves))
 
 
@@ -416,7 +416,7 @@ def test_indices_are_uniform():
 
 def full_moments(steps=20, seed=6):
     loss = np.random.default_rng(seed).gamma(1.0, size=(steps, 10)).astype(np.float32)
-    return time_sampling.Moments(jnp.asarray(loss), jnp.full(steps, 10))
+    return time_sampling.LossMoments(jnp.asarray(loss), jnp.full(steps, 10))
 
 
 def test_importance_sampling_is_unbiased():
@@ -462,7 +462,7 @@ def test_history_keeps_the_last_ten():
 
 def test_equal_losses_of_zero_are_uniform():
     p = time_sampling.time_probabilities(
-        time_sampling.Moments(jnp.zeros((5, 10)), jnp.full(5, 10))
+        time_sampling.LossMoments(jnp.zeros((5, 10)), jnp.full(5, 10))
     )
     np.testing.assert_allclose(p, 0.2, rtol=1e-6)
 

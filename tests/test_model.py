@@ -15,7 +15,7 @@ from dlm_jax.diffusion import losses, model, schedule, time_sampling
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 
-T200 = schedule.named("sqrt", 200)
+T200 = schedule.make_schedule("sqrt", 200)
 TINY = DenoiserConfig(
     dim=4, width=8, layers=1, heads=2, ff=8, positions=4, time_dim=4, predicts="logits"
 )
@@ -54,7 +54,7 @@ def test_conversions(params, noisy):
 def test_output_prior(params, noisy):
     """log N(x_t; alpha E_v, sigma^2) up to a constant over the vocabulary."""
     _, t, _, x_t = noisy
-    prior = np.asarray(model.prior_logits(params.table, x_t, t, T200), float)
+    prior = np.asarray(model.token_posterior_logits(params.table, x_t, t, T200), float)
     alpha, sigma = (np.reshape(a, (2, -1, 1, 1)) for a in T200.alpha_sigma(t))
     shift = np.asarray(x_t)[:, :, None] - alpha * np.asarray(params.table, float)
     want = -0.5 * (shift**2).sum(-1) / sigma[..., 0] ** 2
@@ -70,18 +70,18 @@ def test_output_prior_alone(monkeypatch, params, noisy):
     monkeypatch.setattr(transformer, "apply", network)
     monkeypatch.setattr(transformer, "head", lambda params, y: y)
     cfg = dataclasses.replace(TINY, output_prior=True)
-    prior = model.prior_logits(params.table, x_t, t, T200)
+    prior = model.token_posterior_logits(params.table, x_t, t, T200)
     raw = model.apply(params, cfg, x_t, t, x_t, schedule=T200)
     np.testing.assert_array_equal(raw, prior)
     alone = network.call_args.kwargs["alone"]
-    np.testing.assert_array_equal(alone, model.average(params.table, prior))
+    np.testing.assert_array_equal(alone, model.expected_embedding(params.table, prior))
     with pytest.raises(ValueError, match="schedule="):
         model.apply(params, cfg, x_t, t, x_t)
 
 
 def test_average_is_the_posterior_mean(params):
     weights = np.random.default_rng(0).dirichlet(np.ones(6), (1, 2))
-    found = model.average(params.table, jnp.log(jnp.asarray(weights)) + 3.0)
+    found = model.expected_embedding(params.table, jnp.log(jnp.asarray(weights)) + 3.0)
     np.testing.assert_allclose(found, weights @ np.asarray(params.table), atol=1e-6)
 
 
@@ -94,7 +94,7 @@ def test_bind_needs_a_schedule(params, predicts):
 def test_mu_needs_steps(noisy, params):
     x_0, t, _, x_t = noisy
     with pytest.raises(ValueError, match="discretize"):
-        model.TO_X0["mu"](x_0, x_t, t, params.table, schedule.named("sqrt"))
+        model.TO_X0["mu"](x_0, x_t, t, params.table, schedule.make_schedule("sqrt"))
 
 
 @pytest.mark.parametrize("predicts", model.TO_X0)
@@ -144,7 +144,7 @@ def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
         )
     )
     _, t, _, x_t = noisy
-    draws = time_sampling.Draws(jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t))
+    draws = time_sampling.NoiseDraws(jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t))
     options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
 
     def loss(params, draws):
@@ -164,13 +164,13 @@ def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
         np.testing.assert_allclose(b, c, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [model.WHOLE, model.WHOLE + 1])
+@pytest.mark.parametrize("vocab", [model.MAX_DENSE_VOCAB, model.MAX_DENSE_VOCAB + 1])
 def test_no_batch_of_large_logits(vocab):
     """No value of the gradient holds the logits of a batch, where there are many."""
     cfg, b, l = dataclasses.replace(TINY, output_prior=True), 20, 4
     shapes = jax.eval_shape(lambda key: model.init(key, cfg, vocab), KEY)
     x = jnp.zeros((b, l, TINY.dim))
-    draws = time_sampling.Draws(jnp.full(b, 0.5), x, x)
+    draws = time_sampling.NoiseDraws(jnp.full(b, 0.5), x, x)
     options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
 
     def loss(params):
@@ -178,7 +178,7 @@ def test_no_batch_of_large_logits(vocab):
         return losses.end_to_end(params, ids, draws, **options).total().sum()
 
     largest = max(sizes(jax.make_jaxpr(jax.grad(loss))(shapes).jaxpr))
-    assert (largest >= b * l * vocab) == (vocab == model.WHOLE)
+    assert (largest >= b * l * vocab) == (vocab == model.MAX_DENSE_VOCAB)
 
 
 def test_start():

@@ -149,7 +149,7 @@ def test_the_last_line_of_the_film_is_the_text(bundle, steps):
     assert all(frames[-1].final)
     assert not all(frames[0].final)
     t = [frame.t for frame in frames]
-    times = samplers.time_grid(bundle.schedule, 5)
+    times = samplers.schedule_timesteps(bundle.schedule, 5)
     np.testing.assert_array_equal(t, times.now)
 
 
@@ -215,7 +215,7 @@ def test_loss_curve_is_the_objective_under_other_noise(bundle):
             normalize=True,
         ).diffusion
 
-    draws = time_sampling.draw(jax.random.key(5), (*ids.shape, bundle.cfg.dim))
+    draws = time_sampling.draw_noise(jax.random.key(5), (*ids.shape, bundle.cfg.dim))
     curves = [plots.loss_curve(bundle, ids, feed=feed) for feed in (False, True)]
     i = len(curves[0].t) // 4
     for feed, curve in enumerate(curves):

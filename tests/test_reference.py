@@ -67,7 +67,7 @@ def tree_of(golden, prefix):
 
 @pytest.fixture(scope="module")
 def draws(golden):
-    return time_sampling.Draws(golden["t"] / 2000, golden["n0"], golden["n1"])
+    return time_sampling.NoiseDraws(golden["t"] / 2000, golden["n0"], golden["n1"])
 
 
 def run(net, golden, draws, objective, **change):
@@ -246,7 +246,7 @@ def test_p_sample(golden, net, clamped):
     for sigma, flag in (("small", True), ("large", False)):
         mean, std = samplers.posterior(x0_hat, x, t, T2000, sigma=sigma)
         close(mean, golden[f"p_sample/{clamped}/mean"], atol=1e-5)
-        out = mean + schedule.expand(std, x) * n
+        out = mean + schedule.expand_to(std, x) * n
         close(out, golden[f"p_sample/{clamped}/small{flag}"], atol=1e-5)
     np.testing.assert_array_equal(mean[0], x0_hat[0])
 
@@ -261,7 +261,7 @@ def test_ddim_step(golden, net, monkeypatch, clamped, eta):
     monkeypatch.setattr(samplers, "noise", lambda keys, shape: golden["n0"])
     x, now = jnp.asarray(golden["n1"]), jnp.array([0, 1, 99, 199]) / 200
     step = samplers.ddim(denoiser_of(net, clamped), T200, eta=eta)
-    keys = samplers.keys_of(jax.random.key(0), 4)
+    keys = samplers.per_example_keys(jax.random.key(0), 4)
     state = step(keys, State(x, jnp.zeros_like(x)), Times(now, now, now - 1 / 200))
     close(state.x_t, golden[f"ddim200/{clamped}/eta{eta}"], atol=1e-4)
     np.testing.assert_array_equal(state.x_t[0], state.x0_hat[0])
@@ -271,7 +271,7 @@ def test_ddim_step(golden, net, monkeypatch, clamped, eta):
 def test_ddim_chain(golden, net, clamped):
     """Twenty steps from n1 on a table made for T = 20, eta 0."""
     step = samplers.ddim(denoiser_of(net, clamped), T20, eta=0.0)
-    state, _ = samplers.sample(jax.random.key(0), step, golden["n1"], samplers.grid(20))
+    state, _ = samplers.sample(jax.random.key(0), step, golden["n1"], samplers.timesteps(20))
     close(state.x_t, golden[f"ddim20_eta0_{clamped}"], atol=1e-4)
 
 

@@ -9,7 +9,7 @@ from conftest import sizes
 
 from dlm_jax.diffusion import rounding
 
-BIG = rounding.WHOLE + 100  # scanned in chunks, the last one partly empty
+BIG = rounding.MAX_DENSE_VOCAB + 100  # scanned in chunks, the last one partly empty
 
 
 def whole_numbers(seed, *shape):
@@ -23,7 +23,7 @@ def distances(table, x):
 
 def test_big_is_awkward():
     assert BIG % rounding.CHUNK
-    assert BIG > rounding.WHOLE
+    assert BIG > rounding.MAX_DENSE_VOCAB
 
 
 @pytest.mark.parametrize("vocab", [1, 11, 100, 821, BIG])
@@ -97,7 +97,7 @@ def test_chunks_hold_no_score_for_every_word():
         table = jnp.zeros((vocab, d))
         return max(sizes(jax.make_jaxpr(rounding.nearest)(table, x).jaxpr))
 
-    assert largest(rounding.WHOLE) == b * l * rounding.WHOLE  # sizes() sees them
+    assert largest(rounding.MAX_DENSE_VOCAB) == b * l * rounding.MAX_DENSE_VOCAB  # sizes() sees them
     assert largest(BIG) <= max(b * l * rounding.CHUNK, BIG * d * 2)
 
 

@@ -16,8 +16,8 @@ from dlm_jax.diffusion import samplers, schedule
 from dlm_jax.diffusion.samplers import State, Times
 
 MEAN, SPREAD = 0.8, 0.5
-CURVE = schedule.named("cosine")
-T200 = schedule.named("sqrt", 200)
+CURVE = schedule.make_schedule("cosine")
+T200 = schedule.make_schedule("sqrt", 200)
 KEY = jax.random.key(0)
 
 
@@ -27,7 +27,7 @@ def posterior_mean(noise):
     def denoise(x_t, t, x0_prev):
         alpha, sigma = noise.alpha_sigma(t)
         gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
-        gain, alpha = (schedule.on(a, x_t) for a in (gain, alpha))
+        gain, alpha = (schedule.broadcast_to(a, x_t) for a in (gain, alpha))
         return MEAN + gain * (x_t - alpha * MEAN)
 
     return denoise
@@ -51,7 +51,7 @@ def normal(seed, *shape):
 
 def test_grid():
     """grid(200) is the published "ddim200" of T = 2000; clean data follows the last."""
-    times = samplers.grid(200)
+    times = samplers.timesteps(200)
     kept = schedule.respace(2000, "ddim200")
     np.testing.assert_allclose(times.now * 2000, kept[::-1], atol=1e-9)
     np.testing.assert_array_equal(times.next[:-1], times.now[1:])
@@ -66,7 +66,7 @@ def test_grid():
 
 
 def test_part_of_a_grid():
-    times = samplers.grid(5, start=0.9, stop=0.1)
+    times = samplers.timesteps(5, start=0.9, stop=0.1)
     np.testing.assert_allclose(times.now, [0.9, 0.7, 0.5, 0.3, 0.1])
 
 
@@ -121,19 +121,19 @@ def test_last_step_is_the_estimate(solver):
     x_0 = normal(3, 2, 3, 4)
     step = samplers.SOLVERS[solver](true_x_0(x_0), T200)
     x_T = np.full((2, 3, 4), 9.0, np.float32)
-    state, _ = samplers.sample(KEY, step, x_T, samplers.grid(3))
+    state, _ = samplers.sample(KEY, step, x_T, samplers.timesteps(3))
     np.testing.assert_allclose(state.x_t, x_0, atol=1e-6)
     np.testing.assert_array_equal(state.x0_hat, x_0)
 
 
 def noise_of(keys, i, shape):
     """What step i of a chain draws for each example."""
-    return samplers.noise(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), shape)
+    return samplers.standard_normal(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), shape)
 
 
 def test_marginal_is_section_4_2():
     """x_next = sqrt(abar) x0_hat + sqrt(1 - abar) eps, without a trace of x_t."""
-    x_0, keys = normal(4, 2, 3, 4), samplers.keys_of(KEY, 2)
+    x_0, keys = normal(4, 2, 3, 4), samplers.per_example_keys(KEY, 2)
     step = samplers.marginal(true_x_0(x_0), T200)
     x_T, times = np.full((2, 3, 4), 9.0, np.float32), path(np.array([0.9, 0.5, 0.3]))
     state, _ = samplers.sample(KEY, step, x_T, times)
@@ -144,7 +144,7 @@ def test_marginal_is_section_4_2():
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_its_equation_12(eta):
-    x_t, x_0, keys = normal(5, 2, 3, 4), normal(6, 2, 3, 4), samplers.keys_of(KEY, 2)
+    x_t, x_0, keys = normal(5, 2, 3, 4), normal(6, 2, 3, 4), samplers.per_example_keys(KEY, 2)
     i = np.array([150, 140])
     (a, a_next) = np.exp(T200.table[i])
     times = Times(*(jnp.asarray(t) for t in (0.75, 0.75, 0.70)))
@@ -152,7 +152,7 @@ def test_ddim_is_its_equation_12(eta):
     sigma = eta * np.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     eps_hat = (x_t - np.sqrt(a) * x_0) / np.sqrt(1 - a)
     want = np.sqrt(a_next) * x_0 + np.sqrt(1 - a_next - sigma**2) * eps_hat
-    want = want + sigma * np.asarray(samplers.noise(keys, (3, 4)))
+    want = want + sigma * np.asarray(samplers.standard_normal(keys, (3, 4)))
     np.testing.assert_allclose(state.x_t, want, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_eta_one_is_ancestral():
     """The same noise through DDIM with eta = 1 and DDPM with the small variance."""
     x_T, denoise = normal(7, 3, 4, 2), posterior_mean(T200)
     chains = [
-        samplers.sample(KEY, step, x_T, samplers.grid(200), trace=lambda s: s.x_t)[1]
+        samplers.sample(KEY, step, x_T, samplers.timesteps(200), trace=lambda s: s.x_t)[1]
         for step in (
             samplers.ddim(denoise, T200, eta=1.0),
             samplers.ancestral(denoise, T200),
@@ -197,14 +197,14 @@ def test_ancestral_law(sigma):
     Its mean is the data's; its variance comes nearer to the data's with more steps.
     """
     mean, var = law_of_the_chain(T200, sigma)
-    finer = law_of_the_chain(schedule.named("sqrt", 2000), sigma)
+    finer = law_of_the_chain(schedule.make_schedule("sqrt", 2000), sigma)
     np.testing.assert_allclose([mean, finer[0]], MEAN, rtol=1e-9)
     assert abs(finer[1] - SPREAD**2) < abs(var - SPREAD**2) / 2
     alpha, std = T200.alpha_sigma(np.array(199 / 200))
     n = 10000
     x_T = alpha * MEAN + np.hypot(alpha * SPREAD, std) * normal(8, 20, 50, 10)
     step = samplers.ancestral(posterior_mean(T200), T200, sigma=sigma)
-    x = samplers.sample(KEY, step, x_T.astype("f"), samplers.grid(200))[0].x_t
+    x = samplers.sample(KEY, step, x_T.astype("f"), samplers.timesteps(200))[0].x_t
     assert abs(np.mean(x) - mean) < 5 * (var / n) ** 0.5
     assert abs(np.var(x) - var) < 5 * var * (2 / n) ** 0.5
 
@@ -212,7 +212,7 @@ def test_ancestral_law(sigma):
 def test_top_p_noise():
     """Standard normal conditioned on |n| <= bound: never beyond it, and by KS."""
     bound, shape = 0.7, (40, 25)
-    x_0, keys = np.zeros((20, *shape), np.float32), samplers.keys_of(KEY, 20)
+    x_0, keys = np.zeros((20, *shape), np.float32), samplers.per_example_keys(KEY, 20)
     step = samplers.ancestral(true_x_0(x_0), T200, top_p=bound)
     now, after = (jnp.asarray(t) for t in (0.5, 0.495))
     found = step(keys, State(x_0, x_0), Times(now, now, after)).x_t
@@ -232,9 +232,9 @@ def test_top_p_noise():
 
 def test_noise_is_the_examples_own():
     """An example's key decides its noise, whoever shares the batch."""
-    x_T, keys = normal(9, 4, 3, 2), samplers.keys_of(KEY, 4)
+    x_T, keys = normal(9, 4, 3, 2), samplers.per_example_keys(KEY, 4)
     step = samplers.ancestral(posterior_mean(T200), T200)
-    times = samplers.grid(20)
+    times = samplers.timesteps(20)
     together, _ = samplers.sample(KEY, step, x_T, times)
     alone, _ = samplers.sample(keys[2:3], step, x_T[2:3], times)
     np.testing.assert_allclose(alone.x_t, together.x_t[2:3], atol=1e-6)
@@ -254,12 +254,12 @@ def test_trace_and_feedback():
 
     x_T = np.zeros((2, 3, 4), np.float32)
     step = samplers.ddim(count, T200)
-    state, trace = samplers.sample(KEY, step, x_T, samplers.grid(7), trace=see)
+    state, trace = samplers.sample(KEY, step, x_T, samplers.timesteps(7), trace=see)
     assert trace["x0"].shape == (7, 2, 3, 4)
     assert trace["norm"].shape == (7, 2)
     np.testing.assert_array_equal(trace["x0"][:, 0, 0, 0], np.arange(1, 8))
     np.testing.assert_array_equal(state.x0_hat, 7)
-    assert samplers.sample(KEY, step, x_T, samplers.grid(2))[1] is None
+    assert samplers.sample(KEY, step, x_T, samplers.timesteps(2))[1] is None
 
 
 def equations(jaxpr):
@@ -273,7 +273,7 @@ def test_program_does_not_grow_with_the_steps(solver):
 
     def size(n):
         def run(key, x_T):
-            return samplers.sample(key, step, x_T, samplers.grid(n))
+            return samplers.sample(key, step, x_T, samplers.timesteps(n))
 
         return equations(jax.make_jaxpr(run)(KEY, np.zeros((1, 2, 3), "f")).jaxpr)
 
@@ -287,14 +287,14 @@ def toy_chain(wrap, denoise, noise, steps=400, n=20_000):
     """The end of a chain from N(0, 1), one coordinate an example."""
     step = wrap(samplers.ddim(denoise, noise))
     x_T = jnp.asarray(normal(1, n, 1, 1))
-    times = samplers.time_grid(noise, steps)
+    times = samplers.schedule_timesteps(noise, steps)
     run = jax.jit(lambda key: samplers.sample(key, step, x_T, times)[0])
     return np.asarray(run(KEY).x_t).ravel()
 
 
 @pytest.mark.parametrize("rate", [0.5, 3.0])
 @pytest.mark.parametrize(
-    "noise", [CURVE, schedule.named("cosine", 200)], ids=["curve", "table"]
+    "noise", [CURVE, schedule.make_schedule("cosine", 200)], ids=["curve", "table"]
 )
 def test_churn_keeps_the_law(rate, noise):
     """Noise is put back and taken away again: the exact denoiser's data come out."""
@@ -331,7 +331,7 @@ def test_temperature_divides_the_score():
         return step
 
     state, times = State(x_t, x_t), Times(0.7, 0.6, 0.5)
-    keys = samplers.keys_of(KEY, 3)
+    keys = samplers.per_example_keys(KEY, 3)
     plain = solver(denoise)(keys, state, times)
     for tau in (0.8, 1.0):
         step = samplers.temperature(solver, denoise, CURVE, tau=tau)
@@ -352,8 +352,8 @@ def test_low_temperature_narrows_the_data():
 
 
 def test_asymmetric_times():
-    times = samplers.grid(4)
-    moved = samplers.asymmetric(times, 0.5)
+    times = samplers.timesteps(4)
+    moved = samplers.shift_timesteps(times, 0.5)
     np.testing.assert_array_equal(moved.now, times.now)
     np.testing.assert_allclose(moved.next, [0.375, 0.125, 0.0, -1.0])
-    np.testing.assert_array_equal(samplers.asymmetric(times, 0.0).next, times.next)
+    np.testing.assert_array_equal(samplers.shift_timesteps(times, 0.0).next, times.next)

@@ -66,7 +66,7 @@ def test_published_coefficients():
 
 def test_coarse_table_is_every_tenth_of_the_fine():
     """REFERENCE 6.1 item 4: abar200 = abar2000[9::10], but for the clipped last."""
-    fine, coarse = TABLES["sqrt"], schedule.named("sqrt", 200)
+    fine, coarse = TABLES["sqrt"], schedule.make_schedule("sqrt", 200)
     np.testing.assert_allclose(coarse.table[:-1], fine.table[9::10][:-1], rtol=1e-12)
     assert coarse.table[-1] > fine.table[-1]
 
@@ -141,11 +141,11 @@ def test_time_stands_for_its_nearest_index():
 
 def test_unknown_names():
     with pytest.raises(UserError, match=r"config.schedule.name='sqrd'.*sqrt"):
-        schedule.named("sqrd")
+        schedule.make_schedule("sqrd")
     with pytest.raises(UserError, match="logistic"):
-        schedule.named("sqrt", scale=1.0)
+        schedule.make_schedule("sqrt", scale=1.0)
     with pytest.raises(UserError, match="discretize"):
-        schedule.need_steps(schedule.named("sqrt"))
+        schedule.require_num_steps(schedule.make_schedule("sqrt"))
 
 
 def test_respacing():
@@ -220,9 +220,9 @@ def test_quantile_schedules(name, law):
     """Uniform t makes log(1/SNR) follow the law of that name."""
     t = np.linspace(0.001, 0.999, 97)
     for noise, (mean, scale) in (
-        (schedule.named(name, mean=-1.0, scale=0.7), (-1.0, 0.7)),
+        (schedule.make_schedule(name, mean=-1.0, scale=0.7), (-1.0, 0.7)),
         (
-            schedule.named(name),
+            schedule.make_schedule(name),
             {"logistic": (2.0, 1.2), "gumbel": (4.723, 0.852)}[name],
         ),
     ):
@@ -289,12 +289,12 @@ def test_posterior_of_the_last_step():
 @pytest.mark.parametrize("name", ["sqrt", "cosine", "linear"])
 def test_noise_factor_divides_the_signal(name):
     """SNR' = SNR / F^2, on the curve and on the table (arXiv:2212.09412)."""
-    plain, scaled = (schedule.named(name, 1000, noise_factor=f) for f in (1.0, 3.0))
+    plain, scaled = (schedule.make_schedule(name, 1000, noise_factor=f) for f in (1.0, 3.0))
     t = np.arange(0, 990, 30) / 1000  # the last betas are clipped
     expected = plain.log_snr(t) - 2 * np.log(3.0)
     np.testing.assert_allclose(scaled.log_snr(t), expected, atol=1e-9)
     if plain.curve is not None:
-        curve, scaled = (schedule.named(name, noise_factor=f) for f in (1.0, 3.0))
+        curve, scaled = (schedule.make_schedule(name, noise_factor=f) for f in (1.0, 3.0))
         expected = curve.log_snr(t) - 2 * np.log(3.0)
         np.testing.assert_allclose(scaled.log_snr(t), expected, atol=1e-9)
 
@@ -315,4 +315,4 @@ def test_quantiles_between_knots():
 @pytest.mark.parametrize("options", [{"noise_factor": 0.0}, {"adaptive": "warp"}])
 def test_bad_options(options):
     with pytest.raises(UserError):
-        schedule.named("sqrt", **options)
+        schedule.make_schedule("sqrt", **options)

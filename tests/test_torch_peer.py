@@ -62,7 +62,7 @@ def theirs(ours, *, plain):
 @pytest.mark.parametrize("plain", [True, False])
 def test_loss_and_gradients_are_ours(ours, plain):
     config, recipe, params = ours
-    draws = time_sampling.draw(
+    draws = time_sampling.draw_noise(
         jax.random.key(2),
         (BATCH, LENGTH, recipe.cfg.dim),
         steps=recipe.schedule.steps,
@@ -110,7 +110,7 @@ def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
     rng, schedule = np.random.default_rng(3), recipe.schedule
     x = rng.standard_normal((BATCH, LENGTH, recipe.cfg.dim)).astype("f")
     before = rng.standard_normal(x.shape).astype("f")
-    times = samplers.time_grid(schedule, 20)
+    times = samplers.schedule_timesteps(schedule, 20)
     own = model.bind(params, recipe.cfg, schedule=schedule)
     if clamp:
         own = guidance.clamp(own, params.table)
@@ -146,12 +146,12 @@ def test_a_push_of_the_classifier_is_ours(ours):
     labels = rng.integers(0, 5, (BATCH, LENGTH))
     t, std = np.full(BATCH, 0.4, "f"), np.float32(0.3)
     of = classifier.log_prob(head, cfg, layout, labels, recipe.schedule)
-    wanted = guidance.climbing(
+    wanted = guidance.gradient_updates(
         jnp.asarray(x),
         lambda y: of(y, jnp.asarray(t)),
         jnp.asarray(mean),
         jnp.asarray(std),
-        update=guidance.RULES["sign"].update,
+        update=guidance.UPDATE_RULES["sign"].update,
         power=1,
         lr=0.2,
         updates=3,

@@ -164,7 +164,7 @@ def test_half_of_the_bits(cfg, dtype):
 @pytest.mark.parametrize("dtype", transformer.DTYPES)
 def test_kernels_cast_before_a_chain_change_nothing(cfg, dtype):
     cfg = dataclasses.replace(cfg, dtype=dtype)
-    low = transformer.lowered(weights(cfg), cfg)
+    low = transformer.cast_kernels(weights(cfg), cfg)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(low)}
     assert kinds == {"float32", cfg.products}
     np.testing.assert_array_equal(compiled(cfg)(low, *inputs()), run(cfg, *inputs()))
@@ -178,7 +178,7 @@ def test_fused_attention_is_attention(trunk, causal, monkeypatch):
     rows, (x, t, before) = weights(cfg), inputs()
     args = (x[:3, :5], t[:3], before[:3, :5])
     plain = np.asarray(transformer.apply(rows, cfg, 11, *args))
-    monkeypatch.setitem(ops.FUSED, "cpu", "xla")
+    monkeypatch.setitem(ops.FUSED_ATTENTION, "cpu", "xla")
     calls, known = [], jax.nn.dot_product_attention
     spy = lambda *a, **k: calls.append(k) or known(*a, **k)  # noqa: E731
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
@@ -202,7 +202,7 @@ def test_every_layer_drops_others(cfg):
     """Seeds differ between layers and places."""
     deep = dataclasses.replace(cfg, layers=2, dropout=0.5, attention_dropout=0.5)
     seeds = []
-    original = ops.drop
+    original = ops.dropout
 
     def spy(x, seed, rate):
         seeds.append(np.asarray(seed))
@@ -217,12 +217,12 @@ def test_every_layer_drops_others(cfg):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shapes", [((2, 3, 5), (2, 5, 4)), ((6, 9), (9, 2))])
-@pytest.mark.parametrize("product", [ops.times, ops.across])
+@pytest.mark.parametrize("product", [ops.matmul, ops.matmul_nt])
 def test_products_and_their_gradients(product, shapes, dtype):
     """Against einsum's, whichever of the two is narrower; inputs that bfloat16 keeps."""
     rng = np.random.default_rng(0)
     a, b = (rng.integers(-8, 9, shape).astype("f") for shape in shapes)
-    if product is ops.across:
+    if product is ops.matmul_nt:
         b = np.ascontiguousarray(b.swapaxes(-1, -2))
     axes = {"times": "...mk,...kn->...mn", "across": "...mk,...nk->...mn"}
     g = rng.integers(-8, 9, (*a.shape[:-1], shapes[1][-1])).astype("f")
@@ -236,11 +236,11 @@ def test_products_and_their_gradients(product, shapes, dtype):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-@pytest.mark.parametrize("product", [ops.times, ops.across])
+@pytest.mark.parametrize("product", [ops.matmul, ops.matmul_nt])
 def test_products_are_summed_before_they_are_rounded(product):
     """Returned in bfloat16, the sum of 1,000 ones is not the 256 of a sum in bfloat16."""
     ones = jnp.ones((1000, 1000), "bfloat16")[:2]
-    other = jnp.ones((1000, 3) if product is ops.times else (3, 1000), "bfloat16")
+    other = jnp.ones((1000, 3) if product is ops.matmul else (3, 1000), "bfloat16")
     found, back = jax.vjp(lambda a: product(a, other, "bfloat16", "bfloat16"), ones)
     assert found.dtype == "bfloat16"
     assert np.all(np.asarray(found, "f") == 1000)
@@ -253,7 +253,7 @@ def test_products_are_summed_before_they_are_rounded(product):
 def test_dropout_is_fair(rate):
     """The share kept of rows, columns, pairs of neighbours, and pairs of seeds."""
     shape, seeds = (256, 384), jax.random.bits(key_of(0), (8, 2))
-    masks = np.stack([ops.kept(seed, shape, rate) for seed in seeds])
+    masks = np.stack([ops.dropout_mask(seed, shape, rate) for seed in seeds])
     p, pairs = 1 - rate, (1 - rate) ** 2
 
     def fair(share, expected, n):
@@ -272,14 +272,14 @@ def test_dropout_is_fair(rate):
 
 def test_dropout_scales_and_its_gradient_has_the_same_mask():
     x, seed = np.full((64, 64), 3.0, "f"), jax.random.bits(key_of(1), (2,))
-    y, back = jax.vjp(lambda x: ops.drop(x, seed, 0.25), x)
-    mask = np.asarray(ops.kept(seed, x.shape, 0.25))
+    y, back = jax.vjp(lambda x: ops.dropout(x, seed, 0.25), x)
+    mask = np.asarray(ops.dropout_mask(seed, x.shape, 0.25))
     np.testing.assert_array_equal(y, np.where(mask, 4.0, 0.0))
     np.testing.assert_array_equal(back(x)[0], y)
 
 
 @pytest.mark.parametrize(
-    ("phi", "approximate"), [(ops.exact, False), (ops.by_tanh, True)]
+    ("phi", "approximate"), [(ops.normal_cdf, False), (ops.normal_cdf_tanh, True)]
 )
 def test_gelu_is_the_known_one(phi, approximate):
     x = np.linspace(-6, 6, 101, dtype="f")

@@ -90,7 +90,7 @@ def attention(fused: bool, tiny: bool) -> dict[str, Any]:
     """softmax(q k^T / sqrt k) v and its gradients, of numbers that bfloat16 keeps."""
     shape = (2, 2, 16, 16) if tiny else (8, 4, 64, 64)
     q, k, v = jax.random.normal(jax.random.key(3), (3, *shape)).astype(jnp.bfloat16)
-    how: Literal["xla", "cudnn"] | None = ops.FUSED.get(jax.default_backend())
+    how: Literal["xla", "cudnn"] | None = ops.FUSED_ATTENTION.get(jax.default_backend())
 
     def plain(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -222,7 +222,7 @@ def run(job: Job) -> None:
         record: dict[str, Any] = {}
         if reason := no_fused_attention(tiny=job.rehearse):
             record["no fused attention"] = reason
-            ops.FUSED.clear()
+            ops.FUSED_ATTENTION.clear()
         found = compute(tiny=job.rehearse, reference=False)
         if reference.wait(max(1.0, job.left())):
             raise RuntimeError(

@@ -23,7 +23,7 @@ FLOOR = 0.1  # share of times that stay with the start's law
 EVEN = 3e-4  # and of each bin, so that the bound is never blind to one
 
 
-class Adaptive(NamedTuple):
+class AdaptiveState(NamedTuple):
     """Sums of losses and of examples by bin of u, old ones fading; the start's law.
 
     start: the probability that the start's schedule gives each bin.
@@ -39,11 +39,11 @@ def edges() -> Float[Array, " edges"]:
     return jnp.linspace(LOW, HIGH, BINS + 1)
 
 
-def init(schedule: Schedule) -> Adaptive:
+def init(schedule: Schedule) -> AdaptiveState:
     """The start: a curve whose times are taken to be information-uniform already."""
     t = (jnp.arange(4096) + 0.5) / 4096
     start = _count(-schedule.log_snr(t), jnp.ones_like(t)) / 4096
-    return Adaptive(jnp.zeros(BINS), jnp.zeros(BINS), start)
+    return AdaptiveState(jnp.zeros(BINS), jnp.zeros(BINS), start)
 
 
 def _count(u: PerExample, value: PerExample) -> Float[Array, " bins"]:
@@ -53,8 +53,8 @@ def _count(u: PerExample, value: PerExample) -> Float[Array, " bins"]:
 
 
 def update(
-    state: Adaptive, u: PerExample, loss: PerExample, *, rate: float = 0.995
-) -> Adaptive:
+    state: AdaptiveState, u: PerExample, loss: PerExample, *, rate: float = 0.995
+) -> AdaptiveState:
     """The state with the losses [b] of examples at noise u [b]; rate: what is kept."""
     return state._replace(
         loss=rate * state.loss + _count(u, loss),
@@ -62,7 +62,7 @@ def update(
     )
 
 
-def curve(state: Adaptive) -> Float[Array, " bins"]:
+def curve(state: AdaptiveState) -> Float[Array, " bins"]:
     """The mean loss by bin, made monotone from both sides.
 
     A bin that was not seen, or too long ago, lies between its neighbours that were; if
@@ -76,7 +76,7 @@ def curve(state: Adaptive) -> Float[Array, " bins"]:
     return jnp.where(level > 0, 0.5 * (up + down), jnp.cumsum(start) - 0.5 * start)
 
 
-def warp(state: Adaptive) -> Schedule:
+def warp(state: AdaptiveState) -> Schedule:
     """Times in proportion to the rise of the loss, and FLOOR by the start's law."""
     loss = curve(state)
     border = jnp.concatenate([loss[:1], 0.5 * (loss[1:] + loss[:-1]), loss[-1:]])
@@ -87,7 +87,7 @@ def warp(state: Adaptive) -> Schedule:
     return from_quantiles(cdf / cdf[-1], edges())
 
 
-def fit_gumbel(state: Adaptive) -> Schedule:
+def fit_gumbel(state: AdaptiveState) -> Schedule:
     """The Gumbel law whose distribution function is nearest the loss over its largest.
 
     loss = H exp(-exp(-(u - mean) / scale)) is a line: u = mean - scale log(-log(loss/H)).
@@ -105,7 +105,7 @@ def fit_gumbel(state: Adaptive) -> Schedule:
     return gumbel(jnp.clip(mean_u - scale * mean_y, LOW, HIGH), scale)
 
 
-ADAPTIVE: dict[str, Callable[[Adaptive], Schedule]] = {
+ADAPTIVE_SCHEDULES: dict[str, Callable[[AdaptiveState], Schedule]] = {
     "warp": warp,
     "gumbel": fit_gumbel,
 }

@@ -22,7 +22,7 @@ from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PerExample, PRNGK
 Prefix = Int[Array, "b k"]
 
 
-def hidden(
+def trunk_output(
     params: Params, cfg: DenoiserConfig, ids: Ids, *, head: bool = False
 ) -> Array:
     """The trunk's output [b l h], or with the head its logits of the next ids [b l v]."""
@@ -36,14 +36,14 @@ def hidden(
 def nll(params: Params, cfg: DenoiserConfig, ids: Ids) -> Float[Array, "b l"]:
     """-log p(id | the ids before it), nats; 0 for the first of a row."""
     ids = jnp.asarray(ids)
-    scores: Logits = hidden(params, cfg, ids, head=True)
+    scores: Logits = trunk_output(params, cfg, ids, head=True)
     return jnp.pad(rounding.nll(scores[:, :-1], ids[:, 1:]), ((0, 0), (1, 0)))
 
 
 def features(params: Params, cfg: DenoiserConfig, ids: Ids) -> Float[Array, "b h"]:
     """The trunk's output, mean over the tokens that are not PAD."""
     real = (jnp.asarray(ids) != PAD)[..., None]
-    states = hidden(params, cfg, ids)
+    states = trunk_output(params, cfg, ids)
     return jnp.sum(states * real, 1) / jnp.maximum(jnp.sum(real, 1), 1)
 
 
@@ -62,7 +62,7 @@ def sample(
     start, given = _begin(keys.shape[0], length, prefix)
 
     def step(ids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        scores = hidden(params, cfg, ids, head=True)[:, i - 1]
+        scores = trunk_output(params, cfg, ids, head=True)[:, i - 1]
         here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
         drawn = jax.vmap(jax.random.categorical)(here, scores)
         drawn = jnp.where(_over(ids[:, i - 1]), PAD, drawn)
@@ -90,7 +90,7 @@ def fudge(
     b = keys.shape[0]
 
     def step(ids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        scores = hidden(params, cfg, ids, head=True)[:, i - 1]
+        scores = trunk_output(params, cfg, ids, head=True)[:, i - 1]
         nats, words = jax.lax.top_k(jax.nn.log_softmax(scores), top)
         tried = jnp.repeat(ids[:, None], top, 1).at[:, :, i].set(words)
         wanted = log_prob(tried.reshape(b * top, length)).reshape(b, top)
@@ -102,7 +102,7 @@ def fudge(
     return jax.lax.scan(step, start, jnp.arange(1, length))[0]
 
 
-def search(
+def beam_search(
     params: Params, cfg: DenoiserConfig, length: int, *, prefix: Prefix, beams: int = 4
 ) -> Ids:
     """Ids [b length]: the likeliest that a beam search finds after each prefix."""
@@ -114,7 +114,7 @@ def search(
     def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
         ids, nats = carry  # [b beams length], [b beams]
         last = ids[:, :, i - 1]
-        scores = hidden(params, cfg, ids.reshape(b * beams, -1), head=True)[:, i - 1]
+        scores = trunk_output(params, cfg, ids.reshape(b * beams, -1), head=True)[:, i - 1]
         more = jax.nn.log_softmax(scores).reshape(b, beams, vocab)
         pad = jnp.where(jnp.arange(vocab) == PAD, 0.0, -jnp.inf)
         more = jnp.where(_over(last)[..., None], pad, more)

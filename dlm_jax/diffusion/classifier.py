@@ -18,7 +18,7 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 from dlm_jax.diffusion import model
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.schedule import Schedule, add_noise
-from dlm_jax.diffusion.time_sampling import Draws
+from dlm_jax.diffusion.time_sampling import NoiseDraws
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import (
@@ -41,7 +41,7 @@ class Classifier(NamedTuple):
     head: Mapping[str, Array]
 
 
-class Scores(NamedTuple):
+class ClassifierTerms(NamedTuple):
     """nll: nats per asked label; accuracy: its share that is right; each [b]."""
 
     nll: PerExample
@@ -118,7 +118,7 @@ def logits(
     key: PRNGKey | None = None,
 ) -> Float[Array, "b ... k"]:
     """Logits of every label; the network is told the noise, whatever the schedule."""
-    told = model.noise_time(schedule, t)
+    told = model.log_snr_time(schedule, t)
     x = jnp.asarray(x_t)
     h = transformer.apply(
         params.trunk, cfg, 1, x, told, jnp.zeros_like(x), key=key, head=False
@@ -156,14 +156,14 @@ def loss(
     params: Classifier,
     ids: Ids,
     labels: Int[Array, "b m"],
-    draws: Draws,
+    draws: NoiseDraws,
     *,
     cfg: DenoiserConfig,
     layout: HeadSpec,
     table: Table,
     schedule: Schedule,
     key: PRNGKey | None = None,
-) -> Scores:
+) -> ClassifierTerms:
     """Cross-entropy of the asked labels, at random noise on frozen embeddings."""
     x_t = add_noise(embed(table, ids), draws.t, draws.eps_t, schedule)
     scores = logits(params, cfg, layout, x_t, draws.t, schedule, key=key)
@@ -173,4 +173,4 @@ def loss(
     nll = jnp.sum(jnp.where(asked, cross_entropy(scores, labels), 0.0), -1) / count
     right = asked & (jnp.argmax(scores, -1) == labels)
     weight = jnp.ones_like(nll) if draws.weight is None else draws.weight
-    return Scores(nll, jnp.sum(right, -1) / count, weight)
+    return ClassifierTerms(nll, jnp.sum(right, -1) / count, weight)

@@ -15,10 +15,10 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Bool, Float, Int
 
 from dlm_jax.diffusion.embedding import embed
-from dlm_jax.diffusion.model import Denoise, Read, give
+from dlm_jax.diffusion.model import Denoise, DenoiseLogits, insert_clean_tokens
 from dlm_jax.diffusion.rounding import Allowed, project
-from dlm_jax.diffusion.samplers import State, Step, Times, noise
-from dlm_jax.diffusion.schedule import Schedule, expand, on, posterior
+from dlm_jax.diffusion.samplers import State, Step, Times, standard_normal
+from dlm_jax.diffusion.schedule import Schedule, expand_to, broadcast_to, posterior
 from dlm_jax.types import (
     END,
     PAD,
@@ -36,7 +36,7 @@ from dlm_jax.types import (
 # log p(c | x_t) in nats, at the noise of time t
 LogProb = Callable[[Latent, Time], PerExample]
 # log p(c | words) of the words' own log-probabilities, nats
-OfWords = Callable[[Logits], PerExample]
+TokenLogProb = Callable[[Logits], PerExample]
 
 Known = Bool[Array, "b l"]
 
@@ -58,23 +58,23 @@ def clamp(
 
     def clamped(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         x0_hat = denoise(x_t, t, x0_prev)
-        late = expand(jnp.asarray(t) <= below, x0_hat)
+        late = expand_to(jnp.asarray(t) <= below, x0_hat)
         return jnp.where(late, project(table, x0_hat, allowed), x0_hat)
 
     return clamped
 
 
-def given(model: Denoise | Read, table: Table, ids: Ids, known: Known) -> Any:
+def condition_on_tokens(model: Denoise | DenoiseLogits, table: Table, ids: Ids, known: Known) -> Any:
     """The model told the known tokens: clean vectors, at time 0.
 
     For models trained on texts that are known in part: config.loss.known.
     """
     clean = embed(table, ids)
-    return lambda x_t, t, x0_prev: model(*give(clean, known, x_t, t), x0_prev)
+    return lambda x_t, t, x0_prev: model(*insert_clean_tokens(clean, known, x_t, t), x0_prev)
 
 
-def classifier_free(
-    conditional: Denoise | Read, unconditional: Denoise | Read, *, weight: float
+def classifier_free_guidance(
+    conditional: Denoise | DenoiseLogits, unconditional: Denoise | DenoiseLogits, *, weight: float
 ) -> Any:
     """x0 + weight (x0_conditional - x0), and so the log-probabilities of a Read.
 
@@ -89,7 +89,7 @@ def classifier_free(
     return lambda *x: jax.tree.map(mix, unconditional(*x), conditional(*x))
 
 
-def token_times(denoise: Denoise, log_prob: LogProb, *, share: float) -> Denoise:
+def token_time_guidance(denoise: Denoise, log_prob: LogProb, *, share: float) -> Denoise:
     """Tells the network that tokens which log p(c | x_t) hangs on are less noisy.
 
     Their time falls, by the size of their slope among those of the text, to share t at
@@ -107,7 +107,7 @@ def token_times(denoise: Denoise, log_prob: LogProb, *, share: float) -> Denoise
     return told
 
 
-def only(read: Read, table: Table, allowed: Allowed) -> Read:
+def restrict_tokens(read: DenoiseLogits, table: Table, allowed: Allowed) -> DenoiseLogits:
     """The model's words given that each position's is an allowed one.
 
     Exact for one position, whose posterior is renormalised; the others hear of it at the
@@ -123,12 +123,12 @@ def only(read: Read, table: Table, allowed: Allowed) -> Read:
     return restricted
 
 
-def spoken(read: Read) -> Denoise:
+def drop_logits(read: DenoiseLogits) -> Denoise:
     """The estimate alone."""
     return lambda x_t, t, x0_prev: read(x_t, t, x0_prev)[0]
 
 
-def lean(
+def classifier_guidance_x0(
     denoise: Denoise, log_prob: LogProb, schedule: Schedule, *, weight: float = 1.0
 ) -> Denoise:
     """Bayes' rule on the estimate: x0_hat + weight sigma^2/alpha grad log p(c | x_t).
@@ -140,14 +140,14 @@ def lean(
         each = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
         slope = jax.grad(lambda x: jnp.sum(log_prob(x, each)))(x_t)
         alpha, sigma = schedule.alpha_sigma(t)
-        scale = weight * expand(sigma**2 / alpha, x_t)
+        scale = weight * expand_to(sigma**2 / alpha, x_t)
         return denoise(x_t, t, x0_prev) + scale * slope
 
     return leaning
 
 
-def steer(
-    read: Read, wish: OfWords, schedule: Schedule, *, weight: float = 1.0
+def token_guidance(
+    read: DenoiseLogits, wish: TokenLogProb, schedule: Schedule, *, weight: float = 1.0
 ) -> Denoise:
     """`lean` to a condition that is read from the model's own words: no classifier.
 
@@ -161,7 +161,7 @@ def steer(
 
         slope, x0_hat = jax.grad(of, has_aux=True)(x_t)
         alpha, sigma = schedule.alpha_sigma(t)
-        return x0_hat + weight * expand(sigma**2 / alpha, x_t) * slope
+        return x0_hat + weight * expand_to(sigma**2 / alpha, x_t) * slope
 
     return steered
 
@@ -169,7 +169,7 @@ def steer(
 # --- wishes about the words
 
 
-def spells(ids: Ids, known: Known) -> OfWords:
+def spells(ids: Ids, known: Known) -> TokenLogProb:
     """These tokens at the known positions: sum of log p(w_i)."""
 
     def wish(log_p: Logits) -> PerExample:
@@ -179,7 +179,7 @@ def spells(ids: Ids, known: Known) -> OfWords:
     return wish
 
 
-def contains(phrase: Int[Array, "b k"]) -> OfWords:
+def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
     """The phrase at some place: log sum over places of the product of its words.
 
     phrase: ids, of each example its own; a row is filled up with -1. The sum counts a
@@ -201,7 +201,7 @@ def contains(phrase: Int[Array, "b k"]) -> OfWords:
     return wish
 
 
-def lacks(words: Int[Array, "b k"]) -> OfWords:
+def excludes_tokens(words: Int[Array, "b k"]) -> TokenLogProb:
     """None of these words anywhere: sum over positions of log(1 - p). Rows end in -1."""
     words = jnp.asarray(words)
 
@@ -214,7 +214,7 @@ def lacks(words: Int[Array, "b k"]) -> OfWords:
     return wish
 
 
-def every(*wishes: tuple[Callable[..., PerExample], float]) -> Callable:
+def weighted_sum(*wishes: tuple[Callable[..., PerExample], float]) -> Callable:
     """Several conditions at once, each with its weight: the weighted sum."""
     return lambda *x: jnp.asarray(sum(w * wish(*x) for wish, w in wishes))
 
@@ -222,7 +222,7 @@ def every(*wishes: tuple[Callable[..., PerExample], float]) -> Callable:
 # --- patterns of known tokens
 
 
-def of_length(words: Int[Array, " b"], length: int) -> tuple[Ids, Known]:
+def length_template(words: Int[Array, " b"], length: int) -> tuple[Ids, Known]:
     """START, as many open positions as words, END, then PAD [b length]."""
     place, end = jnp.arange(length), jnp.asarray(words)[:, None] + 1
     ids = jnp.where(place == 0, START, jnp.where(place == end, END, PAD))
@@ -253,14 +253,14 @@ def infill(
         if noised:
             alpha, sigma = schedule.alpha_sigma(times.next)
             own = jax.vmap(lambda k: jax.random.fold_in(k, 2))(keys)
-            x = on(alpha, x) * x + on(sigma, x) * noise(own, x.shape[1:])
+            x = broadcast_to(alpha, x) * x + broadcast_to(sigma, x) * standard_normal(own, x.shape[1:])
         x_t = jnp.where(keep, x, state.x_t)
         return State(x_t, jnp.where(keep, clean, state.x0_hat))
 
     return filled
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """update(slope, memory, lr, std) -> (move, memory); power: of std under the fluency.
 
     slope [b l d]: of the objective. memory: the sum of squares so far, in one step.
@@ -286,14 +286,14 @@ def _plain(slope, memory, lr, std):
 # "sign": the published rule, whose Adagrad is made anew for every update and so takes
 # steps of one size, its fluency over sigma (REFERENCE Q12). "adagrad": the paper's.
 # "gradient": lr = 1 is classifier guidance, arXiv:2105.05233.
-RULES: dict[str, Rule] = {
-    "sign": Rule(_sign, 1),
-    "adagrad": Rule(_adagrad, 2),
-    "gradient": Rule(_plain, 2),
+UPDATE_RULES: dict[str, UpdateRule] = {
+    "sign": UpdateRule(_sign, 1),
+    "adagrad": UpdateRule(_adagrad, 2),
+    "gradient": UpdateRule(_plain, 2),
 }
 
 
-def guide(
+def gradient_guidance(
     step: Step,
     log_prob: LogProb,
     schedule: Schedule,
@@ -309,7 +309,7 @@ def guide(
     mean, std: of q(x_next | x_t, x0_hat), so that the sample stays likely. Acts at
     times between[0] <= t <= between[1]. arXiv:2205.14217 section 5.1, REFERENCE 1.7.
     """
-    update, power = RULES[rule]
+    update, power = UPDATE_RULES[rule]
 
     def guided(keys: PRNGKeys, state: State, times: Times) -> State:
         after = step(keys, state, times)
@@ -321,7 +321,7 @@ def guide(
         t = jnp.broadcast_to(times.next, mean.shape[:1])
 
         def climb() -> Latent:
-            return climbing(
+            return gradient_updates(
                 after.x_t,
                 lambda x: log_prob(x, t),
                 mean,
@@ -338,7 +338,7 @@ def guide(
     return guided
 
 
-def climbing(
+def gradient_updates(
     x: Latent,
     log_prob: Callable[[Latent], PerExample],
     mean: Latent,

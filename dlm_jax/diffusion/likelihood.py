@@ -26,7 +26,7 @@ import numpy as np
 from dlm_jax.diffusion import model, rounding
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
-from dlm_jax.diffusion.schedule import Schedule, expand
+from dlm_jax.diffusion.schedule import Schedule, expand_to
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, PRNGKey, Table, Time
 
@@ -50,7 +50,7 @@ class Profile(NamedTuple):
     nats: Array
 
 
-class Predictor(NamedTuple):
+class LatentPredictor(NamedTuple):
     """What the bound asks of a model.
 
     estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w); decode(x [b l d])
@@ -62,9 +62,9 @@ class Predictor(NamedTuple):
     sigma_0: float
 
 
-def predictor(
+def latent_predictor(
     params: Params, cfg: DenoiserConfig, schedule: Schedule, *, sigma_0: float
-) -> Predictor:
+) -> LatentPredictor:
     """The predictor of a trained network; sigma_0 as in training, 0 under "ce".
 
     A self-conditioned network is asked twice at each x_t: a chain whose steps depend on
@@ -87,18 +87,18 @@ def predictor(
         known = noisy / (noisy + sigma**2)
         if schedule.steps is not None:  # at index 0 the losses compare with EMB(w)
             known = jnp.where(t * schedule.steps < 0.5, 0.0, known)
-        x0_hat = x0_hat - expand(known / alpha, x_t) * x_t
-        return x0_hat / expand(1 - known, x_t)
+        x0_hat = x0_hat - expand_to(known / alpha, x_t) * x_t
+        return x0_hat / expand_to(1 - known, x_t)
 
     def decode(x: Latent) -> Logits:
         if sigma_0:
             return rounding.logits(params.table, params.bias, x)
         t = jnp.zeros(x.shape[0])
         if cfg.predicts != "logits":  # each position's own posterior
-            return model.prior_logits(params.table, x, t, schedule)
+            return model.token_posterior_logits(params.table, x, t, schedule)
         return model.apply(params, cfg, x, t, feedback(x, t), schedule=schedule)
 
-    return Predictor(estimate, decode, sigma_0)
+    return LatentPredictor(estimate, decode, sigma_0)
 
 
 def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
@@ -123,7 +123,7 @@ def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
     """x_t given EMB(w) = x."""
     alpha, sigma = schedule.alpha_sigma(t)
     std = jnp.sqrt(sigma**2 + (alpha * sigma_0) ** 2)
-    return expand(alpha, x) * x + expand(std, x) * eps
+    return expand_to(alpha, x) * x + expand_to(std, x) * eps
 
 
 def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> PerExample:
@@ -139,7 +139,7 @@ def bound(
     key: PRNGKey,
     ids: Ids,
     table: Table,
-    predict: Predictor,
+    predict: LatentPredictor,
     schedule: Schedule,
     *,
     draws: int = 8,
@@ -173,16 +173,16 @@ def bound(
     return Bound(_prior(x, schedule, sigma_0), diffusion, word), profile
 
 
-class Summary(NamedTuple):
+class MeanStderr(NamedTuple):
     """A mean and its standard error over examples, in the unit its name says."""
 
     mean: float
     standard_error: float
 
 
-def per(nats: Array, count: Array) -> Summary:
+def ratio_with_stderr(nats: Array, count: Array) -> MeanStderr:
     """sum(nats) / sum(count) over the examples [n], with the error of that ratio."""
     a, b = (np.asarray(x, np.float64) for x in (nats, count))
     ratio = a.sum() / b.sum()
     spread = np.std(a - ratio * b, ddof=1) / np.sqrt(len(a))
-    return Summary(float(ratio), float(spread / b.mean()))
+    return MeanStderr(float(ratio), float(spread / b.mean()))

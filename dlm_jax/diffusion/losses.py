@@ -21,17 +21,17 @@ from dlm_jax.diffusion.schedule import (
     Schedule,
     add_noise,
     clipped_variance,
-    expand,
-    need_steps,
+    expand_to,
+    require_num_steps,
     posterior,
 )
-from dlm_jax.diffusion.time_sampling import Draws
+from dlm_jax.diffusion.time_sampling import NoiseDraws
 from dlm_jax.errors import UserError, choose
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """Named terms of the loss, each [b]; `end_to_end` states their unit.
 
     diffusion: the step's error, 0 where t is index 0; t0: |EMB(w) - mu(x_1)|^2 (or its
@@ -49,7 +49,7 @@ class Terms(NamedTuple):
         return self.weight * (self.diffusion + self.t0 + self.rounding + self.prior)
 
 
-class _Pass(NamedTuple):
+class _ForwardPass(NamedTuple):
     """One forward pass: what every objective reads."""
 
     clean: Latent
@@ -59,7 +59,7 @@ class _Pass(NamedTuple):
     raw: Array  # what the network predicts; of logits, -log p of the ids [b l]
     t: Time
     ids: Ids
-    draws: Draws
+    draws: NoiseDraws
     params: Params
     cfg: DenoiserConfig
     schedule: Schedule
@@ -75,7 +75,7 @@ class _Pass(NamedTuple):
         """(diffusion, t0): the second replaces the first where t is index 0."""
         steps = self.schedule.steps
         zero = self.t < 0 if steps is None else self.t * steps < 0.5
-        zero = expand(zero, error)
+        zero = expand_to(zero, error)
         return (
             self.mean(jnp.where(zero, 0.0, error)),
             self.mean(jnp.where(zero, at_zero, 0.0)),
@@ -86,14 +86,14 @@ class _Pass(NamedTuple):
         scores = rounding.logits(self.params.table, self.params.bias, self.x_0)
         return self.mean(rounding.nll(scores, self.ids))
 
-    def terms(self, diffusion, t0, rounding, prior, weight=None) -> Terms:
+    def terms(self, diffusion, t0, rounding, prior, weight=None) -> LossTerms:
         if weight is None:
             weight = self.draws.weight
         ones = jnp.ones_like(diffusion)
-        return Terms(diffusion, t0, rounding, prior, ones if weight is None else weight)
+        return LossTerms(diffusion, t0, rounding, prior, ones if weight is None else weight)
 
 
-def _prior_norm(p: _Pass) -> PerExample:
+def _prior_norm(p: _ForwardPass) -> PerExample:
     """mean((sqrt(alpha_bar_T) x_0)^2): the published tT term."""
     steps = p.schedule.steps
     last = 1.0 if steps is None else (steps - 1) / steps
@@ -101,23 +101,23 @@ def _prior_norm(p: _Pass) -> PerExample:
     return p.mean((alpha * p.x_0) ** 2)
 
 
-def _x0(p: _Pass) -> Terms:
+def _x0(p: _ForwardPass) -> LossTerms:
     """L_x0-simple e2e: mean squared error of x0_hat."""
     error = p.split((p.x_0 - p.x0_hat) ** 2, (p.clean - p.x0_hat) ** 2)
     return p.terms(*error, p.rounding(), _prior_norm(p))
 
 
-def _eps(p: _Pass) -> Terms:
+def _eps(p: _ForwardPass) -> LossTerms:
     """The eps form of L_simple; the t=0 term compares the x_0 that eps implies."""
     alpha, sigma = p.schedule.alpha_sigma(p.t)
     eps_hat = p.raw
     if p.cfg.predicts != "eps":
-        eps_hat = (p.x_t - expand(alpha, p.x_t) * p.x0_hat) / expand(sigma, p.x_t)
+        eps_hat = (p.x_t - expand_to(alpha, p.x_t) * p.x0_hat) / expand_to(sigma, p.x_t)
     error = p.split((p.draws.eps_t - eps_hat) ** 2, (p.clean - p.x0_hat) ** 2)
     return p.terms(*error, p.rounding(), _prior_norm(p))
 
 
-def _mu(p: _Pass) -> Terms:
+def _mu(p: _ForwardPass) -> LossTerms:
     """L_simple e2e: |mu(x_t, x_0) - mu_theta(x_t, t)|^2, the posterior means."""
     true, _ = posterior(p.x_0, p.x_t, p.t, p.schedule)
     mine, _ = posterior(p.x0_hat, p.x_t, p.t, p.schedule)
@@ -132,57 +132,57 @@ def _kl(mean_1, log_var_1, mean_2, log_var_2) -> Array:
     return 0.5 * (jnp.expm1(ratio) - ratio + square)
 
 
-def _kl_terms(p: _Pass, sigma: str) -> tuple[Array, Array, Array]:
+def _kl_terms(p: _ForwardPass, sigma: str) -> tuple[Array, Array, Array]:
     """(kl_t, kl at index 0, kl of the prior) in nats by coordinate [b l d]."""
     true, _ = posterior(p.x_0, p.x_t, p.t, p.schedule)
     mine, _ = posterior(p.x0_hat, p.x_t, p.t, p.schedule)
     log_true, log_mine = (
-        jnp.log(expand(clipped_variance(p.t, p.schedule, sigma=s), p.x_t))
+        jnp.log(expand_to(clipped_variance(p.t, p.schedule, sigma=s), p.x_t))
         for s in ("small", sigma)
     )
     kl = _kl(true, log_true, mine, log_mine)
     log_zero = 2 * math.log(p.schedule.sigma_0)
     kl_zero = _kl(p.clean, log_zero, mine, log_mine)
-    steps = need_steps(p.schedule)
+    steps = require_num_steps(p.schedule)
     last = jnp.asarray((steps - 1) / steps)
     alpha, var = p.schedule.alpha_sigma(last)
     return kl, kl_zero, _kl(alpha * p.x_0, 2 * jnp.log(var), 0.0, 0.0)
 
 
-def _vlb(p: _Pass, sigma: str = "small") -> Terms:
+def _vlb(p: _ForwardPass, sigma: str = "small") -> LossTerms:
     """L_vlb e2e in nats per position: T kl_t estimates the sum over t."""
     kl, kl_zero, prior = _kl_terms(p, sigma)
-    steps, d = need_steps(p.schedule), p.x_t.shape[-1]
+    steps, d = require_num_steps(p.schedule), p.x_t.shape[-1]
     weight = 1.0 if p.draws.weight is None else p.draws.weight
     diffusion, t0 = (steps * d * weight * part for part in p.split(kl, kl_zero))
     ones = jnp.ones_like(diffusion)
     return p.terms(diffusion, t0, p.rounding(), d * p.mean(prior), ones)
 
 
-def _vlb_legacy(p: _Pass, sigma: str = "small") -> Terms:
+def _vlb_legacy(p: _ForwardPass, sigma: str = "small") -> LossTerms:
     """The published E2E_KL in bits per dimension: T multiplies all terms (B10)."""
     kl, kl_zero, prior = _kl_terms(p, sigma)
-    scale = need_steps(p.schedule) / math.log(2)
+    scale = require_num_steps(p.schedule) / math.log(2)
     diffusion, t0 = (scale * part for part in p.split(kl, kl_zero))
     word = scale * p.rounding() / p.x_t.shape[-1]
     return p.terms(diffusion, t0, word, scale * p.mean(prior))
 
 
-def _ce(p: _Pass) -> Terms:
+def _ce(p: _ForwardPass) -> LossTerms:
     """Cross-entropy of the denoiser's logits, nats per position (RECIPES T1)."""
     error = p.mean(p.raw)
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)
 
 
-def _ar(p: _Pass) -> Terms:
+def _ar(p: _ForwardPass) -> LossTerms:
     """Cross-entropy of the next token, nats per position; the first one is given."""
     error = p.mean(jnp.pad(p.raw[:, :-1], ((0, 0), (1, 0))))
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)
 
 
-def _nelbo(p: _Pass) -> Terms:
+def _nelbo(p: _ForwardPass) -> LossTerms:
     """The bound in continuous time, nats per position (arXiv:2107.00630, eq. 17).
 
     It trains the embedding too (arXiv:2305.18619): x_0 = EMB(w), and the least noisy
@@ -193,7 +193,7 @@ def _nelbo(p: _Pass) -> Terms:
     diffusion = -0.5 * slope * p.mean(error)
     zero = jnp.zeros_like(p.t)
     last = add_noise(p.clean, zero, jnp.asarray(p.draws.eps_0), p.schedule)
-    scores = model.prior_logits(p.params.table, last, zero, p.schedule)
+    scores = model.token_posterior_logits(p.params.table, last, zero, p.schedule)
     rounded = p.mean(rounding.nll(scores, p.ids))
     share = jnp.exp(p.schedule.log_alpha_bar(jnp.ones(())))  # alpha_bar at the end
     square = jnp.sum(p.clean**2, -1)
@@ -202,7 +202,7 @@ def _nelbo(p: _Pass) -> Terms:
     return p.terms(diffusion, jnp.zeros_like(diffusion), rounded, prior)
 
 
-OBJECTIVES: dict[str, Callable[..., Terms]] = {
+OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
     "x0": _x0,
     "eps": _eps,
     "mu": _mu,
@@ -218,7 +218,7 @@ DISCRETE = ("mu", "vlb", "vlb_legacy")
 def end_to_end(
     params: Params,
     ids: Ids,
-    draws: Draws,
+    draws: NoiseDraws,
     *,
     cfg: DenoiserConfig,
     schedule: Schedule,
@@ -227,7 +227,7 @@ def end_to_end(
     mask_pad: bool = False,
     normalize: bool = False,
     **options: str,
-) -> Terms:
+) -> LossTerms:
     """The named terms of one batch; the gradient reaches table, bias and denoiser.
 
     objective: "x0", "eps", "mu": mean squared errors by coordinate plus nats per
@@ -236,7 +236,7 @@ def end_to_end(
     mask_pad: PADs do not count (Q7). normalize: the table's rows are put on the sphere
     first. options: sigma ("small", "large") of the two bounds. Raises UserError where objective, network and schedule do not fit.
     """
-    check(objective, cfg, schedule)
+    check_compatible(objective, cfg, schedule)
     if normalize:
         params = params._replace(table=unit_rows(params.table))
     clean = embed(params.table, ids)
@@ -247,7 +247,7 @@ def end_to_end(
         t, x_t = jnp.zeros_like(t), clean
     told = t
     if draws.known is not None:
-        x_t, told = model.give(clean, draws.known, x_t, t)
+        x_t, told = model.insert_clean_tokens(clean, draws.known, x_t, t)
     x0_prev = _first_estimate(params, cfg, schedule, x_t, told, draws)
     scored = jnp.asarray(ids)
     if objective == "ar":  # the next one
@@ -279,7 +279,7 @@ def end_to_end(
     places = jnp.sum(mask, -1)
     if draws.known is not None:
         mask = jnp.where(draws.known, 0.0, mask)
-    done = _Pass(
+    done = _ForwardPass(
         clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask, places
     )
     return OBJECTIVES[objective](done, **options)
@@ -290,7 +290,7 @@ def sigma_0(objective: str, schedule: Schedule) -> Any:
     return 0.0 if objective in ("nelbo", "ce", "ar") else schedule.sigma_0
 
 
-def check(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
+def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
     """UserError where objective, network and schedule do not fit together."""
     choose("objective", OBJECTIVES, objective)
     if objective in ("ce", "ar") and cfg.predicts != "logits":
@@ -324,4 +324,4 @@ def _first_estimate(params, cfg, schedule, x_t, t, draws) -> Latent:
 
     feed = jnp.asarray(draws.self_cond)
     estimate = jax.lax.cond(jnp.any(feed > 0), first, lambda: zeros)
-    return jax.lax.stop_gradient(estimate * expand(feed, x_t))
+    return jax.lax.stop_gradient(estimate * expand_to(feed, x_t))

@@ -12,18 +12,18 @@ from dlm_jax.diffusion import rounding
 from dlm_jax.diffusion.embedding import init_table
 from dlm_jax.diffusion.schedule import (
     Schedule,
-    expand,
-    need_steps,
+    expand_to,
+    require_num_steps,
     posterior_coefficients,
 )
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
 
-WHOLE = 2048  # above this vocabulary logits are made one example at a time
+MAX_DENSE_VOCAB = 2048  # above this vocabulary logits are made one example at a time
 
 Denoise = Callable[[Latent, Time, Latent], Latent]
-Read = Callable[[Latent, Time, Latent], tuple[Latent, Logits]]
+DenoiseLogits = Callable[[Latent, Time, Latent], tuple[Latent, Logits]]
 
 
 class Params(NamedTuple):
@@ -70,16 +70,16 @@ def apply(
     large vocabulary then exist for one example at a time, forward and backward.
     """
     vocab, alone, told = params.table.shape[0], None, t
-    large = vocab > WHOLE and cfg.predicts == "logits"
+    large = vocab > MAX_DENSE_VOCAB and cfg.predicts == "logits"
     if cfg.noise_time:
-        told = noise_time(_need(schedule, cfg), t)
+        told = log_snr_time(_require_schedule(schedule, cfg), t)
 
     def start(x_t: Latent, t: Time) -> Logits:
-        return prior_logits(params.table, x_t, t, _need(schedule, cfg))
+        return token_posterior_logits(params.table, x_t, t, _require_schedule(schedule, cfg))
 
     if cfg.output_prior:
         alone = _by_example(
-            lambda *x: average(params.table, start(*x)), (x_t, t), large=large
+            lambda *x: expected_embedding(params.table, start(*x)), (x_t, t), large=large
         )
     y = transformer.apply(
         params.denoiser,
@@ -114,7 +114,7 @@ def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree
     return jax.lax.map(one, rows)
 
 
-def give(
+def insert_clean_tokens(
     clean: Latent, known: Bool[Array, "b l"], x_t: Latent, t: Time
 ) -> tuple[Latent, Float[Array, "b l"]]:
     """(x_t, times) as the network is told known tokens: clean vectors, at time 0."""
@@ -123,12 +123,12 @@ def give(
     return jnp.where(known[..., None], clean, x_t), jnp.where(known, 0.0, each)
 
 
-def noise_time(schedule: Schedule, t: Time) -> Time:
+def log_snr_time(schedule: Schedule, t: Time) -> Time:
     """log(1/SNR) from -10 to 14 as a time from 0 to 1."""
     return jnp.clip((10.0 - schedule.log_snr(jnp.asarray(t))) / 24.0, 0.0, 1.0)
 
 
-def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logits:
+def token_posterior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logits:
     """log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2) [b l v].
 
     The posterior given one position alone: the network has only the context to add.
@@ -136,13 +136,13 @@ def prior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logi
     of arXiv:2205.14217 appendix F.
     """
     alpha, sigma = schedule.alpha_sigma(t)
-    near = expand(alpha / sigma**2, x_t) * jnp.einsum(
+    near = expand_to(alpha / sigma**2, x_t) * jnp.einsum(
         "bld,vd->blv", x_t, table, precision="highest"
     )
-    return near - expand(0.5 * (alpha / sigma) ** 2, x_t) * jnp.sum(table**2, -1)
+    return near - expand_to(0.5 * (alpha / sigma) ** 2, x_t) * jnp.sum(table**2, -1)
 
 
-def _need(schedule: Schedule | None, cfg: DenoiserConfig) -> Schedule:
+def _require_schedule(schedule: Schedule | None, cfg: DenoiserConfig) -> Schedule:
     if schedule is None:
         raise ValueError(
             f"a model with predicts={cfg.predicts!r}, output_prior={cfg.output_prior}, "
@@ -153,14 +153,14 @@ def _need(schedule: Schedule | None, cfg: DenoiserConfig) -> Schedule:
 
 def _from_eps(raw, x_t, t, table, schedule):
     alpha, sigma = schedule.alpha_sigma(t)
-    return (x_t - expand(sigma, x_t) * raw) / expand(alpha, x_t)
+    return (x_t - expand_to(sigma, x_t) * raw) / expand_to(alpha, x_t)
 
 
 def _from_mu(raw, x_t, t, table, schedule):
     """x0 = (mu - coef2 x_t) / coef1, for the step of one index."""
-    t_next = t - 1.0 / need_steps(schedule)
+    t_next = t - 1.0 / require_num_steps(schedule)
     coef_0, coef_t, _ = posterior_coefficients(t, t_next, schedule)
-    return (raw - expand(coef_t, x_t) * x_t) / expand(coef_0, x_t)
+    return (raw - expand_to(coef_t, x_t) * x_t) / expand_to(coef_0, x_t)
 
 
 # x0_hat from the raw output, by what the network predicts
@@ -168,11 +168,11 @@ TO_X0: dict[str, Callable[..., Latent]] = {
     "x0": lambda raw, x_t, t, table, schedule: raw,
     "eps": _from_eps,
     "mu": _from_mu,
-    "logits": lambda raw, x_t, t, table, schedule: average(table, raw),
+    "logits": lambda raw, x_t, t, table, schedule: expected_embedding(table, raw),
 }
 
 
-def average(table: Table, logits: Logits) -> Latent:
+def expected_embedding(table: Table, logits: Logits) -> Latent:
     """softmax(logits) @ table: the posterior mean embedding [b l d]."""
     return jnp.einsum(
         "blv,vd->bld", jax.nn.softmax(logits, -1), table, precision="highest"
@@ -191,8 +191,8 @@ def bind(
     t = index / steps in [0, 1). The schedule is needed unless the network predicts x0.
     """
     if cfg.predicts != "x0" or cfg.output_prior or cfg.noise_time:
-        _need(schedule, cfg)
-    params = _lowered(params, cfg)
+        _require_schedule(schedule, cfg)
+    params = _cast(params, cfg)
 
     def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         t = jnp.asarray(t)
@@ -206,19 +206,19 @@ def bind(
     return denoise
 
 
-def _lowered(params: Params, cfg: DenoiserConfig) -> Params:
-    return params._replace(denoiser=transformer.lowered(params.denoiser, cfg))
+def _cast(params: Params, cfg: DenoiserConfig) -> Params:
+    return params._replace(denoiser=transformer.cast_kernels(params.denoiser, cfg))
 
 
-def bind_words(
+def bind_logits(
     params: Params, cfg: DenoiserConfig, *, schedule: Schedule | None = None
-) -> Read:
+) -> DenoiseLogits:
     """read(x_t, t, x0_prev) -> (x0_hat [b l d], log p(w | x_t) of each position [b l v]).
 
     The log-probabilities, in nats, are the network's own where it predicts logits;
     else those of rounding its estimate.
     """
-    params = _lowered(params, cfg)
+    params = _cast(params, cfg)
 
     def read(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
         raw = apply(params, cfg, x_t, jnp.asarray(t), x0_prev, schedule=schedule)

@@ -15,7 +15,7 @@ Allowed = Bool[Array, "b l v"]  # the words that a position may have
 # not: so words are compared by groups, then inside the best one.
 GROUP = 32  # words of a group, of scores that are there all at once
 CHUNK = 128  # words at a time, of a large vocabulary
-WHOLE = 1024  # above this vocabulary `nearest` makes no array of all scores
+MAX_DENSE_VOCAB = 1024  # above this vocabulary `nearest` makes no array of all scores
 
 
 def logits(table: Table, bias: Bias, x: Latent) -> Logits:
@@ -46,7 +46,7 @@ def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:
     words the vocabulary is scanned in chunks, so that no [b l v] exists either, unless
     `allowed` is one.
     """
-    if table.shape[0] > WHOLE and allowed is None:
+    if table.shape[0] > MAX_DENSE_VOCAB and allowed is None:
         return _nearest_scanned(*_grouped(table, CHUNK), jnp.asarray(x))
     words, halves = _grouped(table, GROUP)
     scores = jnp.einsum("bld,gvd->blgv", x, words, precision="highest") - halves

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dlm_jax.diffusion.model import Denoise
-from dlm_jax.diffusion.schedule import Schedule, expand, on, posterior
+from dlm_jax.diffusion.schedule import Schedule, expand_to, broadcast_to, posterior
 from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree
 
 
@@ -35,7 +35,7 @@ class Times(NamedTuple):
 Step = Callable[[PRNGKeys, State, Times], State]
 
 
-def grid(steps: int, *, start: float | None = None, stop: float = 0.0) -> Times:
+def timesteps(steps: int, *, start: float | None = None, stop: float = 0.0) -> Times:
     """n times (n-1)/n, ..., 1/n, 0 and the one after each; the last lands on x0_hat.
 
     On a schedule of T = 2000, grid(200) is the published "ddim200". start, stop: the
@@ -51,11 +51,11 @@ def grid_of(kept: list[int], steps: int) -> Times:
     return _times(np.asarray(kept[::-1]) / steps)
 
 
-def time_grid(schedule: Schedule, steps: int) -> Times:
+def schedule_timesteps(schedule: Schedule, steps: int) -> Times:
     """Indices of a table; on a curve, evenly from t = 1 to 1/steps, then clean."""
     if schedule.steps is not None:
-        return grid(steps)
-    return grid(steps, start=1.0, stop=1.0 / steps)
+        return timesteps(steps)
+    return timesteps(steps, start=1.0, stop=1.0 / steps)
 
 
 def _times(now: np.ndarray) -> Times:
@@ -63,19 +63,19 @@ def _times(now: np.ndarray) -> Times:
     return Times(np.append(now[:1], now[:-1]), now, np.append(now[1:], -1.0))
 
 
-def keys_of(key: PRNGKey | PRNGKeys, count: int) -> PRNGKeys:
+def per_example_keys(key: PRNGKey | PRNGKeys, count: int) -> PRNGKeys:
     """One key an example: fold_in(key, i), whatever the batch it is drawn in."""
     if key.ndim == 1:
         return key
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
 
-def noise(keys: PRNGKeys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+def standard_normal(keys: PRNGKeys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise [b *shape], example by example."""
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
-def truncated_noise(
+def truncated_normal(
     keys: PRNGKeys, shape: tuple[int, ...], bound: float
 ) -> Float[Array, "b ..."]:
     """Normal noise conditioned on |n| <= bound: the published `top_p`."""
@@ -107,8 +107,8 @@ def ancestral(
             x0_hat, state.x_t, times.now, schedule, t_next=times.next, sigma=sigma
         )
         shape = state.x_t.shape[1:]
-        n = noise(keys, shape) if not top_p else truncated_noise(keys, shape, top_p)
-        return State(mean + expand(std, n) * n, x0_hat)
+        n = standard_normal(keys, shape) if not top_p else truncated_normal(keys, shape, top_p)
+        return State(mean + expand_to(std, n) * n, x0_hat)
 
     return step
 
@@ -119,8 +119,8 @@ def marginal(denoise: Denoise, schedule: Schedule) -> Step:
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
         x0_hat = _predict(denoise, state, times.now)
         alpha, sigma = schedule.alpha_sigma(times.next)
-        n = noise(keys, x0_hat.shape[1:])
-        return State(on(alpha, n) * x0_hat + on(sigma, n) * n, x0_hat)
+        n = standard_normal(keys, x0_hat.shape[1:])
+        return State(broadcast_to(alpha, n) * x0_hat + broadcast_to(sigma, n) * n, x0_hat)
 
     return step
 
@@ -132,13 +132,13 @@ def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
         x_t, x0_hat = state.x_t, _predict(denoise, state, times.now)
         alpha, sigma = schedule.alpha_sigma(times.now)
         alpha_next, sigma_next = schedule.alpha_sigma(times.next)
-        eps_hat = (x_t - on(alpha, x_t) * x0_hat) / on(sigma, x_t)
+        eps_hat = (x_t - broadcast_to(alpha, x_t) * x0_hat) / broadcast_to(sigma, x_t)
         share = schedule.beta(times.now, times.next) / sigma**2
         fresh = eta * sigma_next * share**0.5
         kept = (sigma_next**2 * (1 - eta**2 * share)) ** 0.5
-        x_next = on(alpha_next, x_t) * x0_hat + on(kept, x_t) * eps_hat
+        x_next = broadcast_to(alpha_next, x_t) * x0_hat + broadcast_to(kept, x_t) * eps_hat
         if eta:
-            x_next = x_next + on(fresh, x_t) * noise(keys, x_t.shape[1:])
+            x_next = x_next + broadcast_to(fresh, x_t) * standard_normal(keys, x_t.shape[1:])
         return State(x_next, x0_hat)
 
     return step
@@ -158,9 +158,9 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
         h, h_before = after - here, here - before
         multi = (h_before > 0) & jnp.isfinite(h)
         gain = jnp.where(multi, 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
-        d = x0_hat + on(gain, x_t) * (x0_hat - state.x0_hat)
+        d = x0_hat + broadcast_to(gain, x_t) * (x0_hat - state.x0_hat)
         scale = -alpha_next * jnp.expm1(-h)
-        x_next = on(sigma_next / sigma, x_t) * x_t + on(scale, x_t) * d
+        x_next = broadcast_to(sigma_next / sigma, x_t) * x_t + broadcast_to(scale, x_t) * d
         return State(x_next, x0_hat)
 
     return step
@@ -179,9 +179,9 @@ def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
         after = jnp.maximum(times.next, 0.0)
         latest = jnp.maximum(times.now, _last_time(schedule))
         start = jnp.minimum(times.now + rate * (times.now - after), latest)
-        beta = on(schedule.beta(start, times.now), state.x_t)
+        beta = broadcast_to(schedule.beta(start, times.now), state.x_t)
         fresh = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
-        n = noise(fresh, state.x_t.shape[1:])
+        n = standard_normal(fresh, state.x_t.shape[1:])
         x_t = jnp.sqrt(1 - beta) * state.x_t + jnp.sqrt(beta) * n
         return step(keys, state._replace(x_t=x_t), times._replace(now=start))
 
@@ -211,7 +211,7 @@ def temperature(
         def sharpened(x_t: Latent, t: Any, x0_prev: Latent) -> Latent:
             kept.append(denoise(x_t, t, x0_prev))
             alpha, _ = schedule.alpha_sigma(t)
-            return kept[0] + (1 / tau - 1) * (kept[0] - x_t / on(alpha, x_t))
+            return kept[0] + (1 / tau - 1) * (kept[0] - x_t / broadcast_to(alpha, x_t))
 
         moved = solver(sharpened)(keys, state, times)
         return moved._replace(x0_hat=kept[0])
@@ -219,7 +219,7 @@ def temperature(
     return step
 
 
-def asymmetric(times: Times, gap: float) -> Times:
+def shift_timesteps(times: Times, gap: float) -> Times:
     """Each step moves on by `gap` lengths more than the network is told next.
 
     Asymmetric time intervals, arXiv:2208.04202, for few steps; the last one is clean.
@@ -248,7 +248,7 @@ def sample(
 
     key [] or [b]: an example's noise depends on its key and the step's number alone.
     """
-    keys = keys_of(key, x_T.shape[0])
+    keys = per_example_keys(key, x_T.shape[0])
     number = len(times.now)
 
     def body(state: State, inputs: tuple[Array, Times]) -> tuple[State, PyTree]:

@@ -112,20 +112,20 @@ class Schedule(NamedTuple):
         return -_numpy(difference).expm1(difference)
 
 
-def expand(t: Any, x: Latent) -> Any:
+def expand_to(t: Any, x: Latent) -> Any:
     """A value per example [b] or per token [b l], shaped to multiply x [b l d]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
-def on(value: Any, x: Latent) -> Any:
+def broadcast_to(value: Any, x: Latent) -> Any:
     """A host or device coefficient [b] or [b l] in x's precision, shaped for x."""
-    return expand(jnp.asarray(value, x.dtype), x)
+    return expand_to(jnp.asarray(value, x.dtype), x)
 
 
 def add_noise(x_0: Latent, t: Time, eps: Latent, schedule: Schedule) -> Latent:
     """q(x_t | x_0): sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
     alpha, sigma = schedule.alpha_sigma(t)
-    return expand(jnp.asarray(alpha), x_0) * x_0 + expand(jnp.asarray(sigma), eps) * eps
+    return expand_to(jnp.asarray(alpha), x_0) * x_0 + expand_to(jnp.asarray(sigma), eps) * eps
 
 
 # --- one reverse step
@@ -167,13 +167,13 @@ def posterior(
     posterior's own, "large" is sqrt(beta); 0 on reaching clean data. arXiv:2006.11239.
     """
     if t_next is None:
-        t_next = t - 1.0 / need_steps(schedule)
+        t_next = t - 1.0 / require_num_steps(schedule)
     coef_0, coef_t, _ = posterior_coefficients(t, t_next, schedule)
     std = jnp.asarray(VARIANCES[sigma](t, t_next, schedule)) ** 0.5
-    return on(coef_0, x_t) * x0_hat + on(coef_t, x_t) * x_t, std
+    return broadcast_to(coef_0, x_t) * x0_hat + broadcast_to(coef_t, x_t) * x_t, std
 
 
-def need_steps(schedule: Schedule) -> int:
+def require_num_steps(schedule: Schedule) -> int:
     """T of a discretised schedule; an error on a curve."""
     if schedule.steps is None:
         raise UserError("this needs a discretised schedule: schedule.discretize(., T)")
@@ -182,7 +182,7 @@ def need_steps(schedule: Schedule) -> int:
 
 def clipped_variance(t: Time, schedule: Schedule, *, sigma: str = "small") -> Any:
     """The step's variance; at index 0, where it is 0, that of index 1 stands in."""
-    xp, step = _numpy(t), 1.0 / need_steps(schedule)
+    xp, step = _numpy(t), 1.0 / require_num_steps(schedule)
     later = xp.maximum(t, step)
     small, mine = (
         VARIANCES[s](later, later - step, schedule) for s in ("small", sigma)
@@ -326,7 +326,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-QUANTILES = ("logistic", "gumbel")
+QUANTILE_SCHEDULES = ("logistic", "gumbel")
 
 
 def betas(schedule: Schedule, steps: int) -> np.ndarray:
@@ -376,7 +376,7 @@ def respaced_betas(schedule: Schedule, kept: list[int]) -> np.ndarray:
     return -np.expm1(np.diff(log, prepend=0.0))
 
 
-def named(
+def make_schedule(
     name: str,
     steps: int = 0,
     *,
@@ -395,12 +395,12 @@ def named(
         raise UserError(
             f"config.schedule.steps={steps}: take 20 or more, or 0 (a curve)"
         )
-    if scale and name not in QUANTILES:
-        raise UserError(f"config.schedule.scale is for {QUANTILES}, not {name!r}")
-    if adaptive and (steps or name not in QUANTILES or noise_factor != 1):
+    if scale and name not in QUANTILE_SCHEDULES:
+        raise UserError(f"config.schedule.scale is for {QUANTILE_SCHEDULES}, not {name!r}")
+    if adaptive and (steps or name not in QUANTILE_SCHEDULES or noise_factor != 1):
         raise UserError(
             f"config.schedule.adaptive={adaptive!r} needs steps=0, noise_factor=1 and "
-            f"a name of {QUANTILES}"
+            f"a name of {QUANTILE_SCHEDULES}"
         )
     if noise_factor <= 0:
         raise UserError(f"config.schedule.noise_factor={noise_factor}: must be over 0")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 
 
-class Draws(NamedTuple):
+class NoiseDraws(NamedTuple):
     """Everything random about a batch, but dropout.
 
     t: times, index / steps; eps_0, eps_t: the noise of x_0 and of x_t; weight [b]:
@@ -27,7 +27,7 @@ class Draws(NamedTuple):
     known: Bool[Array, "b l"] | None = None
 
 
-class Moments(NamedTuple):
+class LossMoments(NamedTuple):
     """The last losses of every time index, for importance sampling of t."""
 
     history: Float[Array, "steps 10"]
@@ -47,14 +47,14 @@ def _low_discrepancy(key, index, total):
     return (jax.random.uniform(key) + index / total) % 1.0
 
 
-TIMES: dict[str, Callable[..., PerExample]] = {
+TIME_SAMPLERS: dict[str, Callable[..., PerExample]] = {
     "uniform": _uniform,
     "antithetic": _antithetic,
     "low_discrepancy": _low_discrepancy,
 }
 
 
-def draw(
+def draw_noise(
     key: PRNGKey,
     shape: tuple[int, int, int],
     *,
@@ -64,8 +64,8 @@ def draw(
     steps: int | None = None,
     self_cond: float = 0.0,
     known: float = 0.0,
-    moments: Moments | None = None,
-) -> Draws:
+    moments: LossMoments | None = None,
+) -> NoiseDraws:
     """Draws for rows first .. first + b - 1 of a global batch of `total` rows.
 
     Keyed by the row's global number, so that devices and processes do not matter.
@@ -76,7 +76,7 @@ def draw(
     b, l, d = shape
     k_time, k_noise, k_self = jax.random.split(key, 3)
     index = first + jnp.arange(b)
-    u = TIMES[times](k_time, index, b if total is None else total)
+    u = TIME_SAMPLERS[times](k_time, index, b if total is None else total)
     weight = None
     if moments is not None:
         t, weight = _importance(u, moments)
@@ -89,11 +89,11 @@ def draw(
     eps = jax.vmap(noise)(index)
     feed = jax.random.uniform(k_self) < self_cond
     feed = jnp.full(b, feed, jnp.float32)
-    told = _known(jax.random.fold_in(key, 3), index, l, known) if known else None
-    return Draws(t, eps[:, 0], eps[:, 1], weight, feed, told)
+    told = _draw_known(jax.random.fold_in(key, 3), index, l, known) if known else None
+    return NoiseDraws(t, eps[:, 0], eps[:, 1], weight, feed, told)
 
 
-def _known(key: PRNGKey, index: Array, length: int, share: float) -> Array:
+def _draw_known(key: PRNGKey, index: Array, length: int, share: float) -> Array:
     """Tokens given [b l]: all but an interval, or each at a rate of its row's own.
 
     Half of the intervals reach the end: a prefix. Source: RECIPES T8, arXiv:2211.15089.
@@ -113,12 +113,12 @@ def _known(key: PRNGKey, index: Array, length: int, share: float) -> Array:
     return jax.vmap(one)(index)
 
 
-def init_moments(steps: int) -> Moments:
+def init_moments(steps: int) -> LossMoments:
     """An empty history: times stay uniform until every index has ten losses."""
-    return Moments(jnp.zeros((steps, 10)), jnp.zeros(steps, jnp.int32))
+    return LossMoments(jnp.zeros((steps, 10)), jnp.zeros(steps, jnp.int32))
 
 
-def time_probabilities(moments: Moments) -> Float[Array, " steps"]:
+def time_probabilities(moments: LossMoments) -> Float[Array, " steps"]:
     """p_t ~ sqrt(mean loss^2) with a uniform share of 0.001 (loss-second-moment)."""
     p = jnp.sqrt(jnp.mean(moments.history**2, -1))
     steps, total = p.shape[0], jnp.sum(p)
@@ -127,14 +127,14 @@ def time_probabilities(moments: Moments) -> Float[Array, " steps"]:
     return 0.999 * p + 0.001 / steps
 
 
-def _importance(u: PerExample, moments: Moments) -> tuple[PerExample, PerExample]:
+def _importance(u: PerExample, moments: LossMoments) -> tuple[PerExample, PerExample]:
     p = time_probabilities(moments)
     steps = p.shape[0]
     index = jnp.clip(jnp.searchsorted(jnp.cumsum(p), u, side="right"), 0, steps - 1)
     return index / steps, 1.0 / (steps * p[index])
 
 
-def update_moments(moments: Moments, t: PerExample, loss: PerExample) -> Moments:
+def update_moments(moments: LossMoments, t: PerExample, loss: PerExample) -> LossMoments:
     """Appends each loss to its index's history, dropping the oldest of ten."""
 
     def append(m, pair):
@@ -142,7 +142,7 @@ def update_moments(moments: Moments, t: PerExample, loss: PerExample) -> Moments
         row, n = m.history[i], m.filled[i]
         full = n == 10
         row = jnp.where(full, jnp.roll(row, -1), row).at[jnp.minimum(n, 9)].set(value)
-        return Moments(
+        return LossMoments(
             m.history.at[i].set(row), m.filled.at[i].min(9).at[i].add(1)
         ), None
 

@@ -249,7 +249,7 @@ def frames(bundle: Bundle, *, seed: int | None = None) -> list[Frame]:
     """FRAMES moments of one sample, from noise to text; the last is the text."""
     trace = np.asarray(bundle.draw(1, seed=seed, trace=True).trace)[0]
     steps = len(trace)
-    grid = samplers.time_grid(bundle.schedule, steps)
+    grid = samplers.schedule_timesteps(bundle.schedule, steps)
     picked = np.unique(np.round(np.linspace(0, steps - 1, FRAMES)).astype(int))
     return [_frame(bundle, grid.now[i], trace[i], trace[-1]) for i in picked]
 
@@ -345,7 +345,7 @@ def loss_curve(bundle: Bundle, ids: Ids, *, feed: bool = False) -> Curve:
         shape, rows = (*ids.shape, bundle.cfg.dim), ids.shape[:1]
         eps_0, eps_t = (jax.random.normal(k, shape) for k in (k_0, k_t))
         fed = jnp.full(rows, float(feed))
-        draws = time_sampling.Draws(jnp.full(rows, t), eps_0, eps_t, self_cond=fed)
+        draws = time_sampling.NoiseDraws(jnp.full(rows, t), eps_0, eps_t, self_cond=fed)
         return losses.end_to_end(
             params,
             ids,

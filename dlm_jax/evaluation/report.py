@@ -16,7 +16,7 @@ import numpy as np
 
 from dlm_jax.data import grammar, sources
 from dlm_jax.diffusion import likelihood
-from dlm_jax.diffusion.likelihood import Summary
+from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
 from dlm_jax.inference import loading
@@ -38,8 +38,8 @@ class Reference(NamedTuple):
 class Row(NamedTuple):
     """A measure of the samples and of held-out text, over seeds; or why there is none."""
 
-    samples: Summary
-    held_out: Summary
+    samples: MeanStderr
+    held_out: MeanStderr
     flag: bool
     note: str = ""
 
@@ -123,15 +123,15 @@ def tokens(ids: np.ndarray) -> np.ndarray:
     return np.sum((ids != PAD) & (ids != START), -1)
 
 
-def over_seeds(values: list[float]) -> Summary:
+def over_seeds(values: list[float]) -> MeanStderr:
     """Mean and standard error; the error of one seed is nan."""
     many = len(values) > 1
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if many else math.nan
-    return Summary(float(np.mean(values)), float(error))
+    return MeanStderr(float(np.mean(values)), float(error))
 
 
 def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
-    measure, none = MEASURES[name], Summary(math.nan, math.nan)
+    measure, none = MEASURES[name], MeanStderr(math.nan, math.nan)
     try:
         mine, real = (
             over_seeds([measure.value(texts, reference) for texts in part])
@@ -167,20 +167,20 @@ def suite(samples: list[list[str]], held_out: list[str], reference: Reference) -
 # --- likelihood
 
 
-def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, Summary]:
+def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, MeanStderr]:
     """The bound on held-out texts, per token and per position; exact for a teacher."""
     ids = bundle.encode(texts)
     terms, count = bundle.nll(ids, draws=draws), tokens(ids)
     total = terms.total()
-    rows = {"nats/token": likelihood.per(total, count)}
-    rows["bits/token"] = Summary(*(x / math.log(2) for x in rows["nats/token"]))
-    rows["nats/position"] = likelihood.per(total, np.full(len(ids), ids.shape[1]))
+    rows = {"nats/token": likelihood.ratio_with_stderr(total, count)}
+    rows["bits/token"] = MeanStderr(*(x / math.log(2) for x in rows["nats/token"]))
+    rows["nats/position"] = likelihood.ratio_with_stderr(total, np.full(len(ids), ids.shape[1]))
     if not bundle.cfg.causal:
         for name, term in terms._asdict().items():
-            rows[f"{name}, nats/token"] = likelihood.per(term, count)
+            rows[f"{name}, nats/token"] = likelihood.ratio_with_stderr(term, count)
     if bundle.config["data"]["source"] == "grammar" and len(ids) == len(texts):
         exact = -np.array([grammar.log_prob(text) for text in texts])
-        rows["above the language, nats/token"] = likelihood.per(total - exact, count)
+        rows["above the language, nats/token"] = likelihood.ratio_with_stderr(total - exact, count)
     return rows
 
 

@@ -63,7 +63,7 @@ def log_prob(
         )
         for task, asked in wishes.labels.items()
     ]
-    return guidance.every(*terms)
+    return guidance.weighted_sum(*terms)
 
 
 def denoiser(
@@ -81,34 +81,34 @@ def denoiser(
     given: it learned to be given tokens.
     """
     denoise = model.bind(params, cfg, schedule=schedule)
-    about_words = [(guidance.contains(phrase), 1.0) for phrase in wishes.phrases]
+    about_words = [(guidance.contains_phrase(phrase), 1.0) for phrase in wishes.phrases]
     if wishes.lacking is not None:
-        about_words.append((guidance.lacks(wishes.lacking), 1.0))
+        about_words.append((guidance.excludes_tokens(wishes.lacking), 1.0))
     tells = given and wishes.known is not None
     if tells or wishes.allowed is not None or about_words:
-        read = model.bind_words(params, cfg, schedule=schedule)
+        read = model.bind_logits(params, cfg, schedule=schedule)
         if tells:
             read = _told(read, params.table, wishes, plan)
         if wishes.allowed is not None:
-            read = guidance.only(read, params.table, wishes.allowed)
-        denoise = guidance.spoken(read)
+            read = guidance.restrict_tokens(read, params.table, wishes.allowed)
+        denoise = guidance.drop_logits(read)
         if about_words:
-            wish = guidance.every(*about_words)
-            denoise = guidance.steer(read, wish, schedule, weight=plan.weight)
+            wish = guidance.weighted_sum(*about_words)
+            denoise = guidance.token_guidance(read, wish, schedule, weight=plan.weight)
     of = log_prob(wishes, guides, schedule)
     if wishes.labels and plan.share < 1:
-        denoise = guidance.token_times(denoise, of, share=plan.share)
+        denoise = guidance.token_time_guidance(denoise, of, share=plan.share)
     if wishes.labels and plan.lean:
-        denoise = guidance.lean(denoise, of, schedule, weight=plan.lean)
+        denoise = guidance.classifier_guidance_x0(denoise, of, schedule, weight=plan.lean)
     return denoise
 
 
-def _told(read: model.Read, table: Table, wishes: Wishes, plan: Plan) -> model.Read:
+def _told(read: model.DenoiseLogits, table: Table, wishes: Wishes, plan: Plan) -> model.DenoiseLogits:
     """The model told the known tokens, plan.scale times as much as it makes of them."""
-    told = guidance.given(read, table, wishes.ids, wishes.known)
+    told = guidance.condition_on_tokens(read, table, wishes.ids, wishes.known)
     if plan.scale == 1:
         return told
-    return guidance.classifier_free(told, read, weight=plan.scale)
+    return guidance.classifier_free_guidance(told, read, weight=plan.scale)
 
 
 def step(
@@ -121,7 +121,7 @@ def step(
 ) -> Step:
     """The step, then the classifiers' push, then the known tokens."""
     if wishes.labels and plan.updates:
-        step = guidance.guide(
+        step = guidance.gradient_guidance(
             step,
             log_prob(wishes, guides, schedule, mean=plan.mean),
             schedule,

@@ -276,7 +276,7 @@ def wish(
     _check(tok, positions, words, found, lacking, asked)
     ids = known = allowed = None
     if words is not None:
-        ids, known = map(np.asarray, guidance.of_length(np.array([words]), positions))
+        ids, known = map(np.asarray, guidance.length_template(np.array([words]), positions))
         allowed = open_words(ids, known, tok.vocab_size)
     return Wishes(
         ids,

@@ -73,7 +73,7 @@ def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTre
                 raise ValueError(f"model.{name}={getattr(cfg, name)}")
         if (config["schedule"].get("steps") or 0) > 2**24:
             raise ValueError(f"schedule.steps={config['schedule']['steps']}")
-        noise, key = schedule.named(**config["schedule"]), jax.random.key(0)
+        noise, key = schedule.make_schedule(**config["schedule"]), jax.random.key(0)
         return cfg, noise, jax.eval_shape(lambda: model.init(key, cfg, vocab))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(
@@ -97,7 +97,7 @@ def from_parts(
             f"the tokenizer has {tok.vocab_size} words and the embedding "
             f"{params.table.shape[0]}: they are not of one checkpoint"
         )
-    found = schedule.named(**config["schedule"])
+    found = schedule.make_schedule(**config["schedule"])
     if noise:
         found = jax.device_get(adapted_schedule(config, noise))
     ema = params if ema is None else ema

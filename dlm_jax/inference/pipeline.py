@@ -162,7 +162,7 @@ class Bundle:
         _positive("n", n)
         if self.cfg.causal and jax.tree.leaves(wishes):
             raise UserError("a teacher writes from left to right: it grants no wishes")
-        choose("plan.rule", guidance.RULES, plan.rule)
+        choose("plan.rule", guidance.UPDATE_RULES, plan.rule)
         if plan.scale != 1 and not self.given:
             raise UserError(
                 f"plan.scale={plan.scale}: this model did not learn to be given tokens; "
@@ -258,7 +258,7 @@ class Bundle:
                 exact = jnp.sum(autoregressive.nll(params, self.cfg, ids), -1)
                 return likelihood.Bound(0.0 * exact, 0.0 * exact, exact)
             noise = losses.sigma_0(self.config["loss"]["objective"], self.schedule)
-            predict = likelihood.predictor(
+            predict = likelihood.latent_predictor(
                 params, self.cfg, self.schedule, sigma_0=noise
             )
             return likelihood.bound(
@@ -364,10 +364,10 @@ class Bundle:
                 ids = ROUNDINGS[s.rounding](params, x, wishes.allowed)
                 return conditioning.written(ids, wishes)
 
-            x_T = samplers.noise(k_start, (self.length, self.cfg.dim))
+            x_T = samplers.standard_normal(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
-            times = samplers.time_grid(self.schedule, s.steps)
-            times = samplers.asymmetric(times, s.asymmetry)
+            times = samplers.schedule_timesteps(self.schedule, s.steps)
+            times = samplers.shift_timesteps(times, s.asymmetry)
             state, trace = samplers.sample(k_steps, step, x_T, times, trace=film)
             trace = None if trace is None else jnp.swapaxes(trace, 0, 1)
             return state.x0_hat, to_ids(state.x0_hat), trace
@@ -401,7 +401,7 @@ def _step(s: Settings, denoise: model.Denoise, schedule: Schedule) -> samplers.S
 
 def adapted_schedule(config: dict, noise: PyTree) -> Schedule:
     """The adaptive schedule that follows from what it knows."""
-    return adaptive.ADAPTIVE[config["schedule"]["adaptive"]](noise)
+    return adaptive.ADAPTIVE_SCHEDULES[config["schedule"]["adaptive"]](noise)
 
 
 def _positive(name: str, value: int) -> int:

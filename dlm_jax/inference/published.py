@@ -15,7 +15,7 @@ import numpy as np
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import schedule
 from dlm_jax.diffusion.model import Params
-from dlm_jax.diffusion.schedule import QUANTILES, SCHEDULES, Schedule
+from dlm_jax.diffusion.schedule import QUANTILE_SCHEDULES, SCHEDULES, Schedule
 from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PyTree
@@ -50,7 +50,7 @@ READABLE: dict[str, tuple] = {
     "class_cond": (False,),
     "rescale_timesteps": (True,),
     "timestep_respacing": ("",),
-    "noise_schedule": tuple(n for n in SCHEDULES if n not in QUANTILES),
+    "noise_schedule": tuple(n for n in SCHEDULES if n not in QUANTILE_SCHEDULES),
     "logits_mode": (1, 2),
     "use_bert_tokenizer": ("no",),
 }
@@ -170,7 +170,7 @@ def load_reference(
             f"{file}: not a published network's weights ({error})"
         ) from error
     cfg = dataclasses.replace(cfg, **_network(args))
-    noise = schedule.named(**_config(args)["schedule"])
+    noise = schedule.make_schedule(**_config(args)["schedule"])
     return cfg, params, tokenizer, noise
 
 

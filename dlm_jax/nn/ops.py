@@ -16,7 +16,7 @@ from dlm_jax.types import Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def times(
+def matmul(
     a: Float[Array, "*s m k"],
     b: Float[Array, "*s k n"],
     dtype: str,
@@ -27,7 +27,7 @@ def times(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def across(
+def matmul_nt(
     a: Float[Array, "*s m k"],
     b: Float[Array, "*s n k"],
     dtype: str,
@@ -82,17 +82,17 @@ def _outer(a: Array, b: Array) -> Array:
     return jnp.matrix_transpose(_by_rows(_outer(b, a)))
 
 
-times.defvjp(functools.partial(_forward, 0), functools.partial(_backward, 0))
-across.defvjp(functools.partial(_forward, 1), functools.partial(_backward, 1))
+matmul.defvjp(functools.partial(_forward, 0), functools.partial(_backward, 0))
+matmul_nt.defvjp(functools.partial(_forward, 1), functools.partial(_backward, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def drop(x: Float[Array, "*s"], seed: UInt32[Array, "2"], rate: float) -> Array:
+def dropout(x: Float[Array, "*s"], seed: UInt32[Array, "2"], rate: float) -> Array:
     """x / (1 - rate) where it is `kept`, else 0; nothing but the seed is saved."""
-    return jnp.where(kept(seed, x.shape, rate), x / (1 - rate), 0)
+    return jnp.where(dropout_mask(seed, x.shape, rate), x / (1 - rate), 0)
 
 
-def kept(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Array:
+def dropout_mask(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Array:
     """True with probability 1 - rate: a hash of the place and the seed.
 
     murmur3's finaliser, in place of random bits by threefry, which took up to a sixth of
@@ -105,24 +105,24 @@ def kept(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Array
     return v ^ (v >> 16) >= jnp.uint32(round(rate * 2**32))
 
 
-drop.defvjp(
-    lambda x, seed, rate: (drop(x, seed, rate), seed),
-    lambda rate, seed, g: (drop(g, seed, rate), np.zeros(2, jax.dtypes.float0)),
+dropout.defvjp(
+    lambda x, seed, rate: (dropout(x, seed, rate), seed),
+    lambda rate, seed, g: (dropout(g, seed, rate), np.zeros(2, jax.dtypes.float0)),
 )
 # backend: who computes attention there without its scores in memory
-FUSED: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
+FUSED_ATTENTION: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
 
 
-def fused(q: Array, k: Array, v: Array, causal: bool) -> Float[Array, "b n l k"]:
+def fused_attention(q: Array, k: Array, v: Array, causal: bool) -> Float[Array, "b n l k"]:
     """softmax(q k^T / sqrt k) v of [b n l k]."""
     by_place = (x.swapaxes(1, 2) for x in (q, k, v))
     mixed = jax.nn.dot_product_attention(
-        *by_place, is_causal=causal, implementation=FUSED[jax.default_backend()]
+        *by_place, is_causal=causal, implementation=FUSED_ATTENTION[jax.default_backend()]
     )
     return mixed.swapaxes(1, 2)
 
 
-def rotate(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
+def apply_rope(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
     """RoPE: pairs of coordinates turn by angles proportional to the position."""
     half = x.shape[-1] // 2
     angle = np.arange(x.shape[2])[:, None] * 100.0 ** (-np.arange(half) / half)
@@ -150,13 +150,13 @@ def _gelu_backward(phi: Callable, x: Array, g: Array) -> tuple[Array]:
 gelu.defvjp(lambda x, phi: (gelu(x, phi), x), _gelu_backward)
 
 
-def exact(x: Array) -> tuple[Array, Array]:
+def normal_cdf(x: Array) -> tuple[Array, Array]:
     """The normal distribution, by erf: jax.nn's erfc takes twice the time."""
     density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
     return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))), density
 
 
-def by_tanh(x: Array) -> tuple[Array, Array]:
+def normal_cdf_tanh(x: Array) -> tuple[Array, Array]:
     """Its usual approximation (arXiv:1606.08415)."""
     c, a = math.sqrt(2 / math.pi), 0.044715
     t = jnp.tanh(c * (x + a * x**3))

@@ -18,15 +18,15 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Float
 
 from dlm_jax.nn.ops import (
-    FUSED,
-    across,
-    by_tanh,
-    drop,
-    exact,
-    fused,
+    FUSED_ATTENTION,
+    matmul_nt,
+    normal_cdf_tanh,
+    dropout,
+    normal_cdf,
+    fused_attention,
     gelu,
-    rotate,
-    times,
+    apply_rope,
+    matmul,
 )
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
 
@@ -123,7 +123,7 @@ class Dense(nn.Module):
         init = nn.initializers.zeros if self.zero else _uniform(k)
         w = self.param("kernel", init, (k, self.features))
         b = self.param("bias", init, (self.features,))
-        y: Any = times(x.reshape(-1, k), w, self.dtype, self.stream)
+        y: Any = matmul(x.reshape(-1, k), w, self.dtype, self.stream)
         return (y + b.astype(y.dtype)).astype(out).reshape(*x.shape[:-1], self.features)
 
 
@@ -136,7 +136,7 @@ class Dropout(nn.Module):
     def __call__(self, x: Array, deterministic: bool) -> Array:
         if deterministic or not self.rate:
             return x
-        return drop(x, jax.random.bits(self.make_rng("dropout"), (2,)), self.rate)
+        return dropout(x, jax.random.bits(self.make_rng("dropout"), (2,)), self.rate)
 
 
 class Attention(nn.Module):
@@ -155,30 +155,30 @@ class Attention(nn.Module):
         heads = qkv.reshape(b, l, 3 * cfg.heads, -1).swapaxes(1, 2)
         q, k, v = jnp.split(heads, 3, 1)  # [b heads l k]
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = apply_rope(q), apply_rope(k)
         drops = not deterministic and cfg.attention_dropout > 0
-        if fuses(cfg) and not drops and l > 1:  # cuDNN has none of one position
-            mixed: Any = fused(q, k, v, cfg.causal)
+        if can_fuse_attention(cfg) and not drops and l > 1:  # cuDNN has none of one position
+            mixed: Any = fused_attention(q, k, v, cfg.causal)
         else:
-            scores: Any = across(q, k, cfg.products, "float32")
+            scores: Any = matmul_nt(q, k, cfg.products, "float32")
             scores = scores / math.sqrt(h // cfg.heads)
             if cfg.causal:
                 scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
             weights = jax.nn.softmax(scores, -1)
             weights = Dropout(cfg.attention_dropout)(weights, deterministic)
-            mixed = times(weights, v, *cfg.precision)
+            mixed = matmul(weights, v, *cfg.precision)
         mixed = mixed.astype(x.dtype).swapaxes(1, 2).reshape(b, l, h)
         return Dense(h, *cfg.precision, name="out")(mixed)
 
 
-def fuses(cfg: DenoiserConfig) -> bool:
+def can_fuse_attention(cfg: DenoiserConfig) -> bool:
     """Whether this backend has such attention for these heads."""
     head = cfg.width // cfg.heads
-    known = jax.default_backend() in FUSED and cfg.stream == "bfloat16"
+    known = jax.default_backend() in FUSED_ATTENTION and cfg.stream == "bfloat16"
     return known and head % 8 == 0 and head <= 128
 
 
-class PostBlock(nn.Module):
+class PostLNBlock(nn.Module):
     """BERT's layer: residual, then LayerNorm (eps 1e-12); exact GELU."""
 
     cfg: DenoiserConfig
@@ -193,10 +193,10 @@ class PostBlock(nn.Module):
 
         attended = Attention(cfg, name="attention")(x, deterministic)
         x = add("attention_norm", x, attended)
-        return add("norm", x, _feed_forward(cfg, exact)(x))
+        return add("norm", x, _feed_forward(cfg, normal_cdf)(x))
 
 
-class AdaBlock(nn.Module):
+class AdaLNBlock(nn.Module):
     """Pre-LN layer with AdaLN-Zero time conditioning, RoPE and tanh GELU."""
 
     cfg: DenoiserConfig
@@ -206,11 +206,11 @@ class AdaBlock(nn.Module):
         cfg, h = self.cfg, x.shape[-1]
         six = Dense(6 * h, *cfg.precision, zero=True, name="modulation")(time)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = jnp.split(six, 6, -1)
-        y = _bare_norm(cfg.stream)(x) * (1 + scale) + shift
+        y = _norm_without_affine(cfg.stream)(x) * (1 + scale) + shift
         y = Attention(cfg, rotary=True, name="attention")(y, deterministic)
         x = x + gate * Dropout(cfg.dropout)(y, deterministic)
-        y = _bare_norm(cfg.stream)(x) * (1 + scale_ff) + shift_ff
-        y = _feed_forward(cfg, by_tanh)(y)
+        y = _norm_without_affine(cfg.stream)(x) * (1 + scale_ff) + shift_ff
+        y = _feed_forward(cfg, normal_cdf_tanh)(y)
         return x + gate_ff * Dropout(cfg.dropout)(y, deterministic)
 
 
@@ -227,14 +227,14 @@ def _layer_norm(name: str, cfg: DenoiserConfig, x: Array) -> Array:
     return norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
-def _bare_norm(dtype: Any) -> nn.LayerNorm:
+def _norm_without_affine(dtype: Any) -> nn.LayerNorm:
     return nn.LayerNorm(1e-6, use_bias=False, use_scale=False, dtype=dtype)
 
 
-BLOCKS: dict[str, type[nn.Module]] = {"post_ln": PostBlock, "adaln": AdaBlock}
+BLOCKS: dict[str, type[nn.Module]] = {"post_ln": PostLNBlock, "adaln": AdaLNBlock}
 
 
-def _alone(layer: Callable) -> Callable:
+def _compile_separately(layer: Callable) -> Callable:
     """layer(block, x), as a call that on a CPU is compiled on its own.
 
     XLA's compiler for it fuses what is elementwise, and the residual stream is, from the
@@ -271,14 +271,14 @@ class Trunk(nn.Module):
         x = Dropout(cfg.dropout)(x, deterministic)
         block = BLOCKS[cfg.trunk]
         block = nn.remat(block, static_argnums=(3,)) if cfg.remat else block
-        layer = _alone(lambda block, x: block(x, time, deterministic))
+        layer = _compile_separately(lambda block, x: block(x, time, deterministic))
         for i in range(cfg.layers):
             x = layer(block(cfg, name=f"layer_{i}"), x)
         if post:
             return jnp.tanh(Dense(h, *cfg.precision, name="out")(x))
         two = Dense(2 * h, *cfg.precision, zero=True, name="modulation")(time)
         shift, scale = jnp.split(two, 2, -1)
-        return _bare_norm(cfg.stream)(x) * (1 + scale) + shift
+        return _norm_without_affine(cfg.stream)(x) * (1 + scale) + shift
 
 
 def _positions(post: bool) -> Callable:
@@ -338,7 +338,7 @@ def init(key: PRNGKey, cfg: DenoiserConfig, vocab: int) -> PyTree:
     return module.init(key, x, jnp.zeros(1), x, alone)["params"]
 
 
-def lowered(params: PyTree, cfg: DenoiserConfig) -> PyTree:
+def cast_kernels(params: PyTree, cfg: DenoiserConfig) -> PyTree:
     """The trunk's kernels in the precision of its products.
 
     For a chain: so they are cast once, and not in every step.

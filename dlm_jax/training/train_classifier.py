@@ -24,7 +24,7 @@ def work(names: Names, table: np.ndarray) -> Work:
     def init(key: Any, recipe: train_step.Recipe, vocab: int) -> classifier.Classifier:
         return classifier.init(key, recipe.cfg, layout)
 
-    def terms(key, params, rows, draws, recipe: train_step.Recipe) -> classifier.Scores:
+    def terms(key, params, rows, draws, recipe: train_step.Recipe) -> classifier.ClassifierTerms:
         ids, asked = rows[:, :-size], rows[:, -size:]
         known = {"cfg": recipe.cfg, "layout": layout, "schedule": recipe.schedule}
         frozen = jnp.asarray(table)

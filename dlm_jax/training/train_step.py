@@ -48,7 +48,7 @@ def _init(key: PRNGKey, recipe: "Recipe", vocab: int) -> Params:
     return model.init(key, recipe.cfg, vocab, normalize=recipe.normalize)
 
 
-def _end_to_end(key, params, rows, draws, recipe) -> losses.Terms:
+def _end_to_end(key, params, rows, draws, recipe) -> losses.LossTerms:
     return losses.end_to_end(
         params,
         rows,
@@ -90,7 +90,7 @@ class Recipe(NamedTuple):
         """The recipe with the schedule that the state's `noise` gives."""
         if not self.adaptive:
             return self
-        return self._replace(schedule=adaptive.ADAPTIVE[self.adaptive](noise))
+        return self._replace(schedule=adaptive.ADAPTIVE_SCHEDULES[self.adaptive](noise))
 
 
 def init_state(
@@ -114,10 +114,10 @@ def init_state(
 
 def make_draws(
     key: PRNGKey, ids: Ids, recipe: Recipe, first: Any, moments: Any
-) -> time_sampling.Draws:
+) -> time_sampling.NoiseDraws:
     """The draws of rows first ... of the recipe's batch."""
     importance = recipe.times == "importance"
-    return time_sampling.draw(
+    return time_sampling.draw_noise(
         key,
         (ids.shape[0], ids.shape[1] - recipe.work.labels, recipe.cfg.dim),
         first=first,
@@ -133,7 +133,7 @@ def make_draws(
 def loss_fn(
     params: PyTree,
     ids: Ids,
-    draws: time_sampling.Draws,
+    draws: time_sampling.NoiseDraws,
     recipe: Recipe,
     *,
     key: PRNGKey | None = None,
@@ -228,7 +228,7 @@ def _constrain(params: Any, before: Any, recipe: Recipe) -> Any:
 
 def _remember(moments, terms: Any, t, weight, axis):
     """The history with these losses, as they are without importance weights."""
-    if not isinstance(moments, time_sampling.Moments):
+    if not isinstance(moments, time_sampling.LossMoments):
         return moments
     error = (terms.diffusion + terms.t0) * terms.weight / weight  # see losses._vlb
     loss = error + terms.rounding + terms.prior

@@ -16,13 +16,13 @@ from dlm_jax.training.train_step import Recipe
 def recipe_of(config: Any) -> Recipe:
     """The static choices of a resolved config; UserError names a wrong key."""
     _check_ranges(config)
-    cfg, noise = network(config), schedule.named(**config.schedule)
+    cfg, noise = network(config), schedule.make_schedule(**config.schedule)
     choose("config.loss.objective", losses.OBJECTIVES, config.loss.objective)
-    times = {**time_sampling.TIMES, "importance": None}
+    times = {**time_sampling.TIME_SAMPLERS, "importance": None}
     choose("config.loss.times", times, config.loss.times)
-    losses.check(config.loss.objective, cfg, noise)
+    losses.check_compatible(config.loss.objective, cfg, noise)
     if config.schedule.adaptive:
-        choose("config.schedule.adaptive", adaptive.ADAPTIVE, config.schedule.adaptive)
+        choose("config.schedule.adaptive", adaptive.ADAPTIVE_SCHEDULES, config.schedule.adaptive)
         if config.loss.objective in ("nelbo", "ar"):
             raise UserError(
                 f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
