@@ -26,7 +26,7 @@ import dlm_jax
 from configs import stories as stories_config
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.inference import constraints, loading, mbr
-from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.training import trainer
 from dlm_jax.types import UNK
 
@@ -60,7 +60,7 @@ def _sentences(story: str) -> list[str]:
 
 def trained(
     workdir: str, steps: int, train_rows: list[Window], valid_rows: list[Window]
-) -> Bundle:
+) -> DiffusionLM:
     """The model; a run that is there is resumed."""
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,29 +77,29 @@ def trained(
     )
     config.loss.known, config.train.total_steps = 0.9, steps
     config.train.sample_steps, config.sample.batch = 0, 32
-    trainer.run(config, str(folder / "run"))
+    trainer.train(config, str(folder / "run"))
     return dlm_jax.load(folder / "run")
 
 
 def candidates(
-    bundle: Bundle, rows: list[Window], lengths: list[int], n: int, **options: Any
+    lm: DiffusionLM, rows: list[Window], lengths: list[int], n: int, **options: Any
 ) -> list[list[str]]:
     """n middles of each window, their lengths drawn from those of the training text."""
     rng, wishes, sizes = np.random.default_rng(0), [], []
-    vocab = bundle.tokenizer.vocab_size
+    vocab = lm.tokenizer.vocab_size
     for i, (first, _, last) in enumerate(rows):
-        template = constraints.parse(bundle.tokenizer, f"{first} [...] {last}")
-        room = bundle.length - 1 - template.size
+        template = constraints.parse_template(lm.tokenizer, f"{first} [...] {last}")
+        room = lm.length - 1 - template.size
         for j in range(n):
             width = min(int(rng.choice(lengths)), room)
             made = {"words": template.size - 1 + width}
             seed = i * n + j
             wishes.append(
-                constraints.of_template(template, bundle.length, vocab, 1, seed, **made)
+                constraints.template_constraints(template, lm.length, vocab, 1, seed, **made)
             )
             sizes.append((len(first.split()), width))
     together = jax.tree.map(lambda *x: np.concatenate(x), *wishes)
-    texts = bundle.draw(len(wishes), wishes=together, **options).texts
+    texts = lm.draw(len(wishes), wishes=together, **options).texts
     middles = [
         " ".join(text.split()[start : start + width])
         for text, (start, width) in zip(texts, sizes, strict=True)
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--out", default="docs/anlg.json")
     args = parser.parse_args()
     train_rows, valid_rows = windows(args.data)
-    bundle = trained(args.workdir, args.train_steps, train_rows, valid_rows)
-    tok = bundle.tokenizer
+    lm = trained(args.workdir, args.train_steps, train_rows, valid_rows)
+    tok = lm.tokenizer
     rows = [w for w in valid_rows if UNK not in tok.encode(" ".join((w[0], w[2])))]
     rows = rows[: args.n]
     lengths = [len(middle.split()) for _, middle, _ in train_rows]
@@ -146,19 +146,19 @@ def main() -> None:
         "copy of the last": [last for _, _, last in rows],
         "a sentence of another story": [train_rows[i][1] for i in others],
     }
-    unaware = bundle.config | {"loss": bundle.config["loss"] | {"known": 0.0}}
-    for name, config in (("told", bundle.config), ("written in only", unaware)):
+    unaware = lm.config | {"loss": lm.config["loss"] | {"known": 0.0}}
+    for name, config in (("told", lm.config), ("written in only", unaware)):
         model = loading.from_parts(
-            bundle.cfg, bundle.params, tok, config, ema=bundle.ema, noise=bundle.noise
+            lm.cfg, lm.params, tok, config, ema=lm.ema, noise=lm.noise
         )
         drawn = candidates(model, rows, lengths, args.candidates, steps=args.steps)
         said[f"{name}, one sample"] = [texts[0] for texts in drawn]
-        said[f"{name}, by minimum Bayes risk"] = [mbr.choose(texts) for texts in drawn]
+        said[f"{name}, by minimum Bayes risk"] = [mbr.select(texts) for texts in drawn]
     found = {
         "windows": len(rows),
         "candidates": args.candidates,
         "calls": args.steps,
-        "step": bundle.step,
+        "step": lm.step,
         "held-out": text_metrics.unigram_entropy(true),
         "scores": {name: scores(texts, true) for name, texts in said.items()},
         "texts": [

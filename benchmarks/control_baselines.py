@@ -68,7 +68,7 @@ def pairs(task: str, seed: int, n: int) -> list[tuple[Any, str, str]]:
     rng, found = np.random.default_rng(0), []
     for tree in grammar.trees(seed, n):
         sentence = control_targets.annotate(tree)
-        target = control_tasks.TASKS[task].target(sentence, rng)
+        target = control_tasks.CONTROL_TASKS[task].target(sentence, rng)
         found.append((target, WORDS[task](target, tree), sentence.text))
     return found
 
@@ -82,7 +82,7 @@ def command(config: str, workdir: Path, **options: Any) -> Path:
     return workdir
 
 
-def fine_tuned(task: str, steps: int) -> pipeline.Bundle:
+def fine_tuned(task: str, steps: int) -> pipeline.DiffusionLM:
     """The teacher on "control || text"."""
     folder, length = Path("runs/baselines") / task, LENGTH.get(task, 48)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,13 +106,13 @@ def fine_tuned(task: str, steps: int) -> pipeline.Bundle:
     return dlm_jax.load(run)
 
 
-def guided(task: str, steps: int) -> pipeline.Bundle:
+def guided(task: str, steps: int) -> pipeline.DiffusionLM:
     """The plain teacher, and the classifier of prefixes that the task needs."""
     folder = Path("runs/baselines")
     teacher_run = command(
         "configs/grammar.py:teacher", folder / "teacher", train__total_steps=steps
     )
-    (need,) = control_tasks.TASKS[task].needs
+    (need,) = control_tasks.CONTROL_TASKS[task].needs
     run = command(
         f"configs/classifier.py:{need}",
         folder / f"fudge_{need}",
@@ -123,21 +123,21 @@ def guided(task: str, steps: int) -> pipeline.Bundle:
 
 
 def after_words(
-    bundle: pipeline.Bundle, words: list[str], seed: int, *, search: bool
+    lm: pipeline.DiffusionLM, words: list[str], seed: int, *, search: bool
 ) -> list[str]:
     """What the teacher says after each control."""
-    rows = [[START, *bundle.tokenizer.encode(f"{w} {BAR}")] for w in words]
+    rows = [[START, *lm.tokenizer.encode(f"{w} {BAR}")] for w in words]
     width = max(map(len, rows))
     prefix = np.array([row + [PAD] * (width - len(row)) for row in rows])
-    model = (bundle.ema, bundle.cfg)
+    model = (lm.ema, lm.cfg)
 
     def run(key: jax.Array, prefix: jax.Array) -> Any:
         if search:
-            return autoregressive.beam_search(*model, bundle.length, prefix=prefix, beams=4)
+            return autoregressive.beam_search(*model, lm.length, prefix=prefix, beams=4)
         keys = jax.random.split(key, len(prefix))
-        return autoregressive.sample(keys, *model, bundle.length, prefix=prefix)
+        return autoregressive.sample(keys, *model, lm.length, prefix=prefix)
 
-    said = _in_slices(bundle, run, prefix, seed)
+    said = _in_slices(lm, run, prefix, seed)
     return [answer(text) for text in said]
 
 
@@ -147,13 +147,13 @@ def answer(text: str) -> str:
 
 
 def by_fudge(
-    bundle: pipeline.Bundle, task: str, wanted: list, samples: int, seed: int
+    lm: pipeline.DiffusionLM, task: str, wanted: list, samples: int, seed: int
 ) -> list[str]:
     """What the teacher says where a classifier weighs each token."""
-    rows = [control_tasks.TASKS[task].wish(target, bundle) for target in wanted]
-    (need,) = control_tasks.TASKS[task].needs
+    rows = [control_tasks.CONTROL_TASKS[task].wish(target, lm) for target in wanted]
+    (need,) = control_tasks.CONTROL_TASKS[task].needs
     asked = np.repeat(np.concatenate([r.labels[need] for r in rows]), samples, 0)
-    guide = bundle.guides[need]
+    guide = lm.classifiers[need]
 
     def run(key: jax.Array, asked: jax.Array) -> Any:
         def log_prob(ids: Any) -> Any:
@@ -162,26 +162,26 @@ def by_fudge(
                 guide.cfg,
                 guide.names.layout,
                 jnp.repeat(asked, TOP, 0),
-                bundle.schedule,
+                lm.schedule,
             )
-            return of(embed(bundle.ema.table, ids), jnp.zeros(len(ids)))
+            return of(embed(lm.ema.table, ids), jnp.zeros(len(ids)))
 
         keys = jax.random.split(key, len(asked))
         return autoregressive.fudge(
             keys,
-            bundle.ema,
-            bundle.cfg,
-            bundle.length,
+            lm.ema,
+            lm.cfg,
+            lm.length,
             log_prob,
             weight=FUDGE[task],
             top=TOP,
         )
 
-    return _in_slices(bundle, run, asked, seed)
+    return _in_slices(lm, run, asked, seed)
 
 
 def _in_slices(
-    bundle: pipeline.Bundle, run: Callable, rows: np.ndarray, seed: int
+    lm: pipeline.DiffusionLM, run: Callable, rows: np.ndarray, seed: int
 ) -> list[str]:
     """Texts of all rows, some at a time, in one compilation; the last slice is full."""
     size, found, run = min(100, len(rows)), [], jax.jit(run)
@@ -190,11 +190,11 @@ def _in_slices(
         key = jax.random.fold_in(jax.random.key(seed), first)
         found.append(np.asarray(run(key, here)))
     ids = np.concatenate(found)[: len(rows)]
-    return [bundle.tokenizer.decode(row) for row in ids]
+    return [lm.tokenizer.decode(row) for row in ids]
 
 
 def measure(
-    method: str, task: str, bundle: pipeline.Bundle, args: argparse.Namespace
+    method: str, task: str, lm: pipeline.DiffusionLM, args: argparse.Namespace
 ) -> dict[str, Any]:
     """A row as `control_tasks.measure` gives it."""
     config = grammar_config.get_config()
@@ -202,17 +202,17 @@ def measure(
     wanted, words, _ = (list(part) for part in zip(*found, strict=True))
     once = method == "FT-search"  # it has one answer
     samples, seeds = (1, 1) if once else (args.samples, args.seeds)
-    judge = control_targets.judge_of(config, task, None)
+    scorer = control_targets.make_scorer(config, task, None)
     scores, said, began = [], [], time.monotonic()
     for seed in range(seeds):
         if method == "FUDGE":
-            drawn = by_fudge(bundle, task, wanted, samples, seed)
+            drawn = by_fudge(lm, task, wanted, samples, seed)
         else:
             all_words = [w for w in words for _ in range(samples)]
-            drawn = after_words(bundle, all_words, seed, search=once)
-        score = control_tasks.TASKS[task].score
+            drawn = after_words(lm, all_words, seed, search=once)
+        score = control_tasks.CONTROL_TASKS[task].score
         pair = zip(drawn, [t for t in wanted for _ in range(samples)], strict=True)
-        scores.append([score(text, target, judge) for text, target in pair])
+        scores.append([score(text, target, scorer) for text, target in pair])
         said += drawn
     seconds = (time.monotonic() - began) / len(said) * 50
     return {
@@ -223,7 +223,7 @@ def measure(
         "seeds": seeds,
         "steps": args.steps,
         "success": control_tasks.summaries(scores, samples),
-        **control_tasks.fluency(said, judge),
+        **control_tasks.fluency(said, scorer),
         "seconds per 50": seconds,
         "texts": said[:: max(1, len(said) // 8)][:8],
     }

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from dlm_jax.evaluation import control_tasks
 
-ORDER = ["unguided", *control_tasks.TASKS]
+ORDER = ["unguided", *control_tasks.CONTROL_TASKS]
 # the paper's own success on E2E, by the score it is closest to, arXiv:2205.14217 table 2
 PAPER = {
     "value": 0.812,
@@ -94,7 +94,7 @@ def _scores(row: dict) -> list[tuple[str, tuple[float, float]]]:
 
 def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
     """Bars by task and method: success, and the share of texts in the language."""
-    single = [name for name in control_tasks.TASKS if "+" not in name]
+    single = [name for name in control_tasks.CONTROL_TASKS if "+" not in name]
     methods: dict[str, dict] = {}
     for row in rows:
         if row["control"]["preset"] == "tuned":

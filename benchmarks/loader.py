@@ -34,12 +34,12 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     """Tokens a second of loaders and step, medians of interleaved repetitions."""
     config = e2e_small.get_config()
     config.data.path = folder
-    prepare.run(config, str(scratch / "prepared"))
-    runs = {"in memory": trainer.Run(config, str(scratch / "run"))}
+    prepare.prepare_data(config, str(scratch / "prepared"))
+    runs = {"in memory": trainer.Trainer(config, str(scratch / "run"))}
     config.data.source, config.data.path = "prepared", str(scratch / "prepared")
-    runs["prepared"] = trainer.Run(config, str(scratch / "run_prepared"))
+    runs["prepared"] = trainer.Trainer(config, str(scratch / "run_prepared"))
     first = runs["in memory"]
-    one = partial(train_step.train_step, recipe=first.recipe, axis=first.layout.axis)
+    one = partial(train_step.train_step, step_cfg=first.step_cfg, axis=first.layout.axis)
     step_fn, key = first.layout.step(one, first.state), jax.random.key(0)
 
     def step(number: int, batch: Any) -> None:
@@ -51,7 +51,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for name, run in runs.items():
             found[name].append(seconds(lambda i, r=run: r.batch(i), 50) / 50)
-        ahead = batching.Ahead(runs["prepared"].batch, range(100))
+        ahead = batching.Prefetcher(runs["prepared"].batch, range(100))
         began, waited = time.perf_counter(), 0.0
         for i in range(10):
             asked = time.perf_counter()
@@ -61,7 +61,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
         found["step"].append((time.perf_counter() - began) / 10)
         found["wait"].append(waited / 10)
         ahead.close()
-    tokens = first.recipe.batch * config.data.length
+    tokens = first.step_cfg.batch * config.data.length
     rows: dict[str, Any] = {
         name: tokens / float(np.median(found[name])) for name in (*runs, "step")
     }

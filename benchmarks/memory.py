@@ -29,11 +29,11 @@ SIZES: dict[str, dict[str, int]] = {
 VOCAB = 821
 
 
-def recipe_of(size: str, *, remat: bool = False) -> tuple[train_step.Recipe, int]:
+def recipe_of(size: str, *, remat: bool = False) -> tuple[train_step.StepConfig, int]:
     """The recipe of configs/e2e.py at a size, and its length."""
     config = e2e.get_config()
     config.model.update(SIZES[size], remat=remat)
-    return validate.recipe_of(config), config.data.length
+    return validate.resolve_config(config), config.data.length
 
 
 def held(tree: Any) -> int:
@@ -46,9 +46,9 @@ def held(tree: Any) -> int:
 
 def by_shapes(size: str) -> dict[str, Any]:
     """MB a device of each part of the state, in both layouts."""
-    recipe, _ = recipe_of(size)
+    step_cfg, _ = recipe_of(size)
     key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: train_step.init_state(k, recipe, VOCAB), key)
+    shapes = jax.eval_shape(lambda k: train_step.init_state(k, step_cfg, VOCAB), key)
     row: dict[str, Any] = {"parameters": model.count(shapes.params)}
     for name, layout in sharding.LAYOUTS.items():
         like = layout.like(shapes)
@@ -60,17 +60,17 @@ def by_shapes(size: str) -> dict[str, Any]:
 
 def kept(size: str, *, remat: bool) -> float:
     """MB that the backward pass of one device's rows needs, but for the parameters."""
-    recipe, length = recipe_of(size, remat=remat)
-    batch, key = recipe.batch // jax.device_count(), jax.random.key(0)
+    step_cfg, length = recipe_of(size, remat=remat)
+    batch, key = step_cfg.batch // jax.device_count(), jax.random.key(0)
     params = jax.eval_shape(
-        lambda k: train_step.init_state(k, recipe, VOCAB), key
+        lambda k: train_step.init_state(k, step_cfg, VOCAB), key
     ).params
 
     def residuals(params: Any, ids: jax.Array) -> Any:
-        draws = train_step.make_draws(key, ids, recipe, 0, ())
+        draws = train_step.make_draws(key, ids, step_cfg, 0, ())
 
         def loss(p: Any) -> Any:
-            return train_step.loss_fn(p, ids, draws, recipe, key=key)[0]
+            return train_step.loss_fn(p, ids, draws, step_cfg, key=key)[0]
 
         return jax.vjp(loss, params)[1]
 
@@ -83,16 +83,16 @@ def kept(size: str, *, remat: bool) -> float:
 
 def by_compiling(mode: str) -> dict[str, float]:
     """MB that XLA plans for the 87M step on a device."""
-    recipe, length = recipe_of("87M")
+    step_cfg, length = recipe_of("87M")
     layout, key = sharding.LAYOUTS[mode], jax.random.key(0)
-    shapes = jax.eval_shape(lambda k: train_step.init_state(k, recipe, VOCAB), key)
+    shapes = jax.eval_shape(lambda k: train_step.init_state(k, step_cfg, VOCAB), key)
     state = layout.like(shapes)
-    one = partial(train_step.train_step, recipe=recipe, axis=layout.axis)
+    one = partial(train_step.train_step, step_cfg=step_cfg, axis=layout.axis)
     step: Any = layout.step(one, state)
     devices = jax.device_count()
-    rows = (devices, recipe.batch // devices, length)
+    rows = (devices, step_cfg.batch // devices, length)
     if mode == "fsdp":
-        rows = (1, recipe.batch, length)
+        rows = (1, step_cfg.batch, length)
     plan = step.lower(key, state, jax.ShapeDtypeStruct(rows, "int32")).compile()
     found = plan.memory_analysis()
     return {

@@ -46,11 +46,11 @@ class Training:
     """A step of the run's own layout, on all devices; waits for its end."""
 
     def __init__(self, config: Any, vocab: int):
-        recipe, self.key = validate.recipe_of(config), jax.random.key(0)
+        step_cfg, self.key = validate.resolve_config(config), jax.random.key(0)
         layout = sharding.LAYOUTS[config.parallel.mode]
-        init = partial(train_step.init_state, recipe=recipe, vocab=vocab)
+        init = partial(train_step.init_state, step_cfg=step_cfg, vocab=vocab)
         self.state = layout.begin(self.key, init)
-        one = partial(train_step.train_step, recipe=recipe, axis=layout.axis)
+        one = partial(train_step.train_step, step_cfg=step_cfg, axis=layout.axis)
         self.step: Any = layout.step(one, self.state)
         self.rows = layout.rows(ids_of(config, vocab)[None])
 
@@ -66,8 +66,8 @@ class Training:
 def chain(case: Case) -> Callable[[], Any]:
     """The config's solver over a grid, with or without clamp and classifier."""
     config = alternate.settings(case)
-    recipe = validate.recipe_of(config)
-    cfg, schedule = recipe.cfg, recipe.schedule
+    step_cfg = validate.resolve_config(config)
+    cfg, schedule = step_cfg.cfg, step_cfg.schedule
     params = model.init(jax.random.key(0), cfg, case.vocab)
     ids = ids_of(config, case.vocab)
     tagger, layout = (
@@ -90,7 +90,7 @@ def chain(case: Case) -> Callable[[], Any]:
 
     keys = samplers.per_example_keys(jax.random.key(1), len(ids))
     x_T = samplers.standard_normal(keys, (ids.shape[1], cfg.dim))
-    inputs = sharding.spread((ids % CLASSES, keys, x_T))
+    inputs = sharding.shard_rows((ids % CLASSES, keys, x_T))
     run = partial(jax.jit(whole), params, head, *inputs)
     return lambda: jax.block_until_ready(run())
 

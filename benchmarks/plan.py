@@ -40,16 +40,16 @@ TRAVELS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
 
 def exchanged(mode: str) -> dict[str, float]:
     """Bytes that a device sends in a step, by kind, per parameter of the 87M model."""
-    recipe, length = memory.recipe_of("87M")
+    step_cfg, length = memory.recipe_of("87M")
     layout, key = sharding.LAYOUTS[mode], jax.random.key(0)
     shapes = jax.eval_shape(
-        lambda k: train_step.init_state(k, recipe, memory.VOCAB), key
+        lambda k: train_step.init_state(k, step_cfg, memory.VOCAB), key
     )
     state, devices = layout.like(shapes), jax.device_count()
-    one = partial(train_step.train_step, recipe=recipe, axis=layout.axis)
+    one = partial(train_step.train_step, step_cfg=step_cfg, axis=layout.axis)
     step: Any = layout.step(one, state)
     parts = devices if mode == "pmap" else 1
-    rows = jax.ShapeDtypeStruct((parts, recipe.batch // parts, length), "int32")
+    rows = jax.ShapeDtypeStruct((parts, step_cfg.batch // parts, length), "int32")
     text = step.lower(key, state, rows).compile().as_text()
     found = dict.fromkeys(TRAVELS, 0.0)
     for shape, kind in re.findall(

@@ -35,16 +35,16 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def _begun(size: str) -> tuple[train_step.Recipe, Any]:
+def _begun(size: str) -> tuple[train_step.StepConfig, Any]:
     config = e2e.get_config()
     config.model.update(SIZES[size])
     config.train.batch = BATCH
-    recipe = validate.recipe_of(config)
+    step_cfg = validate.resolve_config(config)
 
     def init(key: jax.Array) -> train_step.TrainState:
-        return train_step.init_state(key, recipe, VOCAB)
+        return train_step.init_state(key, step_cfg, VOCAB)
 
-    return recipe, sharding.PMAP.begin(jax.random.key(0), init)
+    return step_cfg, sharding.PMAP.begin(jax.random.key(0), init)
 
 
 def saving(size: str, folder: Path, repeats: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def saving(size: str, folder: Path, repeats: int) -> dict[str, Any]:
         began = time.perf_counter()
         checkpoint.save(writer, step, state, {}, {})
         times["returns"].append(time.perf_counter() - began)
-        checkpoint.finish(writer)
+        checkpoint.wait(writer)
         times["complete"].append(time.perf_counter() - began)
         began = time.perf_counter()
         like = sharding.PMAP.like(shapes)
@@ -82,8 +82,8 @@ def _worn(state: Any) -> Any:
 
 def compiling(size: str) -> float:
     """Seconds to the end of the first step."""
-    recipe, state = _begun(size)
-    one = partial(train_step.train_step, recipe=recipe, axis=sharding.AXIS)
+    step_cfg, state = _begun(size)
+    one = partial(train_step.train_step, step_cfg=step_cfg, axis=sharding.AXIS)
     rows = sharding.PMAP.rows(np.full((1, BATCH, 64), 5, np.int32))
     step = sharding.PMAP.step(one, state)
     began = time.perf_counter()

@@ -58,14 +58,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--out", default="docs/samplers.json")
     args = parser.parse_args()
-    bundle = dlm_jax.load(args.workdir)
+    lm = dlm_jax.load(args.workdir)
     seeds = range(args.seeds)
     held_out = [grammar.sample(10_000 + seed, args.n) for seed in seeds]
     rows = [{"setting": {}, **row(held_out)}]
     for calls in args.calls:
         for setting in SETTINGS:
             given = {"steps": calls, **setting}
-            texts = [bundle.sample(args.n, seed=seed, **given) for seed in seeds]
+            texts = [lm.sample(args.n, seed=seed, **given) for seed in seeds]
             rows.append({"setting": given, **row(texts)})
             print(" ".join(f"{k}={v}" for k, v in given.items()), end="  ")
             print(

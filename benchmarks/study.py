@@ -124,13 +124,13 @@ def calls_of(name: str, seed: int) -> dict[int, int]:
 
 def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
     """The bound on held-out texts, and samples by denoiser calls."""
-    bundle = dlm_jax.load(workdir)
-    config = bundle.config
+    lm = dlm_jax.load(workdir)
+    config = lm.config
     held_out = _held_out(config)
-    row: dict[str, Any] = {"bound": report.scores(bundle, held_out, 16), "calls": {}}
+    row: dict[str, Any] = {"bound": report.likelihood_rows(lm, held_out, 16), "calls": {}}
     for calls, n in texts_of.items():
         began = time.monotonic()
-        texts = bundle.sample(n, seed=0, steps=calls)
+        texts = lm.sample(n, seed=0, steps=calls)
         sample = {"n": n, "seconds": time.monotonic() - began}
         if config["data"]["source"] == "grammar":
             sample["accepted"] = float(np.mean([grammar.accepts(t) for t in texts]))
@@ -143,12 +143,12 @@ def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
 
 def suite(workdir: Path, teacher: Path) -> dict[str, Any]:
     """The evaluation suite at the run's own sampler, as --mode evaluate gives it."""
-    bundle = dlm_jax.load(workdir)
-    config: Any = ml_collections.ConfigDict(bundle.config)
+    lm = dlm_jax.load(workdir)
+    config: Any = ml_collections.ConfigDict(lm.config)
     config.evaluate.teacher = str(teacher) if teacher.exists() else ""
-    reference, held_out = report.references(bundle, config)
-    samples = [bundle.sample(TEXTS, seed=seed) for seed in range(SAMPLE_SEEDS)]
-    rows = report.suite(samples, held_out, reference)
+    reference, held_out = report.references(lm, config)
+    samples = [lm.sample(TEXTS, seed=seed) for seed in range(SAMPLE_SEEDS)]
+    rows = report.compare(samples, held_out, reference)
     return {name: row._asdict() for name, row in rows.items() if not row.note}
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     }
     flops = step_flops(config_of("configs/grammar.py", args.variant, {}))
     rows = []
-    for step in checkpoint.steps(workdir):
+    for step in checkpoint.all_steps(workdir):
         row = measure(workdir, step)
         rows.append(row | {"seconds": seconds[step], "flops": flops * step})
         print(rows[-1], flush=True)

@@ -581,28 +581,28 @@ def pusher(
 def make(case: Any, variant: str) -> Callable[[], Any]:
     """The work of a case of `alternate`."""
     from dlm_jax.diffusion import samplers
-    from dlm_jax.training.validate import recipe_of
+    from dlm_jax.training.validate import resolve_config
 
     config = alternate.settings(case)
-    recipe, plain = recipe_of(config), variant == "eager"
+    step_cfg, plain = resolve_config(config), variant == "eager"
     # our first estimate is without dropout: else the peer would do more than we do
-    assert not (recipe.cfg.self_cond and recipe.cfg.dropout)
+    assert not (step_cfg.cfg.self_cond and step_cfg.cfg.dropout)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    net = Model(recipe.cfg, case.vocab, recipe.schedule, plain=plain)
+    net = Model(step_cfg.cfg, case.vocab, step_cfg.schedule, plain=plain)
     ids = torch.tensor(ours.ids_of(config, case.vocab), device=device()).long()
     if case.job == "train":
-        of = {"objective": recipe.objective, "normalize": recipe.normalize}
+        of = {"objective": step_cfg.objective, "normalize": step_cfg.normalize}
         step = trainer(net, variant, optim=config.optim, **of)
         return lambda: step(ids)
     guide = None
     if case.job == "guided":
-        of = (ours.tagger_config(config), ours.CLASSES, recipe.schedule)
+        of = (ours.tagger_config(config), ours.CLASSES, step_cfg.schedule)
         tagger, labels = Tagger(*of, plain=plain), ids % ours.CLASSES
         guide = pusher(tagger, labels, variant, updates=case.updates)
-    times = samplers.schedule_timesteps(recipe.schedule, case.steps)
+    times = samplers.schedule_timesteps(step_cfg.schedule, case.steps)
     of = {"solver": config.sample.solver, "clamp": case.clamp, "guide": guide}
     run = chain(net, variant, times, **of)
-    x_T = torch.randn(*ids.shape, recipe.cfg.dim, device=device())
+    x_T = torch.randn(*ids.shape, step_cfg.cfg.dim, device=device())
     return lambda: float(run(x_T).sum())
 
 

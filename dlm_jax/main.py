@@ -56,14 +56,14 @@ def _train(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import trainer
 
     config = _needed(config, "configs/grammar.py")
-    trainer.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
+    trainer.train(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import train_classifier
 
     config = _needed(config, "configs/classifier.py")
-    train_classifier.run(config, workdir, allow_fallback=FLAGS.allow_fallback)
+    train_classifier.train_classifier(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
@@ -72,55 +72,55 @@ def _load(config: Any, workdir: str, step: int | None) -> Any:
 
     from dlm_jax.inference import loading
 
-    bundle = loading.load(workdir, step)
+    lm = loading.load(workdir, step)
     if config is not None:
         for name in ("sample", "evaluate", "control", "classifier"):
-            bundle.config[name] = json.loads(config[name].to_json_best_effort())
-    return bundle
+            lm.config[name] = json.loads(config[name].to_json_best_effort())
+    return lm
 
 
-def _alone() -> None:
+def _require_one_host() -> None:
     from dlm_jax.errors import UserError
     from dlm_jax.runtime import hosts
 
-    if hosts.index_and_count()[1] > 1:
+    if hosts.process_index_and_count()[1] > 1:
         raise UserError(f"--mode {FLAGS.mode} is for one host: start it alone")
 
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
-    bundle = _load(config, workdir, step)
+    lm = _load(config, workdir, step)
     from dlm_jax.runtime import hosts
 
-    texts = bundle.sample(bundle.config["sample"]["n"])
-    if hosts.index_and_count()[0] == 0:
+    texts = lm.sample(lm.config["sample"]["n"])
+    if hosts.process_index_and_count()[0] == 0:
         print("\n".join(texts))
 
 
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.evaluation import report
 
-    report.run(_load(config, workdir, step), workdir)
+    report.evaluate(_load(config, workdir, step), workdir)
 
 
 def _control(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.evaluation import control_tasks
 
-    control_tasks.run(_load(config, workdir, step), workdir)
+    control_tasks.evaluate_control(_load(config, workdir, step), workdir)
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.evaluation import plots
 
-    _alone()
-    for path in plots.run(_load(config, workdir, step), workdir):
+    _require_one_host()
+    for path in plots.save_plots(_load(config, workdir, step), workdir):
         print(path)
 
 
 def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.data import prepare
 
-    _alone()
-    prepare.run(_needed(config, "configs/stories.py"), workdir)
+    _require_one_host()
+    prepare.prepare_data(_needed(config, "configs/stories.py"), workdir)
 
 
 MODES: dict[str, Callable] = {
@@ -149,12 +149,12 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{argv[1]}: not a flag; see --help")
         if not FLAGS.workdir:
             raise UserError("--workdir: name the run's directory, such as runs/first")
-        hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        hosts.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         if FLAGS.mode in LOCAL and "://" in FLAGS.workdir:
             raise UserError(
                 f"--mode {FLAGS.mode} writes to a disk: copy {FLAGS.workdir} here first"
             )
-        checkpoint.reach(FLAGS.workdir)
+        checkpoint.check_reachable(FLAGS.workdir)
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
     except PreemptedError as error:  # on all hosts alike
         print(error, file=sys.stderr, flush=True)
@@ -170,16 +170,16 @@ def _end(error: Exception) -> None:
     from dlm_jax.errors import UserError
     from dlm_jax.runtime import hosts
 
-    if reason := hosts.lost(error):
+    if reason := hosts.host_loss_reason(error):
         with contextlib.suppress(Exception):  # who kept what they know is lost
-            hosts.hear()
+            hosts.poll_remote_error()
         print(f"another host is lost ({reason}): start all again", file=sys.stderr)
-        hosts.leave(RESTART)
+        hosts.exit_process(RESTART)
     if isinstance(error, UserError):
-        _fail(error, hosts.fail)
+        _fail(error, hosts.fail_all_hosts)
     if isinstance(error, OSError):
         line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
-        _fail(line, hosts.fail)
+        _fail(line, hosts.fail_all_hosts)
 
 
 def _unraisable(found: Any) -> None:
@@ -198,7 +198,7 @@ def _fail(error: object, end: Callable[[str], NoReturn] | None = None) -> NoRetu
     sys.exit(2)
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags; an unknown config key or file is one line, not a traceback."""
     try:
         rest = FLAGS(argv)
@@ -245,7 +245,7 @@ def large_pages() -> None:
 
 def cli() -> None:
     """The entry point."""
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

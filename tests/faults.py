@@ -135,9 +135,9 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
             break
         in_save = rng.random() < wanted / max(kills - number, 1)
         before = _rows(killed)
-        began_at = (checkpoint.steps(killed) or [0])[-1]
+        began_at = (checkpoint.all_steps(killed) or [0])[-1]
         seen += _one_life(command(options, killed), killed, rng, in_save)
-        reached, there = _reached(killed), checkpoint.steps(killed)
+        reached, there = _reached(killed), checkpoint.all_steps(killed)
         if _rows(killed) != before:  # else it was killed before its first step
             resumes += began_at > 0
             redone += reached - (there[-1] if there else 0)
@@ -154,7 +154,7 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
         )
     config = smoke.get_config()
     config.update_from_flattened_dict(options)
-    states = [trainer.Run(config, str(workdir)).state for workdir in (killed, whole)]
+    states = [trainer.Trainer(config, str(workdir)).state for workdir in (killed, whole)]
     for x, y in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(x, y)
     return Report(number, seen, resumes, redone)

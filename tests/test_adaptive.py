@@ -104,7 +104,7 @@ def test_refuses_losses_that_are_no_function_of_the_noise(objective):
     config.model.update(self_cond=False, output_prior=False, causal=objective == "ar")
     config.loss.update(objective=objective, self_cond=0.0)
     with pytest.raises(UserError, match="no function of the noise"):
-        validate.recipe_of(config)
+        validate.resolve_config(config)
 
 
 def _config(name, **model):
@@ -119,32 +119,32 @@ def _config(name, **model):
 def test_trains_resumes_and_samples_with_it(name, tmp_path):
     """What it knows is part of the state: halves are the same as the whole."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    trainer.run(_config(name), str(whole))
-    trainer.run(_config(name), str(halves))
+    trainer.train(_config(name), str(whole))
+    trainer.train(_config(name), str(halves))
     newest = checkpoint.folder(halves) / "12"
     newest.rename(tmp_path / "moved")
-    trainer.run(_config(name), str(halves))
-    states = [trainer.Run(_config(name), str(w)).state for w in (whole, halves)]
+    trainer.train(_config(name), str(halves))
+    states = [trainer.Trainer(_config(name), str(w)).state for w in (whole, halves)]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         assert np.array_equal(a, b)
     seen = states[0].noise
     assert 0 < jnp.sum(seen.seen) <= 12 * 16
-    bundle = loading.load(whole)
+    lm = loading.load(whole)
     t = np.linspace(0.1, 0.9, 9)
     wanted = adaptive.ADAPTIVE_SCHEDULES[name](seen).log_snr(jnp.asarray(t))
-    assert np.allclose(bundle.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
-    assert len(bundle.sample(2, steps=4)) == 2
-    start = adaptive.init(validate.recipe_of(_config(name)).schedule)
+    assert np.allclose(lm.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
+    assert len(lm.sample(2, steps=4)) == 2
+    start = adaptive.init(validate.resolve_config(_config(name)).schedule)
     start = jax.tree.map(
-        lambda a, b: jax.device_put(b, a.sharding), bundle.noise, start
+        lambda a, b: jax.device_put(b, a.sharding), lm.schedule_state, start
     )
     latents = [
-        dataclasses.replace(bundle, noise=noise).draw(2, steps=4).latents
-        for noise in (bundle.noise, start)
+        dataclasses.replace(lm, noise=noise).draw(2, steps=4).latents
+        for noise in (lm.schedule_state, start)
     ]
     assert not np.array_equal(*latents)  # what is known is read, without compiling
-    assert sum(run._cache_size() for run in bundle.compiled.values()) == 1
-    assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
+    assert sum(run._cache_size() for run in lm.compiled.values()) == 1
+    assert np.isfinite(lm.nll(lm.encode(["The Mill ."])).total()).all()
 
 
 @pytest.mark.parametrize("objective", ["x0", "eps"])
@@ -153,10 +153,10 @@ def test_regression_follows_it_too(objective, tmp_path):
     config = _config("warp", predicts="x0", self_cond=False, output_prior=False)
     config.loss.update(objective=objective, self_cond=0.0)
     config.train.update(total_steps=2, ckpt_steps=2)
-    trainer.run(config, str(tmp_path))
-    bundle = loading.load(tmp_path)
-    assert isinstance(bundle.schedule.sigma_0, float)
-    assert np.isfinite(bundle.nll(bundle.encode(["The Mill ."])).total()).all()
+    trainer.train(config, str(tmp_path))
+    lm = loading.load(tmp_path)
+    assert isinstance(lm.schedule.sigma_0, float)
+    assert np.isfinite(lm.nll(lm.encode(["The Mill ."])).total()).all()
 
 
 def test_needs_a_curve():
@@ -165,7 +165,7 @@ def test_needs_a_curve():
     config = smoke.get_config()
     config.schedule.adaptive = "wrap"
     with pytest.raises(UserError, match="choose one of warp, gumbel"):
-        validate.recipe_of(config)
+        validate.resolve_config(config)
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)

@@ -35,16 +35,16 @@ def config_of(task, **values):
 
 
 def names(task, note):
-    return annotations.names_of(task, [note], LENGTH)
+    return annotations.build_label_vocab(task, [note], LENGTH)
 
 
 def test_fields_are_classes_and_silence_is_one():
     note = grammar.fields_of(TREE)
-    known = annotations.names_of("semantic", [note, {"food": "Italian"}], LENGTH)
+    known = annotations.build_label_vocab("semantic", [note, {"food": "Italian"}], LENGTH)
     row = annotations.encode([note], known)[0]
     told = {f: known.classes[f][k] for f, k in zip(known.classes, row, strict=True)}
     assert told == note | {"food": annotations.NONE}
-    assert known.layout == ("fields", (5,), 2)
+    assert known.head_spec == ("fields", (5,), 2)
     assert (
         annotations.encode([{"food": "Martian"}], known)[0][
             list(known.classes).index("food")
@@ -70,7 +70,7 @@ def test_a_chart_holds_the_constituents_one_position_after_start():
         for i, j in zip(*np.nonzero(chart > 0), strict=True)
     }
     assert found == set(note)
-    one = annotations.ASKED["span"](note[1], known)
+    one = annotations.TARGET_ENCODERS["span"](note[1], known)
     first, last, label = note[1]
     assert (one >= 0).sum() == 1
     assert known.classes["tree"][one[first + 1, last + 1]] == label
@@ -84,7 +84,7 @@ KNOWN = {
 
 
 def asked(wish, value):
-    return annotations.ASKED[wish](value, KNOWN["tree" if wish == "span" else wish])
+    return annotations.TARGET_ENCODERS[wish](value, KNOWN["tree" if wish == "span" else wish])
 
 
 def test_what_is_asked_and_no_more():
@@ -126,12 +126,12 @@ def test_what_cannot_be_asked(wish, value, message):
 @pytest.mark.parametrize("task", ["semantic", "pos", "tree"])
 def test_the_grammar_annotates_its_training_texts(task):
     config = config_of(task, **{"classifier.texts": 40})
-    texts, notes = annotations.annotated(config, task, "train")
+    texts, notes = annotations.load_annotated(config, task, "train")
     assert texts == grammar.sample(config.data.seed, 40)
     exact = {"semantic": grammar.fields, "pos": grammar.tags}.get(task)
     if exact:
         assert notes[:5] == [exact(text) for text in texts[:5]]
-    held_out, _ = annotations.annotated(config, task, "valid")
+    held_out, _ = annotations.load_annotated(config, task, "valid")
     assert held_out == sources.load_texts(config.data, "valid")
 
 
@@ -139,14 +139,14 @@ def test_records_of_e2e(tmp_path):
     path = tmp_path / "src1_train.txt"
     path.write_text("name : Aromi | area : city centre||Aromi is central .\n" * 4)
     config = config_of("semantic", **{"data.source": "e2e", "data.path": str(path)})
-    texts, notes = annotations.annotated(config, "semantic", "train")
+    texts, notes = annotations.load_annotated(config, "semantic", "train")
     assert texts == ["Aromi is central ."] * 3
     assert notes[0] == {"name": "Aromi", "area": "city centre"}
     config.data.source = "text"
     with pytest.raises(UserError, match="has no records"):
-        annotations.annotated(config, "semantic", "train")
+        annotations.load_annotated(config, "semantic", "train")
     with pytest.raises(UserError, match=r"classifier\.task='mood': choose one of"):
-        annotations.annotated(config, "mood", "train")
+        annotations.load_annotated(config, "mood", "train")
 
 
 def test_any_label_from_a_column(tmp_path):
@@ -155,22 +155,22 @@ def test_any_label_from_a_column(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     changes = {"data.source": "jsonl", "data.path": str(path)}
     config = config_of("label", **changes)
-    texts, notes = annotations.annotated(config, "label", "train")
+    texts, notes = annotations.load_annotated(config, "label", "train")
     assert notes[:2] == [{"label": "a"}, {"label": "b"}]
     assert len(texts) == len(notes) == 9
-    assert annotations.names_of("label", notes, LENGTH).classes == {"label": ["a", "b"]}
+    assert annotations.build_label_vocab("label", notes, LENGTH).classes == {"label": ["a", "b"]}
     rows[3]["label"], rows[8]["text"] = "", ""  # as many of each: they must not shift
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=r"line 4 has no config\.classifier\.column"):
-        annotations.annotated(config, "label", "train")
+        annotations.load_annotated(config, "label", "train")
     rows[3]["label"] = 0
     path.write_text("\n".join(map(json.dumps, rows)))
-    texts, notes = annotations.annotated(config, "label", "train")
+    texts, notes = annotations.load_annotated(config, "label", "train")
     assert (texts[3], notes[3]) == ("text 3", {"label": "0"})
     assert [n["label"] for n in notes] == list("aba0abab")
     config.data.source = "text"
     with pytest.raises(UserError, match="has no columns"):
-        annotations.annotated(config, "label", "train")
+        annotations.load_annotated(config, "label", "train")
 
 
 def test_a_tagger_learns_from_a_treebank(tmp_path):
@@ -220,7 +220,7 @@ class Parser:
 
 
 def test_trees_of_a_parser():
-    found = annotations.parsed(Parser(), "a cat sleeps")
+    found = annotations.parse_spans(Parser(), "a cat sleeps")
     assert set(found) == {(0, 2, "S"), (0, 1, "NP"), (2, 2, "VP")}
     if not importlib.util.find_spec("benepar"):
         with pytest.raises(UserError, match="needs a parser"):

@@ -21,7 +21,7 @@ def _prepared(folder, counts):
     rng, rows, crc = np.random.default_rng(0), {}, 0
     for split, count in counts.items():
         rows[split] = rng.integers(0, 94, (count, LENGTH)).astype(np.int32)
-        writer = array_record.Writer(folder, split, LENGTH, TOK.vocab_size)
+        writer = array_record.ArrayRecordWriter(folder, split, LENGTH, TOK.vocab_size)
         for chunk in np.array_split(rows[split], 3):
             writer.add(chunk)
         writer.close()
@@ -37,7 +37,7 @@ def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
     """Also over several files, and with the last page not full."""
     monkeypatch.setattr(array_record, "SHARD", 2)
     rows = _prepared(tmp_path / "p", {"train": count, "valid": 3})["train"]
-    found, _, tok, _ = array_record.load(str(tmp_path / "p"))
+    found, _, tok, _ = array_record.load_prepared(str(tmp_path / "p"))
     assert len(found) == count
     assert tok == TOK
     index = np.random.default_rng(1).integers(0, count, (4, 7))
@@ -49,14 +49,14 @@ def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
 
 
 def test_a_large_vocabulary_is_kept(tmp_path):
-    assert array_record.Writer(tmp_path, "train", LENGTH, 10**5).dtype == np.int32
-    assert array_record.Writer(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
+    assert array_record.ArrayRecordWriter(tmp_path, "train", LENGTH, 10**5).dtype == np.int32
+    assert array_record.ArrayRecordWriter(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
 
 
 def test_texts_of_a_split(tmp_path):
     rows = _prepared(tmp_path / "p", {"train": 4, "valid": 2})
     rows = [TOK.decode(row) for row in rows["valid"]]
-    assert array_record.texts(str(tmp_path / "p"), "valid") == rows
+    assert array_record.read_texts(str(tmp_path / "p"), "valid") == rows
 
 
 def _cut(path):
@@ -97,13 +97,13 @@ def test_damage_is_one_line(name, tmp_path):
     file, harm = HARMS[name]
     harm(tmp_path / "p" / file)
     with pytest.raises(UserError) as caught:
-        array_record.load(str(tmp_path / "p"))[0][:]
+        array_record.load_prepared(str(tmp_path / "p"))[0][:]
     assert "\n" not in str(caught.value)
 
 
 def test_the_last_page_is_filled_with_pad(tmp_path):
     _prepared(tmp_path / "p", {"train": 3, "valid": 1})
-    rows = array_record.load(str(tmp_path / "p"))[0]
+    rows = array_record.load_prepared(str(tmp_path / "p"))[0]
     raw = rows.source.__getitems__([0])[0]
     page = np.frombuffer(raw, np.uint16).reshape(array_record.PAGE, LENGTH)
     assert (page[3:] == PAD).all()

@@ -79,7 +79,7 @@ def _config(texts, **changes):
 
 def _saved(texts, workdir, steps=(0,), keep=2, **changes):
     """A run directory with the start's state under each of `steps`."""
-    run = trainer.Run(_config(texts, train__keep=keep, **changes), str(workdir))
+    run = trainer.Trainer(_config(texts, train__keep=keep, **changes), str(workdir))
     writer = checkpoint.manager(workdir, keep=keep)
     for step in steps:
         run.state = run.state._replace(step=run.state.step * 0 + step)
@@ -133,7 +133,7 @@ def _kill_after_first_checkpoint(command, workdir):
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=silent) as process:
         try:
             wait_until(
-                lambda: checkpoint.steps(workdir) or process.poll() is not None,
+                lambda: checkpoint.all_steps(workdir) or process.poll() is not None,
                 "a checkpoint or an end",
                 seconds=120,
             )
@@ -148,16 +148,16 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = _command(texts, killed, train__ckpt_steps=5, train__keep=100)
     _kill_after_first_checkpoint(command, killed)
-    reached = checkpoint.latest(killed)
+    reached = checkpoint.latest_step(killed)
     assert reached < STEPS
     unfinished = checkpoint.folder(killed) / f"{STEPS - 1}.orbax-checkpoint-tmp"
     (unfinished / "state").mkdir(parents=True)
     config = _config(texts)
-    trainer.run(config, str(killed))
+    trainer.train(config, str(killed))
     assert f"from step {reached}" in capsys.readouterr().out
-    trainer.run(config, str(whole))
-    assert checkpoint.latest(killed) == checkpoint.latest(whole) == STEPS
-    states = [trainer.Run(config, str(w)).state for w in (whole, killed)]
+    trainer.train(config, str(whole))
+    assert checkpoint.latest_step(killed) == checkpoint.latest_step(whole) == STEPS
+    states = [trainer.Trainer(config, str(w)).state for w in (whole, killed)]
     assert not np.array_equal(states[0].params.table, states[0].ema.table)
     _same_bits(*states)
 
@@ -170,14 +170,14 @@ def test_changed_text_is_refused(texts, tmp_path):
     lines = mine.read_text().splitlines()
     mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(UserError, match=r"not the one that .* was begun with"):
-        trainer.run(_config(str(mine)), str(tmp_path / "run"))
+        trainer.train(_config(str(mine)), str(tmp_path / "run"))
     assert _digest(tmp_path / "run") == before
 
 
 def test_finished_run_says_so(texts, tmp_path, capsys):
     _saved(texts, tmp_path, (STEPS,))
     before = _digest(tmp_path)
-    trainer.run(_config(texts), str(tmp_path))
+    trainer.train(_config(texts), str(tmp_path))
     assert "finished already" in capsys.readouterr().out
     assert _digest(tmp_path) == before
 
@@ -186,8 +186,8 @@ def test_unfinished_save_is_ignored(texts, start, tmp_path):
     workdir = shutil.copytree(start, tmp_path / "run")
     done = checkpoint.folder(workdir) / "2"
     shutil.copytree(done, done.with_name("9.orbax-checkpoint-tmp"))
-    assert checkpoint.steps(workdir) == [1, 2]
-    assert int(trainer.Run(_config(texts), str(workdir)).state.step) == 2
+    assert checkpoint.all_steps(workdir) == [1, 2]
+    assert int(trainer.Trainer(_config(texts), str(workdir)).state.step) == 2
     assert dlm_jax.load(workdir).step == 2
 
 
@@ -225,13 +225,13 @@ def test_layout(texts, start):
 
 def test_keeps_the_newest(texts, tmp_path):
     _saved(texts, tmp_path, (1, 2, 3, 4, 5), keep=3)
-    assert checkpoint.steps(tmp_path) == [3, 4, 5]
+    assert checkpoint.all_steps(tmp_path) == [3, 4, 5]
 
 
 def test_no_save_over_a_newer_step(texts, start, tmp_path):
     """Orbax itself would return False and say nothing."""
     workdir = shutil.copytree(start, tmp_path / "run")
-    run = trainer.Run(_config(texts), str(workdir))
+    run = trainer.Trainer(_config(texts), str(workdir))
     run.state = run.state._replace(step=run.state.step - 1)
     writer = checkpoint.manager(workdir, keep=2)
     _fails("step 1 was not saved", run.save, writer)
@@ -241,7 +241,7 @@ def test_no_save_over_a_newer_step(texts, start, tmp_path):
 def test_unwritable_workdir(texts, tmp_path):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / "file" / "x"
-    _fails("cannot write", trainer.run, _config(texts), str(workdir))
+    _fails("cannot write", trainer.train, _config(texts), str(workdir))
 
 
 # --- damage
@@ -249,7 +249,7 @@ def test_unwritable_workdir(texts, tmp_path):
 
 def _data(workdir):
     """The newest step's arrays, some superseded, and their description."""
-    state = checkpoint.folder(workdir) / str(checkpoint.latest(workdir)) / "state"
+    state = checkpoint.folder(workdir) / str(checkpoint.latest_step(workdir)) / "state"
     files = sorted(p for p in state.rglob("d/*") if p.is_file())
     return [*files, state / "_METADATA"]
 
@@ -269,13 +269,13 @@ def _flip(path):
 @pytest.mark.parametrize("harm", [_truncate, _flip, Path.unlink])
 def test_damaged_arrays_are_named_or_never_read(harm, texts, start, tmp_path):
     """Whichever file is harmed, no state but the one that was saved comes back."""
-    whole, said = trainer.Run(_config(texts), str(start)).state, []
+    whole, said = trainer.Trainer(_config(texts), str(start)).state, []
     for number in range(len(_data(start))):
         workdir = shutil.copytree(start, tmp_path / str(number))
         harm(_data(workdir)[number])
         before = _digest(workdir)
         try:
-            _same_bits(trainer.Run(_config(texts), str(workdir)).state, whole)
+            _same_bits(trainer.Trainer(_config(texts), str(workdir)).state, whole)
         except UserError as error:
             said.append(str(error))
         assert _digest(workdir) == before
@@ -293,7 +293,7 @@ def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     workdir = shutil.copytree(start, tmp_path / "run")
     harm(checkpoint.folder(workdir) / "2" / name)
     before = _digest(workdir)
-    for call in (lambda w: trainer.run(_config(texts), str(w)), dlm_jax.load):
+    for call in (lambda w: trainer.train(_config(texts), str(w)), dlm_jax.load):
         assert "the one before" in _fails("checkpoints/2: damaged", call, workdir)
     assert _digest(workdir) == before
     shutil.rmtree(checkpoint.folder(workdir) / "2")
@@ -304,7 +304,7 @@ def _run(*args, **options):
     """A run of a few steps that saves each second one."""
     changes = {"train__total_steps": 6, "train__ckpt_steps": 2}
     config = _config(args[0], **changes, optim__decay="constant")
-    trainer.run(config, str(args[1]), *args[2:], **options)
+    trainer.train(config, str(args[1]), *args[2:], **options)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -316,14 +316,14 @@ def test_a_damaged_step_is_set_aside_on_request_only(texts, tmp_path, capsys):
     _truncate(checkpoint.folder(harmed) / "6" / "state" / "manifest.ocdbt")
     damaged = _digest(checkpoint.folder(harmed) / "6")
     _fails("--allow_fallback", _run, texts, harmed)
-    assert checkpoint.steps(harmed) == [4, 6]
+    assert checkpoint.all_steps(harmed) == [4, 6]
     capsys.readouterr()
     _run(texts, harmed, allow_fallback=True)
     said = capsys.readouterr().out.splitlines()
     assert sum("damaged" in line for line in said) == 1
     assert _digest(harmed / "damaged" / "6") == damaged
     config = _config(texts, train__total_steps=6, optim__decay="constant")
-    _same_bits(*(trainer.Run(config, str(w)).state for w in (whole, harmed)))
+    _same_bits(*(trainer.Trainer(config, str(w)).state for w in (whole, harmed)))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -331,7 +331,7 @@ def test_nothing_is_set_aside_where_nothing_else_is_left(texts, tmp_path):
     _saved(texts, tmp_path, (1,))
     _truncate(checkpoint.folder(tmp_path) / "1" / "state" / "manifest.ocdbt")
     before = _digest(tmp_path)
-    call = functools.partial(trainer.run, _config(texts), allow_fallback=True)
+    call = functools.partial(trainer.train, _config(texts), allow_fallback=True)
     _fails("checkpoints/1: damaged", call, str(tmp_path))
     assert _digest(tmp_path) == before
 
@@ -349,8 +349,8 @@ def test_in_a_bucket_a_step_is_complete_when_orbax_says_so(tmp_path, monkeypatch
             return "gs://bucket/run/checkpoints"
 
     monkeypatch.setattr(checkpoint, "folder", lambda workdir: Bucket())
-    assert checkpoint.steps("gs://bucket/run") == [2]
-    assert checkpoint.latest("gs://bucket/run") == 2
+    assert checkpoint.all_steps("gs://bucket/run") == [2]
+    assert checkpoint.latest_step("gs://bucket/run") == 2
 
 
 @pytest.mark.parametrize("mode", main.LOCAL)
@@ -384,10 +384,10 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path):
     """The last good checkpoint is named, and stays."""
     harm, says, left = HARMS[name]
 
-    class Harmed(trainer.Run):
+    class Harmed(trainer.Trainer):
         def batch(self, step):
             if step == 3:
-                wait_until(lambda: checkpoint.steps(self.workdir), "a checkpoint")
+                wait_until(lambda: checkpoint.all_steps(self.workdir), "a checkpoint")
                 harm(self.workdir)
             return super().batch(step)
 
@@ -397,9 +397,9 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path):
         limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if left is not None:
-        assert checkpoint.steps(tmp_path / "run") == [left]
+        assert checkpoint.all_steps(tmp_path / "run") == [left]
         _run(texts, tmp_path / "run")
-        assert checkpoint.latest(tmp_path / "run") == 6
+        assert checkpoint.latest_step(tmp_path / "run") == 6
 
 
 def test_every_flipped_bit_changes_its_sum():
@@ -422,9 +422,9 @@ def test_sums_of_version_0_1_are_read(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SUMMED", {})
     _saved(texts, tmp_path, (1,))
     monkeypatch.undo()
-    assert int(trainer.Run(_config(texts), str(tmp_path)).state.step) == 1
+    assert int(trainer.Trainer(_config(texts), str(tmp_path)).state.step) == 1
     _flip(_data(tmp_path)[0])
-    _fails("checkpoints/1: damaged", trainer.Run, _config(texts), str(tmp_path))
+    _fails("checkpoints/1: damaged", trainer.Trainer, _config(texts), str(tmp_path))
 
 
 # --- another config
@@ -448,7 +448,7 @@ def test_another_config_is_refused(change, texts, start, tmp_path):
     old = _config(texts)
     for part in name.split("."):
         old = old[part]
-    line = _fails("was begun with", trainer.run, _config(texts, **change), str(workdir))
+    line = _fails("was begun with", trainer.train, _config(texts, **change), str(workdir))
     assert f"config.{name}={old!r}, not {new!r}" in line
     assert _digest(workdir) == before
 
@@ -458,7 +458,7 @@ def test_intervals_and_sampling_may_change(texts, start):
     changes = {f"train__{n}": 3 for n in ("ckpt_steps", "log_steps", "sample_steps")}
     changed = _config(texts, **changes, sample__n=2, train__valid_steps=1)
     assert checkpoint.flatten(record)["train.ckpt_steps"] == NEVER
-    checkpoint.check(start, json.loads(changed.to_json_best_effort()))
+    checkpoint.check_config_matches(start, json.loads(changed.to_json_best_effort()))
 
 
 def test_a_run_of_before_an_option_existed_is_resumed(texts, tmp_path):
@@ -468,21 +468,21 @@ def test_a_run_of_before_an_option_existed_is_resumed(texts, tmp_path):
         "loss": {n: v for n, v in record["loss"].items() if n != "known"}
     }
     del before["control"]
-    checkpoint.claim(tmp_path, before)
+    checkpoint.write_run_config(tmp_path, before)
     (checkpoint.folder(tmp_path) / "1").mkdir(parents=True)
-    checkpoint.check(tmp_path, record)
+    checkpoint.check_config_matches(tmp_path, record)
     record["loss"]["known"] = 0.9
-    _fails("config.loss.known=None, not 0.9", checkpoint.check, tmp_path, record)
+    _fails("config.loss.known=None, not 0.9", checkpoint.check_config_matches, tmp_path, record)
 
 
 def test_total_steps_grow_only_at_a_constant_rate(texts, tmp_path):
     def check(steps):
         config = _config(texts, optim__decay="constant", train__total_steps=steps)
         record = json.loads(config.to_json_best_effort())
-        checkpoint.check(tmp_path, record)
+        checkpoint.check_config_matches(tmp_path, record)
         return record
 
-    checkpoint.claim(tmp_path, check(STEPS))
+    checkpoint.write_run_config(tmp_path, check(STEPS))
     check(STEPS - 1)  # nothing is saved yet: any config may begin
     (checkpoint.folder(tmp_path) / "1").mkdir(parents=True)
     check(STEPS + 1)

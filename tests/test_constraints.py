@@ -9,12 +9,12 @@ import pytest
 from conftest import sizes
 
 from configs import smoke
-from dlm_jax.data.annotations import Names
+from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.tokenizer import train_sentencepiece
 from dlm_jax.diffusion import classifier, samplers
 from dlm_jax.errors import UserError
 from dlm_jax.inference import conditioning, constraints
-from dlm_jax.inference.constraints import Guide, Plan
+from dlm_jax.inference.constraints import GuidanceClassifier, GuidanceConfig
 from dlm_jax.training import trainer
 from dlm_jax.types import END, PAD, START
 
@@ -25,7 +25,7 @@ TEXT = "the cat saw a dog near the old house\n"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def lm(tmp_path_factory):
     """A small model of a few words, untrained, and an untrained tagger."""
     folder = tmp_path_factory.mktemp("steering")
     (folder / "texts.txt").write_text(TEXT * 40)
@@ -34,36 +34,36 @@ def bundle(tmp_path_factory):
     config.data.update(source="text", path=path, length=LENGTH, too_long="truncate")
     config.model.update(layers=1, width=16, ff=16, dim=8, positions=LENGTH)
     config.sample.update(n=3, batch=8, steps=6)
-    made = trainer.Run(config, str(folder / "run")).bundle
-    names = Names("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
+    made = trainer.Trainer(config, str(folder / "run")).lm
+    names = LabelVocab("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
     cfg = dataclasses.replace(made.cfg, self_cond=False, output_prior=False)
-    params = classifier.init(jax.random.key(1), cfg, names.layout)
-    return dataclasses.replace(made, guides={"pos": Guide(params, cfg, names)})
+    params = classifier.init(jax.random.key(1), cfg, names.head_spec)
+    return dataclasses.replace(made, classifiers={"pos": GuidanceClassifier(params, cfg, names)})
 
 
-def ids_of(bundle, text):
-    return bundle.tokenizer.encode(text)
+def ids_of(lm, text):
+    return lm.tokenizer.encode(text)
 
 
-def test_known_tokens_are_in_the_sample_not_only_in_the_output(bundle):
+def test_known_tokens_are_in_the_sample_not_only_in_the_output(lm):
     """Without a list of allowed words it is infilling alone that puts them there."""
-    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
-    drawn = bundle.draw(6, wishes=wishes._replace(allowed=None), clamp=False)
-    clean, known = np.asarray(bundle.ema.table)[wishes.ids], wishes.known
+    parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 6, 0)
+    drawn = lm.draw(6, wishes=wishes._replace(allowed=None), clamp=False)
+    clean, known = np.asarray(lm.ema.table)[wishes.ids], wishes.known
     np.testing.assert_allclose(drawn.latents[known], clean[known], atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", sorted(samplers.SOLVERS))
 @pytest.mark.parametrize("noised", [True, False])
-def test_known_tokens_come_back_exactly(bundle, solver, noised):
-    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
-    drawn = bundle.draw(
-        6, wishes=wishes, plan=Plan(noised=noised), solver=solver, eta=None
+def test_known_tokens_come_back_exactly(lm, solver, noised):
+    parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 6, 0)
+    drawn = lm.draw(
+        6, wishes=wishes, plan=GuidanceConfig(noised=noised), solver=solver, eta=None
     )
     assert (drawn.ids[wishes.known] == wishes.ids[wishes.known]).all()
-    clean = np.asarray(bundle.ema.table)[wishes.ids]
+    clean = np.asarray(lm.ema.table)[wishes.ids]
     np.testing.assert_allclose(
         drawn.latents[wishes.known], clean[wishes.known], atol=1e-6
     )
@@ -74,17 +74,17 @@ def test_known_tokens_come_back_exactly(bundle, solver, noised):
     )
 
 
-def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
+def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(lm):
     """Else the reading that is not told would see the known tokens, clean."""
-    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 6, 0)
-    table, x = bundle.ema.table, np.zeros((6, LENGTH, 8), "f")
+    parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 6, 0)
+    table, x = lm.ema.table, np.zeros((6, LENGTH, 8), "f")
     keys = samplers.per_example_keys(jax.random.key(0), 6)
     times = samplers.Times(*map(np.float32, (0.6, 0.5, 0.4)))
     clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
     for scale in (1.0, 2.0):
-        rest = (table, bundle.schedule, wishes, {}, Plan(scale=scale))
-        step = conditioning.step(lambda keys, state, times: state, *rest)
+        rest = (table, lm.schedule, wishes, {}, GuidanceConfig(scale=scale))
+        step = conditioning.constrain_step(lambda keys, state, times: state, *rest)
         state = step(keys, samplers.State(x, x), times)
         np.testing.assert_array_equal(state.x0_hat[wishes.known], clean)
         seen[scale] = np.abs(state.x_t[wishes.known] - clean).mean()
@@ -92,111 +92,111 @@ def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(bundle):
     assert seen[2.0] > 0.1
 
 
-def test_nothing_wished_or_no_strength_changes_nothing(bundle):
-    free = bundle.draw(5, seed=3)
-    asked = constraints.wish(
-        bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"]
+def test_nothing_wished_or_no_strength_changes_nothing(lm):
+    free = lm.draw(5, seed=3)
+    asked = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
     rows = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
-    weak = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0))
+    weak = lm.draw(5, seed=3, wishes=rows, plan=GuidanceConfig(lr=0.0))
     assert (weak.ids == free.ids).all()
-    words = constraints.wish(bundle.tokenizer, LENGTH, {}, contains="cat", lacks="dog")
+    words = constraints.parse_constraints(lm.tokenizer, LENGTH, {}, contains="cat", lacks="dog")
     words = jax.tree.map(lambda x: np.repeat(x, 5, 0), words)
-    weightless = bundle.draw(5, seed=3, wishes=words, plan=Plan(weight=0.0))
+    weightless = lm.draw(5, seed=3, wishes=words, plan=GuidanceConfig(weight=0.0))
     assert (weightless.ids == free.ids).all()
-    strong = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=1.0))
+    strong = lm.draw(5, seed=3, wishes=rows, plan=GuidanceConfig(lr=1.0))
     assert (strong.ids != free.ids).any()
-    leaning = bundle.draw(5, seed=3, wishes=rows, plan=Plan(lr=0.0, lean=50.0))
+    leaning = lm.draw(5, seed=3, wishes=rows, plan=GuidanceConfig(lr=0.0, lean=50.0))
     assert (leaning.ids != free.ids).any()
 
 
-def test_a_text_depends_on_its_own_wish_alone(bundle):
+def test_a_text_depends_on_its_own_wish_alone(lm):
     rows = [
-        constraints.wish(bundle.tokenizer, LENGTH, bundle.guides, length=n)
+        constraints.parse_constraints(lm.tokenizer, LENGTH, lm.classifiers, length=n)
         for n in (2, 5, 7)
     ]
     wishes = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    texts = bundle.draw(3, seed=1, wishes=wishes).texts
+    texts = lm.draw(3, seed=1, wishes=wishes).texts
     assert [len(text.split()) for text in texts] == [2, 5, 7]
-    assert bundle.draw(3, seed=1, wishes=wishes, batch=1).texts == texts
-    compiled = sum(run._cache_size() for run in bundle.compiled.values())
-    bundle.draw(3, seed=1, wishes=jax.tree.map(lambda x: x[::-1], wishes))
-    assert sum(run._cache_size() for run in bundle.compiled.values()) == compiled
+    assert lm.draw(3, seed=1, wishes=wishes, batch=1).texts == texts
+    compiled = sum(run._cache_size() for run in lm.compiled.values())
+    lm.draw(3, seed=1, wishes=jax.tree.map(lambda x: x[::-1], wishes))
+    assert sum(run._cache_size() for run in lm.compiled.values()) == compiled
 
 
-def test_gaps_and_ends(bundle):
-    tok = bundle.tokenizer
-    open_end = constraints.parse(tok, "the cat [...]")
-    ids, known = constraints.filled(open_end, LENGTH, [])
-    assert ids[:3].tolist() == [START, *ids_of(bundle, "the cat")]
+def test_gaps_and_ends(lm):
+    tok = lm.tokenizer
+    open_end = constraints.parse_template(tok, "the cat [...]")
+    ids, known = constraints.fill_template(open_end, LENGTH, [])
+    assert ids[:3].tolist() == [START, *ids_of(lm, "the cat")]
     assert known.tolist() == [True] * 3 + [False] * 7
-    allowed = constraints.open_words(ids[None], known[None], tok.vocab_size)[0]
+    allowed = constraints.allowed_tokens(ids[None], known[None], tok.vocab_size)[0]
     assert not allowed[3, END]  # one word at the least
     assert allowed[4, END]
     assert allowed[4, PAD]
     assert not allowed[4, START]
-    gap = constraints.parse(tok, "[...] cat")
-    ids, known = constraints.filled(gap, LENGTH, [4])
+    gap = constraints.parse_template(tok, "[...] cat")
+    ids, known = constraints.fill_template(gap, LENGTH, [4])
     assert np.flatnonzero(known).tolist() == [0, 5, 6, 7, 8, 9]
-    assert ids[5:7].tolist() == [*ids_of(bundle, "cat"), END]
-    blanks = constraints.parse(tok, "the ___ ___ [...]")
-    row = constraints.of_template(blanks, LENGTH, tok.vocab_size, 1, 0)
+    assert ids[5:7].tolist() == [*ids_of(lm, "cat"), END]
+    blanks = constraints.parse_template(tok, "the ___ ___ [...]")
+    row = constraints.template_constraints(blanks, LENGTH, tok.vocab_size, 1, 0)
     assert row.allowed[0, :, END].tolist() == [False] * 5 + [True] * 5
-    widths = constraints.of_template(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
+    widths = constraints.template_constraints(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
     assert len(set(widths.tolist())) > 3
 
 
-def test_a_template_of_a_given_length(bundle):
+def test_a_template_of_a_given_length(lm):
     template = "[...] cat ___ [...]"
     for words in (4, 6, 8):
-        texts = bundle.infill(template, n=6, length=words, seed=2)
+        texts = lm.infill(template, n=6, length=words, seed=2)
         assert {len(text.split()) for text in texts} == {words}
         assert all("cat" in text.split()[1:-2] for text in texts)
-    parts = constraints.parse(bundle.tokenizer, template)
-    sizes = constraints.of_template(
-        parts, LENGTH, bundle.tokenizer.vocab_size, 200, 0, 7
+    parts = constraints.parse_template(lm.tokenizer, template)
+    sizes = constraints.template_constraints(
+        parts, LENGTH, lm.tokenizer.vocab_size, 200, 0, 7
     )
-    places = np.argmax(sizes.ids == ids_of(bundle, "cat")[0], -1)
+    places = np.argmax(sizes.ids == ids_of(lm, "cat")[0], -1)
     assert set(places.tolist()) == {2, 3, 4, 5}
     with pytest.raises(UserError, match="length=3: the template needs 4 words or more"):
-        bundle.infill(template, n=1, length=3)
+        lm.infill(template, n=1, length=3)
     with pytest.raises(UserError, match="length=5: the template needs 2 words"):
-        bundle.infill("the ___", n=1, length=5)
+        lm.infill("the ___", n=1, length=5)
     with pytest.raises(UserError, match="length=1: the template needs 2 words"):
-        bundle.infill("the ___", n=1, pos=["NOUN"])
-    assert constraints.words_of({"tree": [(0, 0, "DET"), (0, 3, "S")]}) == 4
-    assert constraints.words_of({"pos": []}) is None
+        lm.infill("the ___", n=1, pos=["NOUN"])
+    assert constraints.num_words({"tree": [(0, 0, "DET"), (0, 3, "S")]}) == 4
+    assert constraints.num_words({"pos": []}) is None
     with pytest.raises(
         UserError, match="'the' is both in the template and to be lacked"
     ):
-        bundle.infill("the ___", n=1, lacks=["dog", "the"])
+        lm.infill("the ___", n=1, lacks=["dog", "the"])
 
 
-def test_a_classifier_and_a_template(bundle):
+def test_a_classifier_and_a_template(lm):
     """The classifier's log-probability rises, and the known word stays."""
     tags, n = ["DET", "NOUN", "DET", "NOUN"], 8
-    asked = constraints.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=tags)
-    parts = constraints.parse(bundle.tokenizer, "the ___ [...]")
-    vocab = bundle.tokenizer.vocab_size
-    placed = constraints.of_template(parts, LENGTH, vocab, n, 1, len(tags))
+    asked = constraints.parse_constraints(lm.tokenizer, LENGTH, lm.classifiers, pos=tags)
+    parts = constraints.parse_template(lm.tokenizer, "the ___ [...]")
+    vocab = lm.tokenizer.vocab_size
+    placed = constraints.template_constraints(parts, LENGTH, vocab, n, 1, len(tags))
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), asked)
     wishes = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
-    of = conditioning.log_prob(wishes, bundle.guides, bundle.schedule)
+    of = conditioning.label_log_prob(wishes, lm.classifiers, lm.schedule)
     options = {"wishes": wishes, "seed": 1, "clamp": False}
-    free, steered = (bundle.draw(n, plan=Plan(lr=lr), **options) for lr in (0.0, 1.0))
+    free, steered = (lm.draw(n, plan=GuidanceConfig(lr=lr), **options) for lr in (0.0, 1.0))
     before, after = (of(x.latents, np.full(n, 0.01, "f")) for x in (free, steered))
     assert np.mean(after - before) > 0
     assert all(text.startswith("the ") for text in steered.texts)
-    assert bundle.infill("the ___ [...]", n=4, pos=tags, seed=1)
+    assert lm.infill("the ___ [...]", n=4, pos=tags, seed=1)
 
 
-def test_a_guided_text_does_not_depend_on_its_batch(bundle):
-    asked = constraints.wish(
-        bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"]
+def test_a_guided_text_does_not_depend_on_its_batch(lm):
+    asked = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
     wishes = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
-    options = {"seed": 3, "wishes": wishes, "plan": Plan(lr=0.5)}
-    assert bundle.draw(5, **options).texts == bundle.draw(5, batch=2, **options).texts
+    options = {"seed": 3, "wishes": wishes, "plan": GuidanceConfig(lr=0.5)}
+    assert lm.draw(5, **options).texts == lm.draw(5, batch=2, **options).texts
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_a_guided_text_does_not_depend_on_its_batch(bundle):
         ("the ___ " + "cat " * 9, "needs 13 positions"),
     ],
 )
-def test_bad_templates(bundle, template, message):
+def test_bad_templates(lm, template, message):
     with pytest.raises(UserError, match=message):
-        bundle.infill(template, n=1)
+        lm.infill(template, n=1)
 
 
 @pytest.mark.parametrize(
@@ -239,27 +239,27 @@ def test_bad_templates(bundle, template, message):
         ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
         ({"semantic": {"animal": "zebra"}}, "'zebra' is not in"),
         ({"semantic": "cat"}, "semantic='cat': give"),
-        ({"length": 3, "plan": Plan(rule="adam")}, "plan.rule='adam': choose one of"),
+        ({"length": 3, "plan": GuidanceConfig(rule="adam")}, "plan.rule='adam': choose one of"),
     ],
 )
-def test_bad_wishes(bundle, asked, message):
+def test_bad_wishes(lm, asked, message):
     with pytest.raises(UserError, match=message):
-        bundle.control(1, **asked)
+        lm.control(1, **asked)
 
 
-def test_packed_text_has_no_places(bundle):
+def test_packed_text_has_no_places(lm):
     """A model of packed texts takes words, but no lengths and no templates."""
-    data = bundle.config["data"] | {"mode": "block"}
-    packed = dataclasses.replace(bundle, config=bundle.config | {"data": data})
+    data = lm.config["data"] | {"mode": "block"}
+    packed = dataclasses.replace(lm, config=lm.config | {"data": data})
     for call in (lambda: packed.infill("the ___"), lambda: packed.control(length=3)):
         with pytest.raises(UserError, match="packed end to end"):
             call()
     assert packed.control(1, contains="cat")
 
 
-def test_words_are_wished_without_a_classifier(bundle):
-    asked = constraints.wish(
-        bundle.tokenizer,
+def test_words_are_wished_without_a_classifier(lm):
+    asked = constraints.parse_constraints(
+        lm.tokenizer,
         LENGTH,
         {},
         semantic={"animal": "cat"},
@@ -267,33 +267,33 @@ def test_words_are_wished_without_a_classifier(bundle):
         lacks="dog",
     )
     assert [p.tolist() for p in asked.phrases] == [
-        [ids_of(bundle, "old house")],
-        [ids_of(bundle, "cat")],
+        [ids_of(lm, "old house")],
+        [ids_of(lm, "cat")],
     ]
-    long = constraints.wish(bundle.tokenizer, LENGTH, {}, contains="the old house")
-    assert long.phrases[0].tolist() == [[*ids_of(bundle, "the old house"), -1]]
-    assert asked.lacking.tolist() == [ids_of(bundle, "dog")]
-    strong = {"seed": 0, "steps": 16, "plan": Plan(weight=20.0)}
-    with_cat = bundle.control(8, contains="cat", length=6, **strong)
-    without = bundle.control(8, lacks="cat", length=6, **strong)
+    long = constraints.parse_constraints(lm.tokenizer, LENGTH, {}, contains="the old house")
+    assert long.phrases[0].tolist() == [[*ids_of(lm, "the old house"), -1]]
+    assert asked.excluded.tolist() == [ids_of(lm, "dog")]
+    strong = {"seed": 0, "steps": 16, "plan": GuidanceConfig(weight=20.0)}
+    with_cat = lm.control(8, contains="cat", length=6, **strong)
+    without = lm.control(8, lacks="cat", length=6, **strong)
     count = [
         sum("cat" in text.split() for text in texts) for texts in (with_cat, without)
     ]
     assert count[0] > count[1]
 
 
-def test_memory_does_not_grow_with_the_steps(bundle):
+def test_memory_does_not_grow_with_the_steps(lm):
     """Infilled and guided: as many values of the largest size for 4 calls as for 32."""
-    parts = constraints.parse(bundle.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 4, 0)
-    asked = constraints.wish(bundle.tokenizer, LENGTH, bundle.guides, pos=["DET"] * 3)
+    parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
+    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 4, 0)
+    asked = constraints.parse_constraints(lm.tokenizer, LENGTH, lm.classifiers, pos=["DET"] * 3)
     labels = jax.tree.map(lambda x: np.repeat(x, 4, 0), asked.labels)
     wishes = wishes._replace(labels=labels)
 
     def values(steps):
-        chain = bundle._chain(bundle.settings(steps=steps), Plan())
-        heads = {"pos": bundle.guides["pos"].params}
-        args = (jax.random.key(0), bundle.ema, (), np.arange(4), wishes, heads)
+        chain = lm._chain(lm.settings(steps=steps), GuidanceConfig())
+        heads = {"pos": lm.classifiers["pos"].params}
+        args = (jax.random.key(0), lm.ema, (), np.arange(4), wishes, heads)
         return sorted(sizes(jax.make_jaxpr(chain)(*args).jaxpr))
 
     few, many = values(4), values(32)
@@ -301,60 +301,60 @@ def test_memory_does_not_grow_with_the_steps(bundle):
     assert len(few) == len(many)  # one loop, whatever its length
 
 
-def test_a_teacher_and_pieces_grant_no_wishes(bundle):
+def test_a_teacher_and_pieces_grant_no_wishes(lm):
     teacher = dataclasses.replace(
-        bundle, cfg=dataclasses.replace(bundle.cfg, causal=True), compiled={}
+        lm, cfg=dataclasses.replace(lm.cfg, causal=True), compiled={}
     )
     with pytest.raises(UserError, match="a teacher writes from left to right"):
         teacher.control(1, length=3)
     pieces = train_sentencepiece([TEXT] * 50, vocab_size=20)
     with pytest.raises(UserError, match="sentencepiece"):
-        constraints.wish(pieces, LENGTH, {}, length=3)
+        constraints.parse_constraints(pieces, LENGTH, {}, length=3)
     with pytest.raises(UserError, match="sentencepiece"):
-        constraints.parse(pieces, "the ___")
+        constraints.parse_template(pieces, "the ___")
 
 
-def test_a_model_that_learned_to_be_given_tokens(bundle):
+def test_a_model_that_learned_to_be_given_tokens(lm):
     """It hears of them in every call, and scale makes more of them."""
     template = "the ___ saw [...]"
-    config = bundle.config | {"loss": bundle.config["loss"] | {"known": 0.9}}
-    ema = jax.tree.map(lambda x: x + 0.1, bundle.ema)  # a fresh one ignores context
-    bundle = dataclasses.replace(bundle, ema=ema, compiled={})
-    told = dataclasses.replace(bundle, config=config, compiled={})
+    config = lm.config | {"loss": lm.config["loss"] | {"known": 0.9}}
+    ema = jax.tree.map(lambda x: x + 0.1, lm.ema)  # a fresh one ignores context
+    lm = dataclasses.replace(lm, ema=ema, compiled={})
+    told = dataclasses.replace(lm, config=config, compiled={})
     options = {"n": 8, "seed": 1, "steps": 6, "clamp": False}
     given = told.infill(template, **options)
-    assert given != bundle.infill(template, **options)
+    assert given != lm.infill(template, **options)
     assert all(text.startswith("the ") and text.split()[2] == "saw" for text in given)
-    scaled = told.infill(template, plan=Plan(scale=3.0), **options)
+    scaled = told.infill(template, plan=GuidanceConfig(scale=3.0), **options)
     assert scaled != given
-    parts = constraints.parse(bundle.tokenizer, template)
-    wishes = constraints.of_template(parts, LENGTH, bundle.tokenizer.vocab_size, 8, 1)
-    args = (bundle.ema, bundle.cfg, bundle.schedule)
+    parts = constraints.parse_template(lm.tokenizer, template)
+    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 8, 1)
+    args = (lm.ema, lm.cfg, lm.schedule)
     x, t = np.zeros((8, LENGTH, 8), np.float32), np.full(8, 0.7, np.float32)
-    plain = conditioning.denoiser(*args, wishes, {}, Plan())(x, t, x)
+    plain = conditioning.constrain_denoiser(*args, wishes, {}, GuidanceConfig())(x, t, x)
     nothing, once = (
-        conditioning.denoiser(*args, wishes, {}, Plan(scale=scale), given=True)(x, t, x)
+        conditioning.constrain_denoiser(*args, wishes, {}, GuidanceConfig(scale=scale), given=True)(x, t, x)
         for scale in (0.0, 1.0)
     )
     np.testing.assert_allclose(nothing, plain, atol=1e-5)
     assert np.abs(once - plain).max() > 1e-4
     with pytest.raises(UserError, match="did not learn to be given tokens"):
-        bundle.infill(template, plan=Plan(scale=3.0))
+        lm.infill(template, plan=GuidanceConfig(scale=3.0))
 
 
-def test_tokens_under_guidance_keep_a_share_of_their_time(bundle):
-    asked = constraints.wish(
-        bundle.tokenizer, LENGTH, bundle.guides, pos=["DET", "NOUN"]
+def test_tokens_under_guidance_keep_a_share_of_their_time(lm):
+    asked = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
     rows = jax.tree.map(lambda x: np.repeat(x, 8, 0), asked)
     options = {"seed": 3, "wishes": rows, "clamp": False}
     whole, part = (
-        bundle.draw(8, plan=Plan(lr=0.0, share=share), **options).latents
+        lm.draw(8, plan=GuidanceConfig(lr=0.0, share=share), **options).latents
         for share in (1.0, 0.5)
     )
     assert np.abs(whole - part).max() > 1e-4
 
 
-def test_an_empty_folder_is_no_classifier(bundle, tmp_path):
+def test_an_empty_folder_is_no_classifier(lm, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        bundle.with_classifier(tmp_path)
+        lm.with_classifier(tmp_path)

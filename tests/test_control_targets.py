@@ -20,8 +20,8 @@ def config():
 
 
 def test_targets_are_held_out_and_do_not_change(config):
-    found = control_targets.sentences(config, "semantic", 50)
-    assert found == control_targets.sentences(config, "semantic", 50)
+    found = control_targets.load_targets(config, "semantic", 50)
+    assert found == control_targets.load_targets(config, "semantic", 50)
     # the language is small: texts recur by chance, as among other held-out texts
     train_texts = set(sources.load_texts(config.data, "train"))
     by_chance = set(grammar.sample(5_000_003, 50))
@@ -44,28 +44,28 @@ def test_published_targets(tmp_path):
     (tmp_path / "target_pos.json").write_text(json.dumps(row))
     spans = [[0, 1, "NP"], [1, 2, "VP"], [0, 2, "S"], [3, 3, "X"]]
     (tmp_path / "target_spans.json").write_text(json.dumps(row | {"spans": spans}))
-    (span,) = control_targets.published(
+    (span,) = control_targets.load_published(
         tmp_path, "span"
     )  # they may end with the line's end
     assert span.spans == [(0, 1, "NP"), (1, 1, "VP"), (0, 1, "S")]
-    (semantic,) = control_targets.published(tmp_path, "semantic")
+    (semantic,) = control_targets.load_published(tmp_path, "semantic")
     assert semantic.fields == {"customer rating": "low"}
-    (pos,) = control_targets.published(tmp_path, "pos")
+    (pos,) = control_targets.load_published(tmp_path, "pos")
     assert (pos.text, pos.tags) == ("dogs sleep", ["NOUN", "VERB"])
-    sizes = [len(s.text.split()) for s in control_targets.published(tmp_path, "length")]
+    sizes = [len(s.text.split()) for s in control_targets.load_published(tmp_path, "length")]
     assert (min(sizes), max(sizes)) == (8, 38)
     with pytest.raises(UserError, match="none published of tree; there are length"):
-        control_targets.published(tmp_path, "tree")
+        control_targets.load_published(tmp_path, "tree")
     with pytest.raises(UserError, match=r"target_pos\.json"):
-        control_targets.published(tmp_path / "nothing", "pos")
+        control_targets.load_published(tmp_path / "nothing", "pos")
 
 
 def test_the_published_files(data_folder):
     folder = data_folder / "control_target"
-    assert len(control_targets.published(folder, "semantic")) == 79
-    assert len(control_targets.published(folder, "pos")) == 200
-    assert len(control_targets.published(folder, "span")) == 200
-    both = control_targets.published(folder, "semantic+pos")[0]
+    assert len(control_targets.load_published(folder, "semantic")) == 79
+    assert len(control_targets.load_published(folder, "pos")) == 200
+    assert len(control_targets.load_published(folder, "span")) == 200
+    both = control_targets.load_published(folder, "semantic+pos")[0]
     assert both.fields == {"food": "English"}
     assert both.tags[:3] == ["PROPN", "AUX", "DET"]
 
@@ -81,23 +81,23 @@ def e2e(tmp_path, config):
 
 
 def test_records_and_tags_of_e2e(e2e, tmp_path):
-    (sentence, *_) = control_targets.sentences(e2e, "semantic", 5)
-    assert control_targets.stated(sentence) == {"name": "Aromi", "food": "Italian"}
+    (sentence, *_) = control_targets.load_targets(e2e, "semantic", 5)
+    assert control_targets.fields_in_text(sentence) == {"name": "Aromi", "food": "Italian"}
     assert sentence.tags is None
     with pytest.raises(UserError, match=r"config\.classifier\.conllu=''"):
-        control_targets.sentences(e2e, "pos", 5)
+        control_targets.load_targets(e2e, "pos", 5)
     rows = [
         f"1\t{w}\t{w}\t{t}" + "\t_" * 6
         for w, t in (("Aromi", "PROPN"), ("food", "NOUN"))
     ]
     (tmp_path / "bank.conllu").write_text("\n\n".join(rows * 20))
     e2e.classifier.conllu = str(tmp_path / "bank.conllu")
-    tagged = control_targets.sentences(e2e, "pos", 2)[0].tags
-    assert tagged == control_targets.judge_of(e2e, "pos", None).tags(sentence.text)
+    tagged = control_targets.load_targets(e2e, "pos", 2)[0].tags
+    assert tagged == control_targets.make_scorer(e2e, "pos", None).tags(sentence.text)
     assert tagged[0] == "PROPN"
     e2e.data.update(source="text", path=str(tmp_path / "src1_valid.txt"))
     with pytest.raises(UserError, match="has no records"):
-        control_targets.sentences(e2e, "semantic", 2)
+        control_targets.load_targets(e2e, "semantic", 2)
 
 
 class Parser:
@@ -109,15 +109,15 @@ class Parser:
 
 def test_trees_of_e2e_need_a_parser(e2e, monkeypatch):
     with pytest.raises(UserError, match="needs a parser"):
-        control_targets.sentences(e2e, "tree", 5)
+        control_targets.load_targets(e2e, "tree", 5)
     monkeypatch.setattr(annotations, "load_parser", lambda name: Parser())
-    found = control_targets.sentences(e2e, "span", 3)[0]
+    found = control_targets.load_targets(e2e, "span", 3)[0]
     assert found.spans == [(0, 7, "S")]
-    judge = control_targets.judge_of(e2e, "span", None)
-    assert judge.derived("a b") == {(0, 1, "S")}
-    assert judge.spans("") == []
+    scorer = control_targets.make_scorer(e2e, "span", None)
+    assert scorer.derived("a b") == {(0, 1, "S")}
+    assert scorer.spans("") == []
 
 
 def test_without_a_teacher_there_are_no_nats(e2e):
-    judge = control_targets.judge_of(e2e, "length", None)
-    assert not (judge.nats(["a b"]) > 0).any()
+    scorer = control_targets.make_scorer(e2e, "length", None)
+    assert not (scorer.nats(["a b"]) > 0).any()

@@ -356,8 +356,8 @@ def test_spans_nest(texts):
 
 def test_derived_holds_every_constituent_and_parts_of_broken_texts():
     for text in grammar.sample(3, 20):
-        found = grammar.derived(text)
+        found = grammar.derivable_spans(text)
         for first, last, label in grammar.spans_of(grammar.parse(text)):
             assert all((first, last, name) in found for name in label.split("::"))
-    assert (1, 2, "NEAR") in grammar.derived("pub Burger King")
-    assert grammar.derived("zebra pub") == grammar.derived("") == set()
+    assert (1, 2, "NEAR") in grammar.derivable_spans("pub Burger King")
+    assert grammar.derivable_spans("zebra pub") == grammar.derivable_spans("") == set()

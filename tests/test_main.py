@@ -131,7 +131,7 @@ def _train(tmp_path, content=None, **changes):
         config.data.update(source="text", path=str(tmp_path / "texts.txt"))
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(dotted)
-    trainer.run(config, str(tmp_path / "run"))
+    trainer.train(config, str(tmp_path / "run"))
 
 
 MISTAKES = {
@@ -196,7 +196,7 @@ def test_a_wrong_table_is_named(name, tmp_path):
 def test_notes_of_the_libraries_stay_silent():
     """Warnings show; JAX's notes on absent accelerators only where asked for."""
     for flags, verbosity in (([], -1), (["--verbosity=1"], 1)):
-        main.parse(["main", "--workdir=x", *flags])
+        main.parse_flags(["main", "--workdir=x", *flags])
         assert main.FLAGS.verbosity == verbosity
         main.FLAGS.unparse_flags()
         main.FLAGS["verbosity"].using_default_value = True
@@ -207,7 +207,7 @@ def test_notes_of_the_libraries_stay_silent():
 )
 def test_hosts_are_checked(coordinator, processes, process):
     with pytest.raises(UserError, match="--coordinator"):
-        hosts.start(coordinator, processes, process)
+        hosts.initialize(coordinator, processes, process)
 
 
 SMALL = ("modern", "faithful", "teacher")
@@ -225,8 +225,8 @@ VARIANTS = {
 )
 def test_every_shipped_config_describes_a_run(module, variant):
     config = module.get_config(*variant)
-    recipe = validate.recipe_of(config)
-    assert recipe.cfg.causal == (variant == ("teacher",))
+    step_cfg = validate.resolve_config(config)
+    assert step_cfg.cfg.causal == (variant == ("teacher",))
     assert config.data.length <= config.model.positions
     if variant:
         with pytest.raises(ValueError, match="choose one of"):

@@ -329,7 +329,7 @@ def endings(tmp_path_factory):
     base = tmp_path_factory.mktemp("malformed")
     config = smoke.get_config()
     config.train.total_steps = 2
-    run = trainer.Run(config, str(base / "run"))
+    run = trainer.Trainer(config, str(base / "run"))
     run.state = run.state._replace(step=run.state.step + 1)
     writer = checkpoint.manager(base / "run", keep=2)
     run.save(writer)
@@ -441,7 +441,7 @@ def test_any_manifest(record, rows, length, tmp_path):
         },
     ):
         (tmp_path / "data.json").write_text(json.dumps(manifest))
-        _works_or_says(array_record.load, str(tmp_path))
+        _works_or_says(array_record.load_prepared, str(tmp_path))
 
 
 @MANY
@@ -450,7 +450,7 @@ def test_any_bytes_for_the_config_of_a_run(raw, tmp_path):
     (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
     (tmp_path / "config.json").write_bytes(raw)
     record = json.loads(smoke.get_config().to_json_best_effort())
-    _works_or_says(checkpoint.check, tmp_path, record)
+    _works_or_says(checkpoint.check_config_matches, tmp_path, record)
 
 
 @MANY
@@ -460,4 +460,4 @@ def test_any_template(template):
     tok = tokenizer.WordTokenizer(("a", "b"))
     from dlm_jax.inference import constraints
 
-    _works_or_says(constraints.parse, tok, template, "word")
+    _works_or_says(constraints.parse_template, tok, template, "word")

@@ -14,7 +14,7 @@ CROWD = ["the cat sat on the mat", "the cat sat on a mat", "a cat sat on the mat
 @pytest.mark.parametrize("published", [False, True])
 def test_the_odd_one_out_loses(utility, published):
     texts = ["purple rain falls", *CROWD]
-    assert mbr.choose(texts, utility=utility, published=published) in CROWD
+    assert mbr.select(texts, utility=utility, published=published) in CROWD
     assert np.argmin(mbr.utilities(texts, utility=utility, published=published)) == 0
 
 
@@ -36,8 +36,8 @@ def test_it_is_the_mean_over_the_others():
         ]
         found = mbr.utilities(texts, utility=shared, published=published)
         np.testing.assert_allclose(found, by_hand)
-    assert mbr.choose(texts, utility=shared) == "a"
-    assert mbr.choose(texts, utility=shared, published=True) == "a b c d"
+    assert mbr.select(texts, utility=shared) == "a"
+    assert mbr.select(texts, utility=shared, published=True) == "a b c d"
 
 
 def test_bleu_is_that_of_the_words():
@@ -47,9 +47,9 @@ def test_bleu_is_that_of_the_words():
 
 
 def test_few_candidates_and_wrong_names():
-    assert mbr.choose(["alone"]) == "alone"
+    assert mbr.select(["alone"]) == "alone"
     for wrong in ([], "a text"):
         with pytest.raises(UserError, match="a list of one or more"):
-            mbr.choose(wrong)
+            mbr.select(wrong)
     with pytest.raises(UserError, match="choose one of bleu, chrf"):
-        mbr.choose(["a"], utility="rouge")
+        mbr.select(["a"], utility="rouge")

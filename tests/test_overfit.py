@@ -52,14 +52,14 @@ PUBLISHED = {
 }
 
 
-def _config(recipe, steps):
+def _config(step_cfg, steps):
     config = smoke.get_config()
     config.data.length = LENGTH
     config.model.update(width=64, ff=128, heads=4, dim=16, positions=LENGTH)
     config.train.update(batch=32, total_steps=steps)
     config.optim.update(warmup=20, ema=0.98)
     config.sample.batch = 64
-    config.update_from_flattened_dict(recipe)
+    config.update_from_flattened_dict(step_cfg)
     return config
 
 
@@ -68,27 +68,27 @@ def _config(recipe, steps):
     [(CROSS_ENTROPY, 700), (PUBLISHED, 900)],
     ids=["cross-entropy", "published"],
 )
-def test_says_the_eight_sentences_and_no_other(recipe, steps):
+def test_says_the_eight_sentences_and_no_other(step_cfg, steps):
     assert all(map(grammar.accepts, SENTENCES))
-    config = _config(recipe, steps)
+    config = _config(step_cfg, steps)
     words = tokenizer.train_word(SENTENCES, min_count=0)
     ids = encoding.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
-    recipe = validate.recipe_of(config)
+    step_cfg = validate.resolve_config(config)
 
     def init(key):
-        return train_step.init_state(key, recipe, words.vocab_size)
+        return train_step.init_state(key, step_cfg, words.vocab_size)
 
     state, key = jax.jit(init)(jax.random.key(0)), jax.random.key(1)
-    step_fn = functools.partial(train_step.train_step, recipe=recipe)
+    step_fn = functools.partial(train_step.train_step, step_cfg=step_cfg)
     step_fn = jax.jit(step_fn, donate_argnums=1)
     for step in range(steps):
         rows = ids[batching.batch_index(len(ids), seed=0, step=step, batch=32)]
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
-    bundle = loading.from_parts(
-        recipe.cfg, state.params, words, record, ema=state.ema, noise=state.noise
+    lm = loading.from_parts(
+        step_cfg.cfg, state.params, words, record, ema=state.ema, noise=state.noise
     )
-    found = bundle.sample(64, seed=0)
+    found = lm.sample(64, seed=0)
     others = [text for text in found if text not in SENTENCES]
     assert len(others) <= 2, others  # finitely many steps mix two sentences, rarely
     assert len(set(found) & set(SENTENCES)) >= 7

@@ -152,7 +152,7 @@ def layouts(tmp_path_factory):
 def test_devices_and_hosts_train_the_same_model(layout, layouts):
     """Also where a run of two hosts goes on with four, or with one and split."""
     config, workdirs, _ = layouts
-    one, many = (trainer.Run(config, str(workdirs[n])).state for n in ("one", layout))
+    one, many = (trainer.Trainer(config, str(workdirs[n])).state for n in ("one", layout))
     assert int(many.step) == STEPS
     paths = jax.tree_util.tree_leaves_with_path(one)
     for (path, x), y in zip(paths, jax.tree.leaves(many), strict=True):
@@ -232,7 +232,7 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
         hosts, left = _start(config, run, 2), _saves(run)
         _wait(
             lambda at=before, old=left, new=in_save: (
-                _saves(run) - old if new else (checkpoint.steps(run) or [-1])[-1] > at
+                _saves(run) - old if new else (checkpoint.all_steps(run) or [-1])[-1] > at
             ),
             hosts,
         )
@@ -243,16 +243,16 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
         assert other.returncode not in (0, 2), said
         signs = ("another host is lost", "heartbeat", "coordination")
         assert any(sign in said.lower() for sign in signs), said
-        before = checkpoint.latest(run)
+        before = checkpoint.latest_step(run)
     hosts = _start(config, run, 2)
-    _wait(lambda: checkpoint.latest(run) > before, hosts)
+    _wait(lambda: checkpoint.latest_step(run) > before, hosts)
     hosts[1].send_signal(signal.SIGTERM)
     _finish(hosts, status=75)
-    stopped = checkpoint.latest(run)
+    stopped = checkpoint.latest_step(run)
     assert before < stopped < total
     _finish(_start(config, run, 2))
     one, other = (
-        trainer.Run(config, str(tmp_path / n)).state for n in ("undisturbed", "run")
+        trainer.Trainer(config, str(tmp_path / n)).state for n in ("undisturbed", "run")
     )
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -286,7 +286,7 @@ def test_hosts_with_a_folder_each_are_told(tmp_path):
     config, folders = _config(tmp_path), (tmp_path / "a", tmp_path / "b")
     for what in ("does not see what the first host wrote", "does not see step 2"):
         _both_say(what, 1, _start(config, "", 2, workdirs=folders))
-        assert not checkpoint.steps(folders[1])
+        assert not checkpoint.all_steps(folders[1])
         one = _config(tmp_path, train__total_steps=2)
         _finish(_start(one, folders[0]))
 
@@ -308,11 +308,11 @@ def test_a_host_name_that_does_not_resolve_ends_all(tmp_path, erring):
 def test_an_error_that_came_of_a_lost_host_says_so(monkeypatch):
     error = UserError("cannot be saved: make room")
     error.__cause__ = RuntimeError("Gloo all-reduce failed: peer closed\nand more")
-    assert not hosts.lost(error)  # with one host there is none to lose
+    assert not hosts.host_loss_reason(error)  # with one host there is none to lose
     monkeypatch.setattr(hosts.distributed.global_state, "num_processes", 2)
-    assert hosts.lost(error) == "Gloo all-reduce failed: peer closed"
-    assert not hosts.lost(UserError("peers.txt does not exist"))
-    assert not hosts.lost(OSError(28, "No space left on device", "heartbeats.txt"))
+    assert hosts.host_loss_reason(error) == "Gloo all-reduce failed: peer closed"
+    assert not hosts.host_loss_reason(UserError("peers.txt does not exist"))
+    assert not hosts.host_loss_reason(OSError(28, "No space left on device", "heartbeats.txt"))
 
 
 def test_errors_are_handled_without_a_backend():
@@ -366,7 +366,7 @@ def test_a_host_is_to_be_found_by_its_name(found, says, monkeypatch):
     ],
 )
 def test_the_longest_axis_that_divides_is_split(shape, spec):
-    assert sharding.split(shape, 8) == spec
+    assert sharding.partition_spec(shape, 8) == spec
 
 
 @pytest.mark.parametrize(

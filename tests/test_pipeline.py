@@ -47,7 +47,7 @@ def _config(folder):
 def workdir(tmp_path_factory):
     """A run's directory with one checkpoint, whose average differs from the weights."""
     folder = tmp_path_factory.mktemp("generate")
-    run = trainer.Run(_config(folder), str(folder / "run"))
+    run = trainer.Trainer(_config(folder), str(folder / "run"))
     ema = jax.tree.map(lambda x: x + 0.1, run.state.ema)
     run.state = run.state._replace(step=run.state.step + 7, ema=ema)
     writer = checkpoint.manager(folder / "run", keep=1)
@@ -57,50 +57,50 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(workdir):
+def lm(workdir):
     return dlm_jax.load(workdir)
 
 
-def test_load(workdir, bundle):
-    assert bundle.step == 7
-    assert bundle.length == LENGTH
-    assert bundle.config["train"]["batch"] == 16
-    difference = bundle.ema.table - bundle.params.table
+def test_load(workdir, lm):
+    assert lm.step == 7
+    assert lm.length == LENGTH
+    assert lm.config["train"]["batch"] == 16
+    difference = lm.ema.table - lm.params.table
     np.testing.assert_allclose(difference, 0.1, atol=1e-6)
     again = dlm_jax.load(str(workdir), step=7)
-    assert all(map(np.array_equal, *map(jax.tree.leaves, (bundle.ema, again.ema))))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (lm.ema, again.ema))))
 
 
-def test_texts_hold_no_specials(bundle):
-    texts = bundle.sample(9, seed=3)
+def test_texts_hold_no_specials(lm):
+    texts = lm.sample(9, seed=3)
     assert len(texts) == 9
     assert len(set(texts)) > 1
     words = {word for text in texts for word in text.split()}
     assert words
-    assert words <= set(bundle.tokenizer.words)
+    assert words <= set(lm.tokenizer.words)
     assert not words & set(SPECIALS)
 
 
-def test_a_text_depends_on_its_seed_and_number(bundle):
+def test_a_text_depends_on_its_seed_and_number(lm):
     """Not on how many are drawn, nor on the batch they are drawn in."""
-    whole = bundle.draw(8, seed=0, batch=8)
+    whole = lm.draw(8, seed=0, batch=8)
     for n, batch in ((3, 4), (8, 3), (1, 4)):
-        part = bundle.draw(n, seed=0, batch=batch)
+        part = lm.draw(n, seed=0, batch=batch)
         np.testing.assert_array_equal(part.ids, whole.ids[:n])
         np.testing.assert_allclose(part.latents, whole.latents[:n], atol=1e-4)
         assert part.texts == whole.texts[:n]
     assert len(set(whole.texts)) > 4
-    assert bundle.sample(8, seed=1, batch=8) != whole.texts
+    assert lm.sample(8, seed=1, batch=8) != whole.texts
 
 
-def test_samples_from_the_average(bundle):
-    mine = bundle.draw(4, seed=0).latents
-    swapped = dataclasses.replace(bundle, ema=bundle.params, params=bundle.ema)
+def test_samples_from_the_average(lm):
+    mine = lm.draw(4, seed=0).latents
+    swapped = dataclasses.replace(lm, ema=lm.params, params=lm.ema)
     assert not np.allclose(mine, swapped.draw(4, seed=0).latents, atol=1e-3)
 
 
-def test_shapes_and_trace(bundle):
-    plain, filmed = (bundle.draw(3, steps=5, trace=trace) for trace in (False, True))
+def test_shapes_and_trace(lm):
+    plain, filmed = (lm.draw(3, steps=5, trace=trace) for trace in (False, True))
     assert plain.ids.shape == (3, LENGTH)
     assert plain.latents.shape == (3, LENGTH, DIM)
     assert plain.trace is None
@@ -109,35 +109,35 @@ def test_shapes_and_trace(bundle):
 
 
 def test_compiles_once_for_each_batch_and_setting(workdir):
-    bundle = dlm_jax.load(workdir)
+    lm = dlm_jax.load(workdir)
 
     def compilations():
-        return sum(run._cache_size() for run in bundle.compiled.values())
+        return sum(run._cache_size() for run in lm.compiled.values())
 
     for seed in range(3):
-        bundle.sample(4, seed=seed)
-        bundle.sample(7, seed=seed)  # two batches of four
+        lm.sample(4, seed=seed)
+        lm.sample(7, seed=seed)  # two batches of four
     assert compilations() == 1
-    bundle.sample(2)
+    lm.sample(2)
     assert compilations() == 2
-    bundle.sample(4, steps=5)
+    lm.sample(4, steps=5)
     assert compilations() == 3
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)
-def test_every_solver_ends_on_finite_latents(solver, bundle):
-    found = bundle.draw(
+def test_every_solver_ends_on_finite_latents(solver, lm):
+    found = lm.draw(
         2, solver=solver, clamp=solver == "marginal", rounding="nearest"
     )
     assert np.isfinite(found.latents).all()
     assert set(samplers.SOLVERS) == set(pipeline.OPTIONS)
 
 
-def test_clamp_ends_on_word_vectors(bundle):
+def test_clamp_ends_on_word_vectors(lm):
     """The last estimate is a row of the table, unless the clamp is off."""
-    table = np.asarray(bundle.ema.table)
+    table = np.asarray(lm.ema.table)
     for clamp, snapped in ((True, True), (0.0, True), (False, False)):
-        found = bundle.draw(2, clamp=clamp, rounding="nearest")
+        found = lm.draw(2, clamp=clamp, rounding="nearest")
         assert np.array_equal(found.latents, table[found.ids]) is snapped
 
 
@@ -154,9 +154,9 @@ def test_clamp_ends_on_word_vectors(bundle):
         ({"rounding": "up"}, "rounding='up'"),
     ],
 )
-def test_wrong_settings(settings, says, bundle):
+def test_wrong_settings(settings, says, lm):
     with pytest.raises(UserError, match=says) as caught:
-        bundle.sample(**({"n": 2} | settings))
+        lm.sample(**({"n": 2} | settings))
     assert "\n" not in str(caught.value)
 
 
@@ -176,11 +176,11 @@ def test_load_of_nothing(tmp_path, workdir):
     assert not list(tmp_path.iterdir())
 
 
-def test_tokenizer_of_another_run(tmp_path, workdir, bundle):
+def test_tokenizer_of_another_run(tmp_path, workdir, lm):
     """Whether it is exchanged in the checkpoint or handed over."""
-    other = WordTokenizer((*bundle.tokenizer.words, "more"))
+    other = WordTokenizer((*lm.tokenizer.words, "more"))
     with pytest.raises(UserError, match="not of one checkpoint"):
-        loading.from_parts(bundle.cfg, bundle.params, other, bundle.config)
+        loading.from_parts(lm.cfg, lm.params, other, lm.config)
     copy = shutil.copytree(workdir, tmp_path / "run")
     path = checkpoint.folder(copy) / "7" / "tokenizer" / "metadata"
     path.write_text(json.dumps(other.to_dict()))

@@ -47,11 +47,11 @@ def build(**change):
 
 
 @pytest.fixture(scope="module")
-def bundle():
+def lm():
     return build()
 
 
-def test_all_plots_are_png_files_of_a_sane_size(bundle, tmp_path, capsys):
+def test_all_plots_are_png_files_of_a_sane_size(lm, tmp_path, capsys):
     rows = [
         {"step": step, "kind": kind, "loss": 4.0 - step}
         for step in (1, 2)
@@ -59,7 +59,7 @@ def test_all_plots_are_png_files_of_a_sane_size(bundle, tmp_path, capsys):
     ]
     lines = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "metrics.jsonl").write_text(lines + "\n")
-    paths = plots.run(bundle, tmp_path)
+    paths = plots.save_plots(lm, tmp_path)
     names = ["embedding.png", "film.png", "loss_over_t.png", "training.png"]
     assert [path.name for path in paths] == names
     for path in paths:
@@ -72,16 +72,16 @@ def test_all_plots_are_png_files_of_a_sane_size(bundle, tmp_path, capsys):
     assert "same part of speech" in capsys.readouterr().out
 
 
-def with_data(bundle, **change):
+def with_data(lm, **change):
     """The same bundle, with its compiled chains, under other data."""
-    config = bundle.config | {"data": bundle.config["data"] | change}
-    return dataclasses.replace(bundle, config=config)
+    config = lm.config | {"data": lm.config["data"] | change}
+    return dataclasses.replace(lm, config=config)
 
 
-def test_what_cannot_be_drawn_is_left_out_with_a_line(bundle, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_left_out_with_a_line(lm, tmp_path, capsys):
     missing = str(tmp_path / "gone.txt")
-    bundle = with_data(bundle, source="text", path=missing)
-    names = [path.name for path in plots.run(bundle, tmp_path)]
+    lm = with_data(lm, source="text", path=missing)
+    names = [path.name for path in plots.save_plots(lm, tmp_path)]
     assert names == ["embedding.png", "film.png"]
     assert f"no loss over t: {missing}" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
@@ -89,7 +89,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_line(bundle, tmp_path, capsys):
     assert "holds no whole row" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/plots"):
-        plots.run(bundle, tmp_path / "file")
+        plots.save_plots(lm, tmp_path / "file")
 
 
 def test_neighbour_agreement_of_clusters_is_one():
@@ -140,33 +140,33 @@ def test_spread_parts_labels_and_leaves_the_others():
 
 
 @pytest.mark.parametrize("steps", [0, 20])
-def test_the_last_line_of_the_film_is_the_text(bundle, steps):
+def test_the_last_line_of_the_film_is_the_text(lm, steps):
     if steps:
-        bundle = build(schedule={"name": "sqrt", "steps": steps, "scale": 0.0})
-    frames = plots.frames(bundle, seed=3)
-    assert "".join(frames[-1].words).strip() == bundle.sample(1, seed=3)[0]
+        lm = build(schedule={"name": "sqrt", "steps": steps, "scale": 0.0})
+    frames = plots.frames(lm, seed=3)
+    assert "".join(frames[-1].words).strip() == lm.sample(1, seed=3)[0]
     assert frames[-1].words
     assert all(frames[-1].final)
     assert not all(frames[0].final)
     t = [frame.t for frame in frames]
-    times = samplers.schedule_timesteps(bundle.schedule, 5)
+    times = samplers.schedule_timesteps(lm.schedule, 5)
     np.testing.assert_array_equal(t, times.now)
 
 
-def test_a_frame_ends_at_end_and_leaves_start_and_padding_out(bundle):
-    tokens = bundle.tokenizer.tokens()
+def test_a_frame_ends_at_end_and_leaves_start_and_padding_out(lm):
+    tokens = lm.tokenizer.tokens()
     ids, last = np.array([0, 4, 3, 5, 6, 1, 7]), np.array([0, 4, 3, 9, 6, 1, 7])
-    frame = plots._frame(bundle, 0.5, ids, last)
+    frame = plots._frame(lm, 0.5, ids, last)
     assert frame.words == [" " + tokens[i] for i in (4, 5, 6)]
     assert frame.final == [True, False, True]
-    assert plots._frame(bundle, 0.5, np.array([1, 4]), last[:2]).words == []
+    assert plots._frame(lm, 0.5, np.array([1, 4]), last[:2]).words == []
 
 
-def test_the_words_of_pieces_join_to_the_text(bundle):
+def test_the_words_of_pieces_join_to_the_text(lm):
     texts = ["the cat sat on the mat ."] * 9
     tok = tokenizer.train_sentencepiece(texts, vocab_size=16)
     ids = np.array([0, *tok.encode(texts[0]), 1, 3, 3])
-    pieces = dataclasses.replace(bundle, tokenizer=tok)
+    pieces = dataclasses.replace(lm, tokenizer=tok)
     frame = plots._frame(pieces, 0.5, ids, ids)
     assert "".join(frame.words).strip() == tok.decode(ids) == texts[0]
 
@@ -179,29 +179,29 @@ def test_wrap_fills_lines_and_no_more():
     assert at == sorted(at)
 
 
-def test_words_shown_are_the_grammar_s_or_the_frequent(bundle):
-    ids, tags = plots._chosen(bundle, None)
+def test_words_shown_are_the_grammar_s_or_the_frequent(lm):
+    ids, tags = plots._chosen(lm, None)
     assert tags is not None
     assert len(ids) == len(tags) > 20
     rows = np.array([[0, 9, 9, 9, 7, 7, 1, 3, 3, 3]])
-    ids, tags = plots._chosen(with_data(bundle, source="text"), rows)
+    ids, tags = plots._chosen(with_data(lm, source="text"), rows)
     assert tags is None
     assert ids[:2] == [9, 7]
     assert min(ids) == 4
 
 
-def test_loss_curve_goes_from_certain_to_blind(bundle):
+def test_loss_curve_goes_from_certain_to_blind(lm):
     """Untrained, it knows the word of a clean position alone, and nothing of noise."""
-    curve = plots.loss_curve(bundle, plots._held_out(bundle))
+    curve = plots.loss_curve(lm, plots._held_out(lm))
     assert curve.t[0] == 0.0
     assert curve.t[-1] == 1.0
     assert curve.mean[0] < 0.1
-    assert curve.mean[-1] > 0.8 * np.log(bundle.tokenizer.vocab_size)
+    assert curve.mean[-1] > 0.8 * np.log(lm.tokenizer.vocab_size)
     assert np.all(curve.error >= 0)
 
 
-def test_loss_curve_is_the_objective_under_other_noise(bundle):
-    ids = plots._held_out(bundle)
+def test_loss_curve_is_the_objective_under_other_noise(lm):
+    ids = plots._held_out(lm)
 
     @jax.jit
     def objective(params, draws):
@@ -209,19 +209,19 @@ def test_loss_curve_is_the_objective_under_other_noise(bundle):
             params,
             ids,
             draws,
-            cfg=bundle.cfg,
-            schedule=bundle.schedule,
+            cfg=lm.cfg,
+            schedule=lm.schedule,
             objective="ce",
             normalize=True,
         ).diffusion
 
-    draws = time_sampling.draw_noise(jax.random.key(5), (*ids.shape, bundle.cfg.dim))
-    curves = [plots.loss_curve(bundle, ids, feed=feed) for feed in (False, True)]
+    draws = time_sampling.draw_noise(jax.random.key(5), (*ids.shape, lm.cfg.dim))
+    curves = [plots.loss_curve(lm, ids, feed=feed) for feed in (False, True)]
     i = len(curves[0].t) // 4
     for feed, curve in enumerate(curves):
         t = np.full(len(ids), curve.t[i], np.float32)
         fed = np.full(len(ids), feed, np.float32)
-        values = objective(bundle.ema, draws._replace(t=t, self_cond=fed))
+        values = objective(lm.ema, draws._replace(t=t, self_cond=fed))
         error = np.std(values, ddof=1) / len(ids) ** 0.5
         np.testing.assert_allclose(curve.error[i], error, rtol=1.0)
         both = np.hypot(error, curve.error[i])
@@ -243,8 +243,8 @@ def test_a_discretised_run_has_its_curve_too():
         "loss": {"objective": "x0", "self_cond": 0.0},
         "model": {"predicts": "x0", "self_cond": False, "output_prior": False},
     }
-    bundle = build(**parts)
-    curve = plots.loss_curve(bundle, plots._held_out(bundle))
+    lm = build(**parts)
+    curve = plots.loss_curve(lm, plots._held_out(lm))
     assert len(curve.t) == 19
     assert np.all(np.isfinite(curve.mean))
     # an untrained x0_hat, near 0, misses all of x_0: E_v ~ N(0, 1)

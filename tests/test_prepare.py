@@ -54,10 +54,10 @@ def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
     """Some texts at a time, from a file that is read line by line."""
     monkeypatch.setattr(prepare, "CHUNK", 10)
     config = _config(tmp_path, **KINDS[name])
-    whole = corpus.corpus_of(config)
-    prepare.run(config, str(tmp_path / "p"))
+    whole = corpus.load_corpus(config)
+    prepare.prepare_data(config, str(tmp_path / "p"))
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
-    found = corpus.corpus_of(config)
+    found = corpus.load_corpus(config)
     assert found.tokenizer == whole.tokenizer
     for one, other in ((found.train, whole.train), (found.valid, whole.valid)):
         np.testing.assert_array_equal(one[: len(one)], other)
@@ -78,14 +78,14 @@ def test_files_are_read_on_demand(source, tmp_path):
 
 def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
     config = _config(tmp_path, train__total_steps=4, train__valid_steps=2)
-    prepare.run(config, str(tmp_path / "p"))
+    prepare.prepare_data(config, str(tmp_path / "p"))
     states = []
     for source, path in (("text", "t.txt"), ("prepared", "p")):
         config.data.source, config.data.path = source, str(tmp_path / path)
-        trainer.run(config, str(tmp_path / f"run_{source}"))
-        states.append(trainer.Run(config, str(tmp_path / f"run_{source}")).state)
+        trainer.train(config, str(tmp_path / f"run_{source}"))
+        states.append(trainer.Trainer(config, str(tmp_path / f"run_{source}")).state)
     np.testing.assert_array_equal(*(state.params.table for state in states))
-    assert array_record.texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
+    assert array_record.read_texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
 
 
 def _fails(says, call, *args):
@@ -96,24 +96,24 @@ def _fails(says, call, *args):
 
 def test_mistakes_are_one_line(tmp_path):
     config = _config(tmp_path)
-    prepare.run(config, str(tmp_path / "p"))
-    _fails("prepared already", prepare.run, config, str(tmp_path / "p"))
+    prepare.prepare_data(config, str(tmp_path / "p"))
+    _fails("prepared already", prepare.prepare_data, config, str(tmp_path / "p"))
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
-    _fails("name the text", prepare.run, config, str(tmp_path / "q"))
+    _fails("name the text", prepare.prepare_data, config, str(tmp_path / "q"))
     config.data.length = 16
-    _fails("length=16: .* prepared with 12", corpus.corpus_of, config)
+    _fails("length=16: .* prepared with 12", corpus.load_corpus, config)
     config.data.path = str(tmp_path)
-    _fails("--mode prepare_data", corpus.corpus_of, config)
+    _fails("--mode prepare_data", corpus.load_corpus, config)
     config = _config(tmp_path, data__source="jsonl", data__tokenizer="sentencepiece")
     config.data.valid_path = config.data.path
     (tmp_path / "none.jsonl").touch()
     for name in ("path", "valid_path"):
         config.data[name] = str(tmp_path / "none.jsonl")
-        _fails("none.jsonl holds no text", prepare.run, config, str(tmp_path / "e"))
+        _fails("none.jsonl holds no text", prepare.prepare_data, config, str(tmp_path / "e"))
         config.data[name] = str(tmp_path / "t.jsonl")
     assert not (tmp_path / "e").exists()
     config = _config(tmp_path, data__length=4)
-    _fails("more than config.data.length=4", prepare.run, config, str(tmp_path / "r"))
+    _fails("more than config.data.length=4", prepare.prepare_data, config, str(tmp_path / "r"))
     config = _config(tmp_path, data__length=4, data__too_long="drop")
-    _fails("no row", prepare.run, config, str(tmp_path / "s"))
+    _fails("no row", prepare.prepare_data, config, str(tmp_path / "s"))
     assert not (tmp_path / "s" / array_record.MANIFEST).exists()

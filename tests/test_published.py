@@ -202,17 +202,17 @@ def test_parameter_counts_of_the_published_models(vocab, dim, count):
 
 @pytest.mark.usefixtures("torch_stub")
 def test_a_folder_becomes_a_bundle_that_samples(tmp_path):
-    bundle = dlm_jax.load(write(tmp_path))
-    assert bundle.length == 64
-    assert bundle.cfg.predicts == "x0"
-    assert bundle.cfg.heads == 12
-    assert bundle.tokenizer.tokens() == list(VOCAB)
+    lm = dlm_jax.load(write(tmp_path))
+    assert lm.length == 64
+    assert lm.cfg.predicts == "x0"
+    assert lm.cfg.heads == 12
+    assert lm.tokenizer.tokens() == list(VOCAB)
     table = schedule.discretize(schedule.SCHEDULES["sqrt"](), 2000).table
-    np.testing.assert_array_equal(bundle.schedule.table, table)
-    texts = bundle.sample(3, steps=4, seed=1)
+    np.testing.assert_array_equal(lm.schedule.table, table)
+    texts = lm.sample(3, steps=4, seed=1)
     assert len(texts) == 3
     assert all(isinstance(text, str) for text in texts)
-    assert texts == bundle.sample(3, steps=4, seed=1)
+    assert texts == lm.sample(3, steps=4, seed=1)
 
 
 @pytest.mark.usefixtures("torch_stub")
@@ -229,14 +229,14 @@ def test_the_newest_average_is_read(tmp_path):
 @pytest.mark.usefixtures("torch_stub")
 def test_flags_reach_network_schedule_and_rounding(tmp_path):
     flags = {"predict_xstart": False, "logits_mode": 2, "noise_schedule": "cosine"}
-    bundle = dlm_jax.load(write(tmp_path, diffusion_steps=50, image_size=4, **flags))
-    assert bundle.cfg.predicts == "eps"
-    assert (bundle.schedule.steps, bundle.length) == (50, 16)
+    lm = dlm_jax.load(write(tmp_path, diffusion_steps=50, image_size=4, **flags))
+    assert lm.cfg.predicts == "eps"
+    assert (lm.schedule.steps, lm.length) == (50, 16)
     cosine = schedule.discretize(schedule.SCHEDULES["cosine"](), 50)
-    np.testing.assert_array_equal(bundle.schedule.table, cosine.table)
-    found = bundle.draw(2, steps=3)
+    np.testing.assert_array_equal(lm.schedule.table, cosine.table)
+    found = lm.draw(2, steps=3)
     # -|x - E_v|, the published logits_mode 2, is largest at the nearest word
-    scores = rounding.distance_logits(bundle.ema.table, found.latents)
+    scores = rounding.distance_logits(lm.ema.table, found.latents)
     np.testing.assert_array_equal(found.ids, np.argmax(scores, -1))
 
 
@@ -348,9 +348,9 @@ def test_torch_file_as_the_published_code_saves_it(tmp_path):
         for name, value in weights.items()
     }
     torch.save(state, folder / NEW)
-    bundle = dlm_jax.load(folder)
+    lm = dlm_jax.load(folder)
     want = published.from_reference(weights, heads=12)[1]
-    jax.tree.map(np.testing.assert_array_equal, bundle.ema, want)
+    jax.tree.map(np.testing.assert_array_equal, lm.ema, want)
     half = {name: value.detach().bfloat16() for name, value in state.items()}
     torch.save(half, folder / NEW)
     table = half["lm_head.weight"].float().numpy()

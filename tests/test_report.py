@@ -27,7 +27,7 @@ def teacher(tmp_path_factory):
     config.evaluate.n = 8
     config.model.update(dim=48, width=48, layers=2, heads=4, ff=96, time_dim=16)
     config.train.update(total_steps=300, batch=32, valid_steps=0, sample_steps=0)
-    trainer.run(config, str(workdir))
+    trainer.train(config, str(workdir))
     return str(workdir)
 
 
@@ -76,7 +76,7 @@ def tables(reference):
     made = {"junk": _junk, "stuck": _stuck, "unigram": _unigram, "parrot": _parrot}
     made["real"] = _real
     return {
-        name: report.suite([f(s) for s in range(SEEDS)], held_out, reference)
+        name: report.compare([f(s) for s in range(SEEDS)], held_out, reference)
         for name, f in made.items()
     }
 
@@ -87,7 +87,7 @@ def _flags(table):
 
 def test_every_measure_is_there_with_its_error(tables):
     for table in tables.values():
-        assert list(table) == list(report.MEASURES)
+        assert list(table) == list(report.METRICS)
         for name, row in table.items():
             if row.note:
                 assert name == "exact nats/token, accepted"
@@ -133,7 +133,7 @@ def test_order(tables):
 def test_measure_without_its_teacher_says_so(reference):
     alone = reference._replace(teacher=None, grammatical=False)
     held_out = grammar.sample(8, 2 * SIZE)
-    table = report.suite([_real(0), _real(1)], held_out, alone)
+    table = report.compare([_real(0), _real(1)], held_out, alone)
     for name in ("teacher nats/token", "energy distance"):
         assert "config.evaluate.teacher" in table[name].note
     assert "grammar" in table["accepted by the grammar"].note
@@ -144,7 +144,7 @@ def test_measure_without_its_teacher_says_so(reference):
 def test_too_few_texts(sizes, held, reference):
     samples = [grammar.sample(i, n) for i, n in enumerate(sizes)]
     with pytest.raises(UserError, match="held-out texts"):
-        report.suite(samples, grammar.sample(8, held), reference)
+        report.compare(samples, grammar.sample(8, held), reference)
 
 
 # --- the command
@@ -156,14 +156,14 @@ def trained(tmp_path_factory):
     config = smoke.get_config()
     config.model.layers = 1
     config.train.update(sample_steps=0, valid_steps=0)
-    trainer.run(config, str(workdir))
+    trainer.train(config, str(workdir))
     return workdir
 
 
 def _run(workdir, **options):
-    bundle = dlm_jax.load(workdir)
-    bundle.config["evaluate"] |= options
-    return report.run(bundle, str(workdir))
+    lm = dlm_jax.load(workdir)
+    lm.config["evaluate"] |= options
+    return report.evaluate(lm, str(workdir))
 
 
 def test_writes_what_it_prints(trained, teacher, capsys):
@@ -182,13 +182,13 @@ def test_writes_what_it_prints(trained, teacher, capsys):
     assert bound["teacher, nats/token"]["mean"] < bound["nats/token"]["mean"]
     assert [p["calls"] for p in saved["frontier"]] == [2, 4]
     out = capsys.readouterr().out
-    assert all(name in out for name in report.MEASURES)
+    assert all(name in out for name in report.METRICS)
     assert "worse than text" in out
 
 
 def test_teacher_comes_near_the_language(teacher):
     texts = grammar.sample(11, 500)
-    gap = report.scores(dlm_jax.load(teacher), texts, 1)[
+    gap = report.likelihood_rows(dlm_jax.load(teacher), texts, 1)[
         "above the language, nats/token"
     ]
     assert 0 < gap.mean < 0.6
@@ -217,7 +217,7 @@ def test_teacher_must_be_one_and_of_this_text(trained, teacher):
     other = dataclasses.replace(dlm_jax.load(trained), tokenizer=words)
     other.config["evaluate"]["teacher"] = teacher
     with pytest.raises(UserError, match="other text"):
-        report.run(other, str(trained))
+        report.evaluate(other, str(trained))
 
 
 @pytest.mark.parametrize(

@@ -45,32 +45,32 @@ def ours(request):
     config.model.update(dropout=0.0, attention_dropout=0.0, dtype="float32")
     config.schedule.adaptive = ""
     config.data.length, config.train.batch = LENGTH, BATCH
-    recipe = validate.recipe_of(config)
-    params = train_step.init_state(jax.random.key(0), recipe, VOCAB).params
+    step_cfg = validate.resolve_config(config)
+    params = train_step.init_state(jax.random.key(0), step_cfg, VOCAB).params
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     moved = [x + 0.1 * rng.standard_normal(x.shape).astype("f") for x in leaves]
-    return config, recipe, jax.tree.unflatten(tree, moved)
+    return config, step_cfg, jax.tree.unflatten(tree, moved)
 
 
 def theirs(ours, *, plain):
-    _, recipe, params = ours
-    net = peer.Model(recipe.cfg, VOCAB, recipe.schedule, plain=plain)
+    _, step_cfg, params = ours
+    net = peer.Model(step_cfg.cfg, VOCAB, step_cfg.schedule, plain=plain)
     return peer.load(net, peer.tree_of(params))
 
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_loss_and_gradients_are_ours(ours, plain):
-    config, recipe, params = ours
+    config, step_cfg, params = ours
     draws = time_sampling.draw_noise(
         jax.random.key(2),
-        (BATCH, LENGTH, recipe.cfg.dim),
-        steps=recipe.schedule.steps,
+        (BATCH, LENGTH, step_cfg.cfg.dim),
+        steps=step_cfg.schedule.steps,
         self_cond=1.0,
     )
     draws = draws._replace(t=draws.t.at[0].set(0.0))
     value, grads = jax.value_and_grad(
-        lambda p: train_step.loss_fn(p, jnp.asarray(IDS), draws, recipe)[0]
+        lambda p: train_step.loss_fn(p, jnp.asarray(IDS), draws, step_cfg)[0]
     )(params)
     net = theirs(ours, plain=plain)
     arrays = [torch.tensor(np.asarray(x)) for x in (draws.t, draws.eps_0, draws.eps_t)]
@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_ours(ours, plain):
     found.backward()
     close(found, value)
     want = peer.load(
-        peer.Model(recipe.cfg, VOCAB, recipe.schedule, plain=plain), peer.tree_of(grads)
+        peer.Model(step_cfg.cfg, VOCAB, step_cfg.schedule, plain=plain), peer.tree_of(grads)
     )
     slopes = dict(want.named_parameters())
     for name, p in net.named_parameters():
@@ -106,12 +106,12 @@ def test_every_weight_is_trained_under_autocast(ours):
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("clamp", [True, False])
 def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
-    _, recipe, params = ours
-    rng, schedule = np.random.default_rng(3), recipe.schedule
-    x = rng.standard_normal((BATCH, LENGTH, recipe.cfg.dim)).astype("f")
+    _, step_cfg, params = ours
+    rng, schedule = np.random.default_rng(3), step_cfg.schedule
+    x = rng.standard_normal((BATCH, LENGTH, step_cfg.cfg.dim)).astype("f")
     before = rng.standard_normal(x.shape).astype("f")
     times = samplers.schedule_timesteps(schedule, 20)
-    own = model.bind(params, recipe.cfg, schedule=schedule)
+    own = model.bind(params, step_cfg.cfg, schedule=schedule)
     if clamp:
         own = guidance.clamp(own, params.table)
     t = np.full(BATCH, times.now[7], "f")
@@ -134,7 +134,7 @@ def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
 
 
 def test_a_push_of_the_classifier_is_ours(ours):
-    _, recipe, _ = ours
+    _, step_cfg, _ = ours
     cfg = DenoiserConfig(
         dim=8, width=16, layers=1, heads=2, ff=32, positions=LENGTH, trunk="adaln"
     )
@@ -145,7 +145,7 @@ def test_a_push_of_the_classifier_is_ours(ours):
     x, mean = rng.standard_normal((2, BATCH, LENGTH, 8)).astype("f")
     labels = rng.integers(0, 5, (BATCH, LENGTH))
     t, std = np.full(BATCH, 0.4, "f"), np.float32(0.3)
-    of = classifier.log_prob(head, cfg, layout, labels, recipe.schedule)
+    of = classifier.log_prob(head, cfg, layout, labels, step_cfg.schedule)
     wanted = guidance.gradient_updates(
         jnp.asarray(x),
         lambda y: of(y, jnp.asarray(t)),
@@ -157,7 +157,7 @@ def test_a_push_of_the_classifier_is_ours(ours):
         updates=3,
         fluency=0.01,
     )
-    tagger = peer.Tagger(cfg, 5, recipe.schedule, plain=True)
+    tagger = peer.Tagger(cfg, 5, step_cfg.schedule, plain=True)
     trunk = {name: part for name, part in head.trunk.items() if name != "head"}
     peer.load(tagger, {"trunk": trunk, "head": head.head})
     push = peer.pusher(tagger, torch.tensor(labels), "eager")

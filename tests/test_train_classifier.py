@@ -16,7 +16,7 @@ from dlm_jax.data import annotations
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
 from dlm_jax.inference import conditioning, constraints
-from dlm_jax.inference.constraints import Plan
+from dlm_jax.inference.constraints import GuidanceConfig
 from dlm_jax.runtime import checkpoint, logging
 from dlm_jax.training import train_classifier as command
 from dlm_jax.training import train_step, trainer
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         rows.append({"text": f"a {a} sees the {b} now", "label": home})
     path = folder / "texts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    trainer.run(smoke_of(folder), str(folder / "model"))
+    trainer.train(smoke_of(folder), str(folder / "model"))
     return folder
 
 
@@ -67,7 +67,7 @@ def config_of(folder, **values):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    command.run(config_of(folder), str(folder / "label"))
+    command.train_classifier(config_of(folder), str(folder / "label"))
     return folder / "label"
 
 
@@ -82,10 +82,10 @@ def test_it_learns_what_the_words_say(trained):
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     config, other = config_of(folder), str(folder / "again")
     config.train.ckpt_steps = 60
-    halved = command.ClassifierRun(config, other)
+    halved = command.ClassifierTrainer(config, other)
     step_fn = halved.layout.step(
         lambda key, state, rows: train_step.train_step(
-            key, state, rows, recipe=halved.recipe, axis=halved.layout.axis
+            key, state, rows, step_cfg=halved.step_cfg, axis=halved.layout.axis
         ),
         halved.state,
     )
@@ -96,10 +96,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     writer = checkpoint.manager(other, keep=2)
     halved.save(writer)
     writer.close()
-    command.run(config_of(folder), other)
-    bundle = dlm_jax.load(folder / "model")
+    command.train_classifier(config_of(folder), other)
+    lm = dlm_jax.load(folder / "model")
     one, two = (
-        conditioning.load(path, bundle.ema.table).params for path in (trained, other)
+        conditioning.load_classifier(path, lm.ema.table).params for path in (trained, other)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -107,19 +107,19 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
 
 def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     """Classifiers of prefixes (FUDGE): the ids end early, the labels stand."""
-    run = command.ClassifierRun(
+    run = command.ClassifierTrainer(
         config_of(folder, **{"loss.truncate": 1.0}), str(tmp_path)
     )
     seen = []
 
-    def terms(key, params, rows, draws, recipe):
+    def terms(key, params, rows, draws, step_cfg):
         seen.append(rows)
-        return run.recipe.work.terms(key, params, rows, draws, recipe)
+        return run.step_cfg.work.terms(key, params, rows, draws, step_cfg)
 
-    recipe = run.recipe._replace(work=run.recipe.work._replace(terms=terms))
+    step_cfg = run.step_cfg._replace(work=run.step_cfg.work._replace(terms=terms))
     rows = np.asarray(run.batch(0))[0]
     with jax.disable_jit():
-        train_step.train_step(jax.random.key(0), run.state, rows, recipe=recipe)
+        train_step.train_step(jax.random.key(0), run.state, rows, step_cfg=step_cfg)
     got = np.asarray(seen[0])
     assert (got[:, LENGTH:] == rows[:, LENGTH:]).all()
     cut = got[:, :LENGTH] != rows[:, :LENGTH]
@@ -127,33 +127,33 @@ def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     assert (got[:, :LENGTH][cut] == PAD).all()
 
 
-def log_probs(bundle, wanted, plan, n=64):
+def log_probs(lm, wanted, plan, n=64):
     """log p(label | text) of each of n texts, at the least noise, and the texts."""
-    guide = bundle.guides["label"]
-    row = annotations.ASKED["label"]({"label": wanted}, guide.names)
-    wishes = constraints.Wishes(labels={"label": np.repeat(row[None], n, 0)})
-    drawn = bundle.draw(n, seed=0, steps=16, batch=n, wishes=wishes, plan=plan)
+    guide = lm.classifiers["label"]
+    row = annotations.TARGET_ENCODERS["label"]({"label": wanted}, guide.names)
+    wishes = constraints.Constraints(labels={"label": np.repeat(row[None], n, 0)})
+    drawn = lm.draw(n, seed=0, steps=16, batch=n, wishes=wishes, plan=plan)
     of = classifier.log_prob(
         guide.params,
         guide.cfg,
         guide.names.layout,
         wishes.labels["label"],
-        bundle.schedule,
+        lm.schedule,
     )
-    clean = bundle.ema.table[drawn.ids]
+    clean = lm.ema.table[drawn.ids]
     return np.asarray(of(clean, np.zeros(n, np.float32))), drawn.texts
 
 
 @pytest.mark.parametrize("home", ["land", "sea"])
 def test_guidance_raises_the_log_probability(folder, trained, home):
-    bundle = dlm_jax.load(folder / "model").with_classifier(trained)
+    lm = dlm_jax.load(folder / "model").with_classifier(trained)
     free, weak, usual = (
-        log_probs(bundle, home, Plan(lr=lr))[0] for lr in (0.0, 0.1, Plan().lr)
+        log_probs(lm, home, GuidanceConfig(lr=lr))[0] for lr in (0.0, 0.1, GuidanceConfig().lr)
     )
     assert free.mean() < weak.mean() < usual.mean()
     for low, high in ((free, weak), (free, usual)):  # the same seeds: paired
         assert stats.ttest_rel(high, low, alternative="greater").pvalue < 1e-3
-    texts = bundle.control(32, label={"label": home}, seed=4, steps=16)
+    texts = lm.control(32, label={"label": home}, seed=4, steps=16)
     words = [word for text in texts for word in text.split()]
     mine, other = (
         sum(w in ANIMALS[h] for w in words)
@@ -164,7 +164,7 @@ def test_guidance_raises_the_log_probability(folder, trained, home):
 
 def test_bad_beginnings(folder, trained, tmp_path):
     with pytest.raises(UserError, match=r"config\.classifier\.model: name the run"):
-        command.run(config_of(folder, **{"classifier.model": ""}), str(tmp_path))
+        command.train_classifier(config_of(folder, **{"classifier.model": ""}), str(tmp_path))
     for change, message in (
         ({"classifier.task": "semantic"}, "records"),
         ({"loss.times": "importance"}, "importance"),
@@ -173,17 +173,17 @@ def test_bad_beginnings(folder, trained, tmp_path):
         ({"classifier.texts": -1}, r"config\.classifier\.texts=-1"),
     ):
         with pytest.raises(UserError, match=message):
-            command.run(config_of(folder, **change), str(tmp_path))
+            command.train_classifier(config_of(folder, **change), str(tmp_path))
     with pytest.raises(UserError, match=r"was begun with config\.model\.width=32"):
-        command.run(config_of(folder, **{"model.width": 64}), str(trained))
+        command.train_classifier(config_of(folder, **{"model.width": 64}), str(trained))
 
 
 def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9)
     changes = {"data.source": "csv", "data.path": str(path), "train.total_steps": 2}
-    command.run(config_of(folder, **changes), str(tmp_path / "run"))
-    guide = conditioning.load(
+    command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
+    guide = conditioning.load_classifier(
         tmp_path / "run", dlm_jax.load(folder / "model").ema.table
     )
     assert guide.names.classes == {"label": ["x", "y"]}
@@ -193,8 +193,8 @@ def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     changes = {"classifier.model": str(model), "train.total_steps": 2}
-    command.run(config_of(folder, **changes), str(tmp_path / "run"))
-    run = trainer.Run(smoke_of(folder), str(model))
+    command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
+    run = trainer.Trainer(smoke_of(folder), str(model))
     moved = jax.tree.map(lambda x: x + 1, (run.state.params, run.state.ema))
     step = run.state.step + 1
     run.state = run.state._replace(step=step, params=moved[0], ema=moved[1])
@@ -202,14 +202,14 @@ def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
     run.save(writer)
     writer.close()
     with pytest.raises(UserError, match="model's embedding is not the one"):
-        command.run(config_of(folder, **changes), str(tmp_path / "run"))
+        command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
 
 
 def test_of_another_table_or_no_classifier(folder, trained):
-    bundle = dlm_jax.load(folder / "model")
+    lm = dlm_jax.load(folder / "model")
     with pytest.raises(UserError, match="is no classifier"):
-        bundle.with_classifier(folder / "model")
+        lm.with_classifier(folder / "model")
     with pytest.raises(UserError, match="another embedding table"):
-        conditioning.load(trained, bundle.ema.table + 1)
+        conditioning.load_classifier(trained, lm.ema.table + 1)
     with pytest.raises(UserError, match="a classifier"):
         dlm_jax.load(trained)

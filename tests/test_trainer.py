@@ -61,13 +61,13 @@ RECIPES = {
 def _recipe(name, **changes):
     config = smoke.get_config()
     config.update_from_flattened_dict(SMALL | RECIPES[name])
-    return validate.recipe_of(config)._replace(**changes)
+    return validate.resolve_config(config)._replace(**changes)
 
 
 @functools.cache
 def _start(name):
-    recipe = _recipe(name)
-    return jax.jit(lambda key: train_step.init_state(key, recipe, VOCAB))(
+    step_cfg = _recipe(name)
+    return jax.jit(lambda key: train_step.init_state(key, step_cfg, VOCAB))(
         jax.random.key(0)
     )
 
@@ -80,10 +80,10 @@ def _ids():
 @functools.cache
 def _step(name, devices=1, **changes):
     """The step on the whole batch; on several devices by pmap's meaning, `vmap`."""
-    recipe = _recipe(name, **changes)
+    step_cfg = _recipe(name, **changes)
     if devices == 1:
-        return jax.jit(functools.partial(train_step.train_step, recipe=recipe))
-    one = functools.partial(train_step.train_step, recipe=recipe, axis="data")
+        return jax.jit(functools.partial(train_step.train_step, step_cfg=step_cfg))
+    one = functools.partial(train_step.train_step, step_cfg=step_cfg, axis="data")
     mapped = jax.jit(jax.vmap(one, in_axes=(None, None, 0), axis_name="data"))
 
     def step(key, state, ids):
@@ -132,13 +132,13 @@ def test_a_step_has_its_own_draws():
 
 def test_every_microbatch_has_its_own_dropout(monkeypatch):
     """With equal rows and equal draws only the dropout can tell microbatches apart."""
-    recipe = _recipe("x0", accumulate=4, batch=4, times="uniform")
-    recipe = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
-    same = train_step.make_draws(KEY, _ids()[:1], recipe._replace(batch=1), 0, ())
+    step_cfg = _recipe("x0", accumulate=4, batch=4, times="uniform")
+    step_cfg = step_cfg._replace(cfg=_with(step_cfg.cfg, dropout=0.5))
+    same = train_step.make_draws(KEY, _ids()[:1], step_cfg._replace(batch=1), 0, ())
     monkeypatch.setattr(train_step, "make_draws", lambda *args: same)
     ids = np.repeat(_ids()[:1], 4, 0)
     gradients = jax.jit(
-        lambda key: train_step._gradients(key, _start("x0"), ids, recipe, 0)
+        lambda key: train_step._gradients(key, _start("x0"), ids, step_cfg, 0)
     )
     _, (terms, *_) = gradients(KEY)
     assert len(np.unique(np.round(terms.total(), 5))) == 4
@@ -185,17 +185,17 @@ def test_importance_sampling_warms_up():
 
 @pytest.mark.parametrize("objective", ["x0", "vlb"])
 def test_moments_hold_losses_without_their_weight(objective):
-    recipe = _recipe("x0", objective=objective, batch=4, times="uniform")
+    step_cfg = _recipe("x0", objective=objective, batch=4, times="uniform")
     params, ids = _start("x0").params, _ids()[:4]
-    draws = train_step.make_draws(KEY, ids, recipe, 0, ())._replace(t=jnp.arange(4) / T)
+    draws = train_step.make_draws(KEY, ids, step_cfg, 0, ())._replace(t=jnp.arange(4) / T)
 
     @jax.jit
     def terms_of(weight):
-        return train_step.loss_fn(params, ids, draws._replace(weight=weight), recipe)[1]
+        return train_step.loss_fn(params, ids, draws._replace(weight=weight), step_cfg)[1]
 
     weight = jnp.asarray([0.1, 2.0, 5.0, 0.7])
     terms, empty = terms_of(weight), time_sampling.init_moments(T)
-    moments = train_step._remember(empty, terms, draws.t, weight, None)
+    moments = train_step._update_moments(empty, terms, draws.t, weight, None)
     unweighted = terms_of(jnp.ones(4)).total()
     np.testing.assert_allclose(moments.history[:4, 0], unweighted, rtol=1e-4)
 
@@ -204,10 +204,10 @@ def test_moments_hold_losses_without_their_weight(objective):
 
 
 def test_validation_is_deterministic_and_without_dropout():
-    recipe = _recipe("x0", batch=8, self_cond=0.5)
-    dropped = recipe._replace(cfg=_with(recipe.cfg, dropout=0.5))
+    step_cfg = _recipe("x0", batch=8, self_cond=0.5)
+    dropped = step_cfg._replace(cfg=_with(step_cfg.cfg, dropout=0.5))
     ids = _ids()[:13]  # a batch and a part of one
-    calls = [trainer.Validation(ids, r, 2) for r in (recipe, dropped)]
+    calls = [trainer.Validation(ids, r, 2) for r in (step_cfg, dropped)]
     params = _start("x0").params
     found = [calls[0](params), calls[0](params), calls[1](params)]
     assert found[0] == found[1] == found[2]
@@ -232,21 +232,21 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     path = str(tmp_path / "table.npy")
     config = _run_config(tmp_path, embedding__path=path)
     with pytest.raises(UserError, match="is nan at step 1: stopped") as caught:
-        trainer.run(config, str(tmp_path / "run"))
+        trainer.train(config, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
-    assert checkpoint.steps(tmp_path / "run") == []
+    assert checkpoint.all_steps(tmp_path / "run") == []
 
 
 def test_a_mistake_in_sampling_shows_before_the_training(tmp_path):
     config = _run_config(tmp_path, sample__solver="euler")
     with pytest.raises(UserError, match="solver='euler': choose"):
-        trainer.run(config, str(tmp_path / "run"))
+        trainer.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
-    run = trainer.Run(_run_config(tmp_path), str(tmp_path / "run"))
+    run = trainer.Trainer(_run_config(tmp_path), str(tmp_path / "run"))
     progress = logging.Progress(tmp_path / "m.jsonl", total=9, start=0, main=False)
     values = {"loss": 1.0, "grad_norm": 1.0}
     trainer._report(run, progress, 3, values)
@@ -268,8 +268,8 @@ def spoilt(tmp_path, monkeypatch):
     """config(**changes) of a run in which row BAD alone gives no number."""
     draws = train_step.make_draws
 
-    def spoil(key, ids, recipe, first, moments):
-        found = draws(key, ids, recipe, first, moments)
+    def spoil(key, ids, step_cfg, first, moments):
+        found = draws(key, ids, step_cfg, first, moments)
         bad = jnp.any(jnp.all(ids == row, -1))
         return found._replace(eps_t=jnp.where(bad, jnp.nan, found.eps_t))
 
@@ -282,7 +282,7 @@ def spoilt(tmp_path, monkeypatch):
         config.data.min_count = 0
         return config
 
-    row = corpus.corpus_of(config()).train[BAD]
+    row = corpus.load_corpus(config()).train[BAD]
     monkeypatch.setattr(train_step, "make_draws", spoil)
     return config
 
@@ -300,24 +300,24 @@ def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
     config = spoilt()
     step = _bad_step(config)
     says = f"loss is nan at step {step + 1}: .*training data: {_rows_of(config, step)}$"
-    with pytest.raises(trainer.NonFinite, match=says):
-        trainer.run(config, str(tmp_path / "run"))
+    with pytest.raises(trainer.NonFiniteError, match=says):
+        trainer.train(config, str(tmp_path / "run"))
 
 
 def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     config = spoilt(train__on_nonfinite="skip")
-    trainer.run(config, str(tmp_path / "run"))
+    trainer.train(config, str(tmp_path / "run"))
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert len(said) == 1
     assert _rows_of(config, _bad_step(config)) in said[0]
-    state = trainer.Run(config, str(tmp_path / "run")).state
+    state = trainer.Trainer(config, str(tmp_path / "run")).state
     assert int(state.step) == 14
     assert sharding.finite(state._replace(step=()))
 
 
 def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
-    run = trainer.Run(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
-    step = jax.jit(functools.partial(train_step.train_step, recipe=run.recipe))
+    run = trainer.Trainer(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
+    step = jax.jit(functools.partial(train_step.train_step, step_cfg=run.step_cfg))
     after, seen = step(KEY, run.state, run.corpus.train[[BAD, 0]])
     assert np.isnan(seen["loss"])
     assert int(after.step) == 1
@@ -333,26 +333,26 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     config = spoilt(train__on_nonfinite="rollback")
     step = _bad_step(config)
     assert 3 <= step < 11, "another seed: the test needs a checkpoint before and after"
-    trainer.run(config, str(tmp_path / "run"))
+    trainer.train(config, str(tmp_path / "run"))
     assert "going back to step" in capsys.readouterr().out
     saved = step // 3 * 3
-    whole = trainer.Run(config, str(tmp_path / "run"))
-    assert whole.jumps == [(saved, step + 1 - saved)]
+    whole = trainer.Trainer(config, str(tmp_path / "run"))
+    assert whole.skipped_batches == [(saved, step + 1 - saved)]
     first = whole.index(saved, hosts=1)
     assert " ".join(map(str, first.ravel())) == _rows_of(config, step + 1)
     config = spoilt(train__on_nonfinite="rollback", train__total_steps=saved + 3)
-    trainer.run(config, str(tmp_path / "two"))
-    trainer.run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
-    two = trainer.Run(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
-    assert two.jumps == whole.jumps
+    trainer.train(config, str(tmp_path / "two"))
+    trainer.train(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    two = trainer.Trainer(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    assert two.skipped_batches == whole.skipped_batches
     for x, y in zip(*map(jax.tree.leaves, (two.state, whole.state)), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
 def test_nowhere_to_roll_back_to(spoilt, tmp_path):
     config = spoilt(train__on_nonfinite="rollback", train__ckpt_steps=100)
-    with pytest.raises(trainer.NonFinite, match="last checkpoint is none"):
-        trainer.run(config, str(tmp_path / "run"))
+    with pytest.raises(trainer.NonFiniteError, match="last checkpoint is none"):
+        trainer.train(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("cut", [0, 15])

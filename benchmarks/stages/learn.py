@@ -30,10 +30,10 @@ from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError
 from dlm_jax.evaluation import control_targets as held_out
 from dlm_jax.evaluation import control_tasks, report, text_metrics
-from dlm_jax.evaluation.control_tasks import TASKS, Task
+from dlm_jax.evaluation.control_tasks import CONTROL_TASKS, ControlTask
 from dlm_jax.inference import constraints
-from dlm_jax.inference.constraints import Plan
-from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.inference.constraints import GuidanceConfig
+from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import checkpoint, sharding
 from dlm_jax.training import train_step, trainer
 from dlm_jax.types import UNK
@@ -121,7 +121,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     began = time.monotonic()
     stop.start()
     try:
-        trainer.run(config, workdir)
+        trainer.train(config, workdir)
     except PreemptedError as error:
         print(error, flush=True)
     finally:
@@ -130,23 +130,23 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in lines]
     curve = [(r["step"], r["loss"]) for r in rows if r["kind"] == "valid"]
     return {
-        "steps": checkpoint.latest(workdir),
+        "steps": checkpoint.latest_step(workdir),
         "training seconds": time.monotonic() - began,
         "held-out cross-entropy by step, nats per position": curve,
     }
 
 
-def pack(lm: Bundle, workdir: str, out: Path) -> list[str]:
+def pack(lm: DiffusionLM, workdir: str, out: Path) -> list[str]:
     """Writes the averaged weights as a run directory's archive, in parts; their names."""
     _, words = checkpoint.read_json(workdir, lm.step)
     step = np.asarray(lm.step, np.int32)
     state = train_step.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        checkpoint.claim(model, lm.config)
+        checkpoint.write_run_config(model, lm.config)
         writer = checkpoint.manager(model, keep=1)
-        checkpoint.save(writer, lm.step, sharding.place(state), lm.config, words)
-        checkpoint.finish(writer)
+        checkpoint.save(writer, lm.step, sharding.replicate(state), lm.config, words)
+        checkpoint.wait(writer)
         writer.close()
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as file:
@@ -164,7 +164,7 @@ def pack(lm: Bundle, workdir: str, out: Path) -> list[str]:
 # --- what it can do
 
 
-def _pieces(lm: Bundle, config: Any, tiny: bool) -> dict[str, Any]:
+def _pieces(lm: DiffusionLM, config: Any, tiny: bool) -> dict[str, Any]:
     """Each measure as a function, to be run side by side."""
     texts = sources.load_texts(config.data, "valid")
     rows = np.random.default_rng(0).permutation(len(texts))
@@ -180,9 +180,9 @@ def _pieces(lm: Bundle, config: Any, tiny: bool) -> dict[str, Any]:
     }
 
 
-def _bound(lm: Bundle, texts: list[str], draws: int) -> dict[str, Any]:
+def _bound(lm: DiffusionLM, texts: list[str], draws: int) -> dict[str, Any]:
     """Nats per token (END counted) and per position, each with its standard error."""
-    found = report.scores(lm, texts, draws)
+    found = report.likelihood_rows(lm, texts, draws)
     names = ("nats/token", "nats/position")
     return {name: tuple(found[name]) for name in names} | {"texts": len(texts)}
 
@@ -193,30 +193,30 @@ def _a_word(sentence: Any, rng: Any) -> str:
 
 
 CONTROLS = {
-    "length": TASKS["length"],
-    "infilling": TASKS["infilling"],
-    "word": Task(
+    "length": CONTROL_TASKS["length"],
+    "infilling": CONTROL_TASKS["infilling"],
+    "word": ControlTask(
         _a_word,
-        lambda word, lm: constraints.wish(lm.tokenizer, lm.length, {}, contains=word),
-        lambda text, word, judge: {"word": float(held_out.contained(word, text))},
+        lambda word, lm: constraints.parse_constraints(lm.tokenizer, lm.length, {}, contains=word),
+        lambda text, word, scorer: {"word": float(held_out.has_phrase(word, text))},
     ),
 }
 
 
-def _control(lm: Bundle, config: Any, name: str, n: int) -> dict[str, Any]:
+def _control(lm: DiffusionLM, config: Any, name: str, n: int) -> dict[str, Any]:
     """Success over held-out targets at 32 steps, with targets and texts."""
     task, rng = CONTROLS[name], np.random.default_rng(0)
     found = [
         s
-        for s in held_out.sentences(config, name, 2 * n)
+        for s in held_out.load_targets(config, name, 2 * n)
         if UNK not in lm.tokenizer.encode(s.text)
         and any(len(w) > 3 for w in s.text.split())
         and len(s.text.split()) <= lm.length - 2
     ][:n]
     targets = [task.target(s, rng) for s in found]
-    judge = held_out.judge_of(config, name, None)
+    scorer = held_out.make_scorer(config, name, None)
     options: Any = {"samples": 1, "seeds": 1, "calls": 32}
-    row = control_tasks.measure(lm, task, targets, judge, Plan(), **options)
+    row = control_tasks.run_task(lm, task, targets, scorer, GuidanceConfig(), **options)
     keep = ("success", "texts", "seconds per 50", "unigram entropy")
     return {"targets": targets, **{k: row[k] for k in keep}}
 
@@ -225,7 +225,7 @@ def _by_chance(record: dict[str, Any]) -> None:
     """What the free samples have of the same targets; and their entropy."""
     samples, word = record["samples"], record["control: word"]["targets"]
     pairs = [(t, w) for t in samples for w in word]
-    by_chance = [held_out.contained(w, t) for t, w in pairs]
+    by_chance = [held_out.has_phrase(w, t) for t, w in pairs]
     record["control: word"]["by chance"] = float(np.mean(by_chance))
     lengths = record["control: length"]["targets"]
     same = [len(t.split()) == n for t in samples for n in lengths]

@@ -58,15 +58,15 @@ def case(trunk: str, dtype: str, *, tiny: bool, **other: Any) -> Case:
 def passes(trunk: str, dtype: str, tiny: bool) -> dict[str, Any]:
     """The network's output and its gradients by weights and input."""
     config = alternate.settings(case(trunk, dtype, tiny=tiny))
-    recipe = validate.recipe_of(config)
-    cfg = dataclasses.replace(recipe.cfg, output_prior=False)  # whose logits drown it
+    step_cfg = validate.resolve_config(config)
+    cfg = dataclasses.replace(step_cfg.cfg, output_prior=False)  # whose logits drown it
     params = _moved(model.init(jax.random.key(0), cfg, VOCAB))
     shape = (config.train.batch, config.data.length, cfg.dim)
     x_t, x0_prev = jax.random.normal(jax.random.key(2), (2, *shape))
     t = jnp.linspace(0.3, 0.9, shape[0])
 
     def loss(params: Any, x_t: Any) -> tuple[Any, Any]:
-        run = partial(model.apply, schedule=recipe.schedule)
+        run = partial(model.apply, schedule=step_cfg.schedule)
         y = run(params, cfg, x_t, t, x0_prev)
         return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
 
@@ -114,10 +114,10 @@ def steps(trunk: str, tiny: bool) -> dict[str, Any]:
     """What three optimizer steps add to the weights."""
     config = alternate.settings(case(trunk, "float32", tiny=tiny))
     config.optim.warmup = 0
-    recipe = validate.recipe_of(config)
+    step_cfg = validate.resolve_config(config)
     ids = jnp.asarray(ours.ids_of(config, VOCAB))
-    step = jax.jit(partial(train_step.train_step, recipe=recipe))
-    first = state = train_step.init_state(jax.random.key(0), recipe, VOCAB)
+    step = jax.jit(partial(train_step.train_step, step_cfg=step_cfg))
+    first = state = train_step.init_state(jax.random.key(0), step_cfg, VOCAB)
     for _ in range(3):
         state, _ = step(jax.random.key(1), state, ids)
     added = jax.tree.map(jnp.subtract, state.params, first.params)

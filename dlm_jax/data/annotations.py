@@ -28,7 +28,7 @@ SPECIAL_TAGS = ("START", "END", "PAD")
 HEADS = {"semantic": "fields", "label": "fields", "pos": "tags", "tree": "chart"}
 
 
-class Names(NamedTuple):
+class LabelVocab(NamedTuple):
     """What the labels of a task are called: a list of classes for each field.
 
     Tags and charts have one field, named as the task.
@@ -39,14 +39,14 @@ class Names(NamedTuple):
     length: int
 
     @property
-    def layout(self) -> HeadSpec:
+    def head_spec(self) -> HeadSpec:
         """The classifier's head for them."""
         fields, l = len(self.classes), self.length
         shape = {"fields": (fields,), "tags": (l,), "chart": (l, l)}
         head = HEADS[self.task]
         return HeadSpec(head, shape[head], max(map(len, self.classes.values())))
 
-    def number(self, field: str, name: str) -> int:
+    def index(self, field: str, name: str) -> int:
         """The class of a label; UserError where the classifier never saw it."""
         if field not in self.classes:
             known = ", ".join(self.classes)
@@ -56,16 +56,16 @@ class Names(NamedTuple):
             raise UserError(f"{field} {name!r}: not seen in training; seen: {known}")
         return self.classes[field].index(name)
 
-    def seen(self, field: str, name: str) -> int:
+    def index_or_missing(self, field: str, name: str) -> int:
         """`number`, or -1."""
-        return self.number(field, name) if name in self.classes[field] else -1
+        return self.index(field, name) if name in self.classes[field] else -1
 
     def to_dict(self) -> dict[str, Any]:
         """A record for JSON."""
         return self._asdict()
 
 
-def names_of(task: str, notes: Iterable[Any], length: int) -> Names:
+def build_label_vocab(task: str, notes: Iterable[Any], length: int) -> LabelVocab:
     """The names that occur in the notes of training texts."""
     if HEADS[task] == "fields":
         seen: dict[str, set[str]] = {}
@@ -78,16 +78,16 @@ def names_of(task: str, notes: Iterable[Any], length: int) -> Names:
         classes = {"pos": [*SPECIAL_TAGS, *sorted({t for n in notes for t in n})]}
     else:
         classes = {"tree": [NONE, *sorted({s[2] for note in notes for s in note})]}
-    return Names(task, classes, length)
+    return LabelVocab(task, classes, length)
 
 
-def encode(notes: Iterable[Any], names: Names) -> Int32[np.ndarray, "n m"]:
+def encode(notes: Iterable[Any], names: LabelVocab) -> Int32[np.ndarray, "n m"]:
     """The labels of texts [n m], flattened; -1 where nothing is asked, or unheard of."""
     rows = [_ENCODE[HEADS[names.task]](note, names) for note in notes]
     return np.stack(rows).reshape(len(rows), -1).astype(np.int32)
 
 
-def _asked_fields(note: Any, names: Names) -> Int[np.ndarray, " f"]:
+def _asked_fields(note: Any, names: LabelVocab) -> Int[np.ndarray, " f"]:
     """Of some fields; the others are not asked."""
     if not isinstance(note, dict) or not note:
         raise UserError(f"{names.task}={note!r}: give {{field: value}}")
@@ -97,7 +97,7 @@ def _asked_fields(note: Any, names: Names) -> Int[np.ndarray, " f"]:
     return np.array(list(row.values()))
 
 
-def _asked_tags(note: list[str], names: Names) -> Int[np.ndarray, " l"]:
+def _asked_tags(note: list[str], names: LabelVocab) -> Int[np.ndarray, " l"]:
     for tag in note:
         if tag in SPECIAL_TAGS:
             raise UserError(f"pos {tag!r}: give the tags of the words alone")
@@ -106,7 +106,7 @@ def _asked_tags(note: list[str], names: Names) -> Int[np.ndarray, " l"]:
     return encode([note], names)[0]
 
 
-def _asked_tree(note: Spans, names: Names) -> Int[np.ndarray, "l l"]:
+def _asked_tree(note: Spans, names: LabelVocab) -> Int[np.ndarray, "l l"]:
     _fits("tree", 1 + max((span[1] for span in note), default=-1), names)
     for span in note:
         _constituent(span, names)
@@ -119,7 +119,7 @@ def _asked_tree(note: Spans, names: Names) -> Int[np.ndarray, "l l"]:
     return encode([note], names).reshape(names.layout.shape)
 
 
-def _asked_span(span: tuple[int, int, str], names: Names) -> Int[np.ndarray, "l l"]:
+def _asked_span(span: tuple[int, int, str], names: LabelVocab) -> Int[np.ndarray, "l l"]:
     """The chart that asks for one constituent and no more."""
     first, last, _ = span
     _fits("span", last + 1, names)
@@ -128,7 +128,7 @@ def _asked_span(span: tuple[int, int, str], names: Names) -> Int[np.ndarray, "l 
     return chart
 
 
-def _constituent(span: tuple[int, int, str], names: Names) -> int:
+def _constituent(span: tuple[int, int, str], names: LabelVocab) -> int:
     first, last, label = span
     if not 0 <= first <= last:
         raise UserError(f"constituent {span!r}: give (first, last, label), from 0")
@@ -137,7 +137,7 @@ def _constituent(span: tuple[int, int, str], names: Names) -> int:
     return names.number("tree", label)
 
 
-def _fits(what: str, size: int, names: Names) -> None:
+def _fits(what: str, size: int, names: LabelVocab) -> None:
     if not 1 <= size <= names.length - 2:
         raise UserError(
             f"{what}: {size} words; the model has {names.length} positions with START "
@@ -147,7 +147,7 @@ def _fits(what: str, size: int, names: Names) -> None:
 
 # one row of labels that a text shall have, by the name of the wish; UserError for one
 # that was never seen or cannot be
-ASKED: dict[str, Callable[[Any, Names], np.ndarray]] = {
+TARGET_ENCODERS: dict[str, Callable[[Any, LabelVocab], np.ndarray]] = {
     "semantic": _asked_fields,
     "label": _asked_fields,
     "pos": _asked_tags,
@@ -156,19 +156,19 @@ ASKED: dict[str, Callable[[Any, Names], np.ndarray]] = {
 }
 
 
-def _fields(note: Fields, names: Names) -> np.ndarray:
+def _fields(note: Fields, names: LabelVocab) -> np.ndarray:
     stated = dict.fromkeys(names.classes, NONE) | note
     return np.array([names.seen(field, stated[field]) for field in names.classes])
 
 
-def _tags(note: list[str], names: Names) -> np.ndarray:
+def _tags(note: list[str], names: LabelVocab) -> np.ndarray:
     """START, the words' tags, END and PAD, as far as they fit."""
     tags = ["START", *note, "END"][: names.length]
     tags += ["PAD"] * (names.length - len(tags))
     return np.array([names.seen("pos", tag) for tag in tags])
 
 
-def _chart(note: Spans, names: Names) -> np.ndarray:
+def _chart(note: Spans, names: LabelVocab) -> np.ndarray:
     """[i, j]: the constituent from i to j, START being position 0; "none" elsewhere."""
     l = names.length
     chart = np.where(np.tri(l, k=-1), -1, 0)
@@ -186,7 +186,7 @@ _ENCODE: dict[str, Callable] = {"fields": _fields, "tags": _tags, "chart": _char
 Annotated = tuple[list[str], list[Any]]
 
 
-def annotated(config: Any, task: str, split: str) -> Annotated:
+def load_annotated(config: Any, task: str, split: str) -> Annotated:
     """Texts of a split of config.data, and a note for each; UserError."""
     source, most = config.data.source, config.classifier.texts
     choose("config.classifier.task", HEADS, task)
@@ -202,7 +202,7 @@ def annotated(config: Any, task: str, split: str) -> Annotated:
         tagger = train_tagger(config.classifier.conllu)
         return texts, [tags_of(tagger, text) for text in texts]
     parser = load_parser(config.classifier.parser)
-    return texts, [parsed(parser, text) for text in texts]
+    return texts, [parse_spans(parser, text) for text in texts]
 
 
 def _records(config: Any, split: str) -> Annotated:
@@ -214,7 +214,7 @@ def _records(config: Any, split: str) -> Annotated:
     return sources.e2e_records(config.data, split)
 
 
-NOTES: dict[str, Callable[[Any], Any]] = {
+ANNOTATORS: dict[str, Callable[[Any], Any]] = {
     "semantic": grammar.fields_of,
     "pos": grammar.tags_of,
     "tree": grammar.spans_of,
@@ -226,7 +226,7 @@ def _of_grammar(config: Any, task: str, split: str) -> Annotated:
     if split == "valid":
         seed, n = seed + sources.VALID_SEED, config.data.valid_size
     trees = grammar.trees(seed, min(n, config.classifier.texts or n))
-    return [" ".join(t.leaves()) for t in trees], [NOTES[task](t) for t in trees]
+    return [" ".join(t.leaves()) for t in trees], [ANNOTATORS[task](t) for t in trees]
 
 
 def _columns(config: Any, split: str) -> Annotated:
@@ -298,7 +298,7 @@ def load_parser(name: str) -> Any:
         ) from error
 
 
-def parsed(parser: Any, text: str) -> Spans:
+def parse_spans(parser: Any, text: str) -> Spans:
     """The constituents of a text; the parser's `parse(words)` gives an nltk tree."""
     tree = parser.parse(text.split())
     if tree.label() == "TOP" and len(tree) == 1:

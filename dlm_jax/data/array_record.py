@@ -23,7 +23,7 @@ MANIFEST, MODES = "data.json", ("pad", "block")
 PAGE, SHARD = 64, 2**13  # rows of a record, records of a file
 
 
-class Rows:
+class ArrayRecordDataset:
     """Ids [n l] on disk; rows[index] reads those rows, as an array does."""
 
     def __init__(self, folder: Path, split: str, about: dict):
@@ -74,15 +74,15 @@ def _path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.array_record"
 
 
-def load(path: str) -> tuple[Rows, Rows, Tokenizer, dict]:
+def load_prepared(path: str) -> tuple[ArrayRecordDataset, ArrayRecordDataset, Tokenizer, dict]:
     """(train, valid, tokenizer, {"corpus": checksum}) of a prepared folder."""
     folder = Path(path)
-    about = manifest(folder)
-    train, valid = (Rows(folder, split, about) for split in ("train", "valid"))
+    about = read_manifest(folder)
+    train, valid = (ArrayRecordDataset(folder, split, about) for split in ("train", "valid"))
     return train, valid, from_dict(about["tokenizer"]), {"corpus": about["crc"]}
 
 
-def manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict:
     """What data.json says; UserError where it is missing or not one."""
     try:
         about = json.loads((folder / MANIFEST).read_text())
@@ -108,14 +108,14 @@ def manifest(folder: Path) -> dict:
     return about
 
 
-def texts(path: str, split: str) -> list[str]:
+def read_texts(path: str, split: str) -> list[str]:
     """All rows of a split as texts, in memory."""
-    train, valid, tokenizer, _ = load(path)
+    train, valid, tokenizer, _ = load_prepared(path)
     rows = {"train": train, "valid": valid}[split]
     return [tokenizer.decode(row) for row in rows[:]]
 
 
-class Writer:
+class ArrayRecordWriter:
     """Writes the rows of a split, a file after the other."""
 
     def __init__(self, folder: Path, split: str, length: int, vocab: int):

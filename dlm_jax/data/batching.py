@@ -51,7 +51,7 @@ def batch_index(
 
 
 def batches(
-    ids: Int32[np.ndarray, "n l"] | array_record.Rows, batch: int
+    ids: Int32[np.ndarray, "n l"] | array_record.ArrayRecordDataset, batch: int
 ) -> Iterator[tuple[Int32[np.ndarray, "b l"], Float32[np.ndarray, " b"]]]:
     """All rows in order, for evaluation: (ids, mask), each of `batch` rows.
 
@@ -62,7 +62,7 @@ def batches(
         yield ids[index % len(ids)], (index < len(ids)).astype(np.float32)
 
 
-class Ahead:
+class Prefetcher:
     """make(step) of the next steps, made by a thread before they are asked for."""
 
     def __init__(self, make: Callable[[int], Any], steps: range, depth: int = 2):

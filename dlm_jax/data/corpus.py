@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dlm_jax.data import array_record, encoding, sources
-from dlm_jax.data.array_record import Rows
+from dlm_jax.data.array_record import ArrayRecordDataset
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.errors import UserError
 
@@ -16,8 +16,8 @@ from dlm_jax.errors import UserError
 class Corpus(NamedTuple):
     """Token ids of both splits [n l], and what made them; about: more to record."""
 
-    train: np.ndarray | Rows
-    valid: np.ndarray | Rows
+    train: np.ndarray | ArrayRecordDataset
+    valid: np.ndarray | ArrayRecordDataset
     tokenizer: Tokenizer
     about: dict | None = None
 
@@ -29,7 +29,7 @@ class Corpus(NamedTuple):
         return record
 
 
-def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
+def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads, tokenises and encodes both splits; a saved tokenizer is kept."""
     if config.data.source == "prepared":
         return _prepared(config.data)
@@ -43,11 +43,11 @@ def corpus_of(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _prepared(cfg: Any) -> Corpus:
     """What --mode prepare_data wrote; UserError where the config has another layout."""
-    about = array_record.manifest(Path(cfg.path))
+    about = array_record.read_manifest(Path(cfg.path))
     for name in ("length", "mode"):
         if cfg[name] != about[name]:
             raise UserError(
                 f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
                 f"{about[name]}; take that, or prepare it again"
             )
-    return Corpus(*array_record.load(cfg.path))
+    return Corpus(*array_record.load_prepared(cfg.path))

@@ -281,7 +281,7 @@ def spans_of(tree: "nltk.Tree") -> list[tuple[int, int, str]]:
     return found
 
 
-def derived(text: str) -> set[tuple[int, int, str]]:
+def derivable_spans(text: str) -> set[tuple[int, int, str]]:
     """(first, last, label) of whatever the grammar derives from words of a text.
 
     Also of a text outside the language, as a parser that always answers would find it:

@@ -22,7 +22,7 @@ CHUNK = 5000  # texts encoded at once
 LEARN = 500_000  # texts, evenly taken, that a sentencepiece model is trained on
 
 
-def run(config: Any, workdir: str) -> None:
+def prepare_data(config: Any, workdir: str) -> None:
     """Writes the config's data as array_record files into workdir.
 
     Then train with config.data.source=prepared and config.data.path=workdir. Raises
@@ -47,8 +47,8 @@ def run(config: Any, workdir: str) -> None:
     }
     for split, texts in counts.items():
         bar = _bar(cfg, split, "encoding", texts)
-        writer = array_record.Writer(folder, split, cfg.length, tokenizer.vocab_size)
-        for rows in rows_of(iter(bar), tokenizer, cfg):
+        writer = array_record.ArrayRecordWriter(folder, split, cfg.length, tokenizer.vocab_size)
+        for rows in encode_stream(iter(bar), tokenizer, cfg):
             writer.add(rows)
         writer.close()
         if not writer.rows:
@@ -79,7 +79,7 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
     return sources.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
 
 
-def rows_of(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
+def encode_stream(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
     """The rows [n l] of `encoding.encode`, from some texts at a time."""
     left: list[int] = []
     arrange, fit = encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)

@@ -152,7 +152,7 @@ def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
 
 
 def _prepared_ids(cfg: Any, split: str) -> list[str]:
-    return array_record.texts(cfg.path, split)
+    return array_record.read_texts(cfg.path, split)
 
 
 FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
@@ -164,7 +164,7 @@ SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,
     "e2e": _e2e,
     **{name: partial(_file, read) for name, read in FILES.items()},
-    "tfds": tfds.load,
+    "tfds": tfds.load_tfds,
     "prepared": _prepared_ids,
 }
 

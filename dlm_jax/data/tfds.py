@@ -12,7 +12,7 @@ CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
 ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow
 
 
-def load(cfg: Any, split: str) -> list[str]:
+def load_tfds(cfg: Any, split: str) -> list[str]:
     """A data set by name ("e2e_cleaned", "name/config:1.0.0"), prepared if it is not."""
     wanted = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:

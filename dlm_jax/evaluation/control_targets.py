@@ -16,7 +16,7 @@ import numpy as np
 from dlm_jax.data import annotations, grammar, sources
 from dlm_jax.data.annotations import Fields, Spans
 from dlm_jax.errors import UserError
-from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.inference.pipeline import DiffusionLM
 
 TARGET_SEED = 2_000_003  # added to the seed of the data: never trained or validated on
 
@@ -30,12 +30,12 @@ class Sentence(NamedTuple):
     spans: Spans | None = None
 
 
-def contained(value: str, text: str) -> bool:
+def has_phrase(value: str, text: str) -> bool:
     """Whether the words of the value stand in the text, one after the other."""
     return f" {value} " in f" {text} "
 
 
-class Judge(NamedTuple):
+class Scorer(NamedTuple):
     """How texts are read: tags; constituents of a parse, and of parts that parse.
 
     nats(texts) gives -log p of each: exact for the grammar, and not finite outside the
@@ -54,16 +54,16 @@ EDGES = ("START", "END", "\n")  # of the published targets
 
 def annotate(tree: Any) -> Sentence:
     """A derivation of the grammar as a sentence with all its notes."""
-    notes = (annotations.NOTES[name](tree) for name in ("semantic", "pos", "tree"))
+    notes = (annotations.ANNOTATORS[name](tree) for name in ("semantic", "pos", "tree"))
     return Sentence(" ".join(tree.leaves()), *notes)
 
 
-def sentences(config: Any, task: str, n: int) -> list[Sentence]:
+def load_targets(config: Any, task: str, n: int) -> list[Sentence]:
     """Up to n held-out sentences with what the task needs to know of them; UserError."""
     if config.data.source == "grammar":
         return list(map(annotate, grammar.trees(config.data.seed + TARGET_SEED, n)))
     if config.control.targets and task != "unguided":
-        return published(Path(config.control.targets), task)[:n]
+        return load_published(Path(config.control.targets), task)[:n]
     texts = sources.load_texts(config.data, "valid")
     fields: list[Any] = [None] * len(texts)
     if config.data.source == "e2e":
@@ -77,18 +77,18 @@ def sentences(config: Any, task: str, n: int) -> list[Sentence]:
     if "semantic" in task:
         if config.data.source != "e2e":
             raise UserError(f"config.control.task={task}: this text has no records")
-        found = [s for s in found if stated(s)]
+        found = [s for s in found if fields_in_text(s)]
     return found
 
 
 TREES = ("tree", "span", "semantic+tree")
 
 
-def stated(sentence: Sentence) -> Fields:
+def fields_in_text(sentence: Sentence) -> Fields:
     """The fields whose value is words of the text."""
     assert sentence.fields is not None
     told = sentence.fields.items()
-    return {field: value for field, value in told if contained(value, sentence.text)}
+    return {field: value for field, value in told if has_phrase(value, sentence.text)}
 
 
 PUBLISHED = {
@@ -99,7 +99,7 @@ PUBLISHED = {
 }
 
 
-def published(folder: Path, task: str) -> list[Sentence]:
+def load_published(folder: Path, task: str) -> list[Sentence]:
     """The published targets; of length 10 to 40 tokens, START and END counted."""
     if task == "length":
         return [Sentence(" ".join(["word"] * n)) for n in range(8, 39)]
@@ -139,13 +139,13 @@ def _published(row: Any) -> Sentence:
 # --- the judge
 
 
-def judge_of(config: Any, task: str, teacher: Bundle | None) -> Judge:
+def make_scorer(config: Any, task: str, teacher: DiffusionLM | None) -> Scorer:
     """The grammar; or the tagger and the parser, where the task asks, and the teacher."""
     if config.data.source == "grammar":
-        return Judge(_word_tags, _parsed, grammar.derived, _exact_nats, True)
+        return Scorer(_word_tags, _parsed, grammar.derivable_spans, _exact_nats, True)
     tags = _tagger(config) if "pos" in task else lambda text: []
     spans = _parser(config) if task in TREES else lambda text: []
-    return Judge(tags, spans, lambda text: set(spans(text)), _teacher_nats(teacher))
+    return Scorer(tags, spans, lambda text: set(spans(text)), _teacher_nats(teacher))
 
 
 def _word_tags(text: str) -> list[str]:
@@ -167,10 +167,10 @@ def _tagger(config: Any) -> Callable[[str], list[str]]:
 
 def _parser(config: Any) -> Callable[[str], Spans]:
     parser = annotations.load_parser(config.classifier.parser)
-    return lambda text: annotations.parsed(parser, text) if text else []
+    return lambda text: annotations.parse_spans(parser, text) if text else []
 
 
-def _teacher_nats(teacher: Bundle | None) -> Callable[[list[str]], np.ndarray]:
+def _teacher_nats(teacher: DiffusionLM | None) -> Callable[[list[str]], np.ndarray]:
     if teacher is None:
         return lambda texts: np.full(len(texts), math.nan)
     return lambda texts: np.asarray(teacher.nll(teacher.encode(texts)).total())

@@ -22,21 +22,21 @@ from dlm_jax.data.annotations import Fields, Spans
 from dlm_jax.errors import UserError, choose
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.evaluation.control_targets import (
-    Judge,
+    Scorer,
     Sentence,
-    contained,
-    judge_of,
-    sentences,
-    stated,
+    has_phrase,
+    make_scorer,
+    load_targets,
+    fields_in_text,
 )
 from dlm_jax.inference import constraints, loading
-from dlm_jax.inference.constraints import Plan, Wishes
-from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.inference.constraints import GuidanceConfig, Constraints
+from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import checkpoint, hosts
 from dlm_jax.types import UNK
 
 
-class Task(NamedTuple):
+class ControlTask(NamedTuple):
     """A task: what is asked for, how, and how well it was done.
 
     target(sentence, rng): of a held-out sentence. wish(target, bundle): the row of
@@ -44,8 +44,8 @@ class Task(NamedTuple):
     """
 
     target: Callable[[Sentence, Any], Any]
-    wish: Callable[[Any, Bundle], Wishes]
-    score: Callable[[str, Any, Judge], dict[str, float]]
+    wish: Callable[[Any, DiffusionLM], Constraints]
+    score: Callable[[str, Any, Scorer], dict[str, float]]
     needs: tuple[str, ...] = ()
 
 
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 def _one_field(sentence: Sentence, rng: Any) -> Fields:
     """A field whose value is words of the text; a published target is its only one."""
     assert sentence.fields is not None
-    told = stated(sentence) or sentence.fields
+    told = fields_in_text(sentence) or sentence.fields
     field = sorted(told)[rng.integers(len(told))]
     return {field: told[field]}
 
@@ -81,84 +81,84 @@ def _middle(sentence: Sentence, rng: Any) -> str:
 # --- wishes: (target, bundle) -> a row
 
 
-def _asked(name: str) -> Callable[[Any, Bundle], Wishes]:
-    def wish(target: Any, bundle: Bundle) -> Wishes:
-        tok, guides = bundle.tokenizer, bundle.guides
-        return constraints.wish(tok, bundle.length, guides, **{name: target})
+def _asked(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
+    def wish(target: Any, lm: DiffusionLM) -> Constraints:
+        tok, classifiers = lm.tokenizer, lm.classifiers
+        return constraints.parse_constraints(tok, lm.length, classifiers, **{name: target})
 
     return wish
 
 
-def _said(target: Fields, bundle: Bundle) -> Wishes:
+def _said(target: Fields, lm: DiffusionLM) -> Constraints:
     """The fields, by the classifier; and their words, by the model's own."""
-    words = [bundle.tokenizer.encode(value) for value in target.values()]
-    phrases = [constraints.spaced([-1] if UNK in ids else ids) for ids in words]
-    return _asked("semantic")(target, bundle)._replace(phrases=tuple(phrases))
+    words = [lm.tokenizer.encode(value) for value in target.values()]
+    phrases = [constraints.pad_to_power_of_two([-1] if UNK in ids else ids) for ids in words]
+    return _asked("semantic")(target, lm)._replace(phrases=tuple(phrases))
 
 
-def _template(target: str, bundle: Bundle) -> Wishes:
-    parts = constraints.parse(bundle.tokenizer, target)
-    return constraints.of_template(
-        parts, bundle.length, bundle.tokenizer.vocab_size, 1, 0
+def _template(target: str, lm: DiffusionLM) -> Constraints:
+    parts = constraints.parse_template(lm.tokenizer, target)
+    return constraints.template_constraints(
+        parts, lm.length, lm.tokenizer.vocab_size, 1, 0
     )
 
 
 # --- scores
 
 
-def _value(text: str, target: Fields, judge: Judge) -> dict[str, float]:
-    return {"value": float(all(contained(v, text) for v in target.values()))}
+def _value(text: str, target: Fields, scorer: Scorer) -> dict[str, float]:
+    return {"value": float(all(has_phrase(v, text) for v in target.values()))}
 
 
-def _tags(text: str, target: list[str], judge: Judge) -> dict[str, float]:
+def _tags(text: str, target: list[str], scorer: Scorer) -> dict[str, float]:
     """Tags that are right, position by position, cut or filled up to the target's."""
-    found = judge.tags(text)[: len(target)]
+    found = scorer.tags(text)[: len(target)]
     found += [""] * (len(target) - len(found))
     right = [a == b for a, b in zip(found, target, strict=True)]
     return {"tags": sum(right) / len(right), "all tags": float(all(right))}
 
 
-def _tree(text: str, target: Spans, judge: Judge) -> dict[str, float]:
+def _tree(text: str, target: Spans, scorer: Scorer) -> dict[str, float]:
     """F1 of labelled constituents; a text without a parse has none."""
-    found, wanted = set(judge.spans(text)), set(target)
+    found, wanted = set(scorer.spans(text)), set(target)
     f1 = 2 * len(found & wanted) / (len(found) + len(wanted))
     return {"tree F1": f1, "whole tree": float(found == wanted)}
 
 
-def _has_span(text: str, target: tuple, judge: Judge) -> dict[str, float]:
+def _has_span(text: str, target: tuple, scorer: Scorer) -> dict[str, float]:
     """The constituent in its place, whatever the rest; and within a whole parse."""
     first, last, label = target
-    found = judge.derived(text)
-    within = tuple(target) in judge.spans(text)
+    found = scorer.derived(text)
+    within = tuple(target) in scorer.spans(text)
     there = within or all((first, last, name) in found for name in label.split("::"))
     return {"span": float(there), "span in a parse": float(within)}
 
 
-def _length(text: str, target: int, judge: Judge) -> dict[str, float]:
+def _length(text: str, target: int, scorer: Scorer) -> dict[str, float]:
     off = abs(len(text.split()) - target)
     return {"exact length": float(off == 0), "length +-2": float(off <= 2)}
 
 
-def _kept(text: str, target: str, judge: Judge) -> dict[str, float]:
+def _kept(text: str, target: str, scorer: Scorer) -> dict[str, float]:
     """The known words in their places, and an end where the template ends."""
     words, wanted = text.split(), target.split()
     same = [w in (constraints.BLANK, x) for w, x in zip(wanted, words, strict=False)]
     return {"known kept": float(len(words) == len(wanted) and all(same))}
 
 
-def _both(first: Task, second: Task) -> Task:
+def _both(first: ControlTask, second: ControlTask) -> ControlTask:
     """Two classifiers at once, their targets from one sentence."""
 
-    def wish(target: Any, bundle: Bundle) -> Wishes:
-        one, two = first.wish(target[0], bundle), second.wish(target[1], bundle)
+    def wish(target: Any, lm: DiffusionLM) -> Constraints:
+        one, two = first.wish(target[0], lm), second.wish(target[1], lm)
         labels = {**one.labels, **two.labels}
-        return Wishes(phrases=one.phrases + two.phrases, labels=labels)
+        return Constraints(phrases=one.phrases + two.phrases, labels=labels)
 
-    def score(text: str, target: Any, judge: Judge) -> dict[str, float]:
-        one = first.score(text, target[0], judge)
-        return {**one, **second.score(text, target[1], judge)}
+    def score(text: str, target: Any, scorer: Scorer) -> dict[str, float]:
+        one = first.score(text, target[0], scorer)
+        return {**one, **second.score(text, target[1], scorer)}
 
-    return Task(
+    return ControlTask(
         lambda s, rng: (first.target(s, rng), second.target(s, rng)),
         wish,
         score,
@@ -166,33 +166,33 @@ def _both(first: Task, second: Task) -> Task:
     )
 
 
-TASKS: dict[str, Task] = {
-    "semantic": Task(_one_field, _said, _value, ("semantic",)),
-    "pos": Task(lambda s, rng: s.tags, _asked("pos"), _tags, ("pos",)),
-    "tree": Task(lambda s, rng: s.spans, _asked("tree"), _tree, ("tree",)),
-    "span": Task(_one_span, _asked("span"), _has_span, ("tree",)),
-    "length": Task(lambda s, rng: len(s.text.split()), _asked("length"), _length),
-    "infilling": Task(_middle, _template, _kept),
+CONTROL_TASKS: dict[str, ControlTask] = {
+    "semantic": ControlTask(_one_field, _said, _value, ("semantic",)),
+    "pos": ControlTask(lambda s, rng: s.tags, _asked("pos"), _tags, ("pos",)),
+    "tree": ControlTask(lambda s, rng: s.spans, _asked("tree"), _tree, ("tree",)),
+    "span": ControlTask(_one_span, _asked("span"), _has_span, ("tree",)),
+    "length": ControlTask(lambda s, rng: len(s.text.split()), _asked("length"), _length),
+    "infilling": ControlTask(_middle, _template, _kept),
 }
-TASKS["semantic+tree"] = _both(TASKS["semantic"], TASKS["tree"])
-TASKS["semantic+pos"] = _both(TASKS["semantic"], TASKS["pos"])
+CONTROL_TASKS["semantic+tree"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS["tree"])
+CONTROL_TASKS["semantic+pos"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS["pos"])
 
 # how strongly: tried on targets of other seeds than the tables' (docs/control.md)
-PLANS = {
+GUIDANCE_PRESETS = {
     "tuned": {
-        **dict.fromkeys(["unguided", *TASKS], Plan()),
-        "span": Plan(fluency=0.001),
+        **dict.fromkeys(["unguided", *CONTROL_TASKS], GuidanceConfig()),
+        "span": GuidanceConfig(fluency=0.001),
     },
     "published": {  # REFERENCE 1.7: coefficient and step of the code, no push at t < .05
-        "unguided": Plan(),
-        "semantic": Plan(lr=0.1, fluency=0.01, weight=0.0, mean=True),
-        "pos": Plan(lr=0.1, fluency=0.0001, mean=True),
-        "tree": Plan(lr=0.1, fluency=0.0005, mean=True),
-        "span": Plan(lr=0.1, fluency=0.1, mean=True),
-        "length": Plan(noised=False),
-        "infilling": Plan(noised=False),
-        "semantic+tree": Plan(lr=0.1, fluency=0.0005, weight=0.0, mean=True),
-        "semantic+pos": Plan(lr=0.1, fluency=0.0001, weight=0.0, mean=True),
+        "unguided": GuidanceConfig(),
+        "semantic": GuidanceConfig(lr=0.1, fluency=0.01, weight=0.0, mean=True),
+        "pos": GuidanceConfig(lr=0.1, fluency=0.0001, mean=True),
+        "tree": GuidanceConfig(lr=0.1, fluency=0.0005, mean=True),
+        "span": GuidanceConfig(lr=0.1, fluency=0.1, mean=True),
+        "length": GuidanceConfig(noised=False),
+        "infilling": GuidanceConfig(noised=False),
+        "semantic+tree": GuidanceConfig(lr=0.1, fluency=0.0005, weight=0.0, mean=True),
+        "semantic+pos": GuidanceConfig(lr=0.1, fluency=0.0001, weight=0.0, mean=True),
     },
 }
 
@@ -200,12 +200,12 @@ PLANS = {
 # --- the command
 
 
-def measure(
-    bundle: Bundle,
-    task: Task | None,
+def run_task(
+    lm: DiffusionLM,
+    task: ControlTask | None,
     targets: list,
-    judge: Judge,
-    plan: Plan,
+    scorer: Scorer,
+    plan: GuidanceConfig,
     tick: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -216,25 +216,25 @@ def measure(
     of one seed alone, compilation is among them. tick: called after every seed.
     """
     samples, seeds, calls = (options[name] for name in ("samples", "seeds", "calls"))
-    n, wishes = len(targets) * samples, constraints.FREE
+    n, wishes = len(targets) * samples, constraints.UNCONSTRAINED
     if task is not None:
-        rows = [task.wish(target, bundle) for target in targets]
+        rows = [task.wish(target, lm) for target in targets]
         wishes = jax.tree.map(
-            lambda x: np.repeat(x, samples, 0), constraints.stack(rows)
+            lambda x: np.repeat(x, samples, 0), constraints.batch_constraints(rows)
         )
     scores, texts, seconds = [], [], []
     for seed in range(seeds):
         began = time.monotonic()
-        drawn = bundle.draw(n, seed=seed, steps=calls, wishes=wishes, plan=plan).texts
+        drawn = lm.draw(n, seed=seed, steps=calls, wishes=wishes, plan=plan).texts
         seconds.append(time.monotonic() - began)
         texts += drawn
         if task is not None:
             pairs = zip(drawn, np.repeat(np.arange(len(targets)), samples), strict=True)
-            scores.append([task.score(x, targets[i], judge) for x, i in pairs])
+            scores.append([task.score(x, targets[i], scorer) for x, i in pairs])
         tick()
     return {
         "success": summaries(scores, samples),
-        **fluency(texts, judge),
+        **fluency(texts, scorer),
         "seconds per 50": min(seconds) / n * 50,
         "denoiser calls": calls,
         "classifier calls": calls * plan.updates * len(task.needs if task else ()),
@@ -258,17 +258,17 @@ def _summary(scores: list[list[float]], samples: int) -> tuple[float, float]:
     return float(by_target.mean()), float(error)
 
 
-def fluency(texts: list[str], judge: Judge) -> dict[str, float | None]:
+def fluency(texts: list[str], scorer: Scorer) -> dict[str, float | None]:
     """accepted: the share of texts in the language; nats/token of these; entropy.
 
     None where nothing can be said: there is no grammar, no teacher, or no text in the
     language.
     """
-    nats = judge.nats(texts)
+    nats = scorer.nats(texts)
     good = np.isfinite(nats)
     tokens = np.array([len(text.split()) + 1 for text in texts])
     return {
-        "accepted": float(good.mean()) if judge.exact else None,
+        "accepted": float(good.mean()) if scorer.exact else None,
         "nats/token": float(nats[good].sum() / tokens[good].sum())
         if good.any()
         else None,
@@ -276,64 +276,64 @@ def fluency(texts: list[str], judge: Judge) -> dict[str, float | None]:
     }
 
 
-def run(bundle: Bundle, workdir: str) -> list[dict]:
+def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     """Measures config.control's tasks; prints the table, writes a JSON file a row.
 
     A row that is there, of the very same model, classifiers and settings, is kept.
     """
-    if "control" not in bundle.config:
+    if "control" not in lm.config:
         raise UserError(f"{workdir}: its config has no section control; give --config")
-    config: Any = ml_collections.ConfigDict(bundle.config)
+    config: Any = ml_collections.ConfigDict(lm.config)
     options = config.control
-    names = ["unguided", *TASKS] if options.task == "all" else [options.task]
-    bundle = _equipped(bundle, options, names)
-    teacher = loading.load_teacher("config.control.teacher", options.teacher, bundle)
+    names = ["unguided", *CONTROL_TASKS] if options.task == "all" else [options.task]
+    lm = _equipped(lm, options, names)
+    teacher = loading.load_ar_model("config.control.teacher", options.teacher, lm)
     pairs, rows = [(name, calls) for name in names for calls in options.calls], []
     main = (
-        hosts.index_and_count()[0] == 0
+        hosts.process_index_and_count()[0] == 0
     )  # all hosts draw and score, the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
         for name, calls in pairs:
             bar.set_description(f"{name}, {calls} calls")
-            about = _about(bundle, name, calls, teacher)
+            about = _about(lm, name, calls, teacher)
             path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
-            if hosts.of_first(path.exists()):
+            if hosts.broadcast_from_host0(path.exists()):
                 bar.update(options.seeds)
             else:
-                row = _row(bundle, config, name, calls, teacher, bar.update)
+                row = _row(lm, config, name, calls, teacher, bar.update)
                 path.parent.mkdir(exist_ok=True)
                 if main:
                     checkpoint.write_json(path, about | row)
             rows += [json.loads(path.read_text())] if main else []
     if main:
-        print(table(rows))
+        print(markdown_table(rows))
     return rows
 
 
 def _about(
-    bundle: Bundle, name: str, calls: int, teacher: Bundle | None
+    lm: DiffusionLM, name: str, calls: int, teacher: DiffusionLM | None
 ) -> dict[str, Any]:
     """All that a row depends on: another model, classifier or setting is another row."""
-    used = TASKS[name].needs if name in TASKS else ()
-    weights = {task: bundle.guides[task].params for task in used}
+    used = CONTROL_TASKS[name].needs if name in CONTROL_TASKS else ()
+    weights = {task: lm.classifiers[task].params for task in used}
     options = {
-        k: v for k, v in bundle.config["control"].items() if k not in ("task", "calls")
+        k: v for k, v in lm.config["control"].items() if k not in ("task", "calls")
     }
     about = {
         "task": name,
         "calls": calls,
-        "step": bundle.step,
-        "model": checkpoint.crc(bundle.ema),
-        "classifiers in use": {task: checkpoint.crc(w) for task, w in weights.items()},
+        "step": lm.step,
+        "model": checkpoint.checksum(lm.ema),
+        "classifiers in use": {task: checkpoint.checksum(w) for task, w in weights.items()},
         "control": options,
-        "sample": bundle.config["sample"],
-        "data": bundle.config["data"],
-        "plan": PLANS[options["preset"]][name]._asdict(),
-        "teacher weights": checkpoint.crc(teacher.ema) if teacher else None,
+        "sample": lm.config["sample"],
+        "data": lm.config["data"],
+        "plan": GUIDANCE_PRESETS[options["preset"]][name]._asdict(),
+        "teacher weights": checkpoint.checksum(teacher.ema) if teacher else None,
         "target files": _files(options["targets"]),
     }
-    if "pos" in name and bundle.config["data"]["source"] != "grammar":
-        about["tagger's text"] = _files(bundle.config["classifier"]["conllu"])
+    if "pos" in name and lm.config["data"]["source"] != "grammar":
+        about["tagger's text"] = _files(lm.config["classifier"]["conllu"])
     return json.loads(json.dumps(about))
 
 
@@ -351,17 +351,17 @@ def _crc(record: Any) -> str:
 
 
 def _row(
-    bundle: Bundle,
+    lm: DiffusionLM,
     config: Any,
     name: str,
     calls: int,
-    teacher: Bundle | None,
+    teacher: DiffusionLM | None,
     tick: Callable[[], Any],
 ) -> dict[str, Any]:
     """Targets drawn, texts steered, texts scored."""
     options, rng = config.control, np.random.default_rng(0)
-    task, all_found = TASKS.get(name), sentences(config, name, options.n)
-    found = [s for s in all_found if _can_say(bundle, name, s)]
+    task, all_found = CONTROL_TASKS.get(name), load_targets(config, name, options.n)
+    found = [s for s in all_found if _can_say(lm, name, s)]
     if found != all_found:
         tqdm.write(
             f"{name}: {len(all_found) - len(found)} of {len(all_found)} left out"
@@ -372,54 +372,54 @@ def _row(
             f"config.control.task={name}: no target; raise config.control.n"
         )
     sizes = {"samples": options.samples, "seeds": options.seeds, "calls": calls}
-    plan = PLANS[options.preset][name]
-    judge = judge_of(config, name, teacher)
-    row = measure(bundle, task, targets, judge, plan, tick, **sizes)
+    plan = GUIDANCE_PRESETS[options.preset][name]
+    scorer = make_scorer(config, name, teacher)
+    row = run_task(lm, task, targets, scorer, plan, tick, **sizes)
     left_out = len(all_found) - len(found)
     return {
         "targets": len(targets),
         "left out": left_out,
         **row,
-        "config": bundle.config,
+        "config": lm.config,
     }
 
 
-def _can_say(bundle: Bundle, name: str, sentence: Sentence) -> bool:
+def _can_say(lm: DiffusionLM, name: str, sentence: Sentence) -> bool:
     """Whether the target has a place in the model: room, words, a constituent."""
-    if name == "infilling" and UNK in bundle.tokenizer.encode(sentence.text):
+    if name == "infilling" and UNK in lm.tokenizer.encode(sentence.text):
         return False
     if name == "span" and not _inner(sentence):
         return False
-    return name == "unguided" or len(sentence.text.split()) <= bundle.length - 2
+    return name == "unguided" or len(sentence.text.split()) <= lm.length - 2
 
 
-def _equipped(bundle: Bundle, options: Any, names: list[str]) -> Bundle:
+def _equipped(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
     """The bundle with the classifiers that the tasks need; UserError."""
     for name in names:
-        if name not in ("unguided", *TASKS):
+        if name not in ("unguided", *CONTROL_TASKS):
             raise UserError(
                 f"config.control.task={name!r}: choose all, unguided or one of "
-                f"{', '.join(TASKS)}"
+                f"{', '.join(CONTROL_TASKS)}"
             )
-    choose("config.control.preset", PLANS, options.preset)
+    choose("config.control.preset", GUIDANCE_PRESETS, options.preset)
     for name in ("n", "samples", "seeds"):
         if options[name] < 1:
             raise UserError(f"config.control.{name}={options[name]}: must be 1 or more")
     for calls in options.calls:
         if calls < 1:
             raise UserError(f"config.control.calls: {calls} must be 1 or more")
-        bundle.settings(steps=calls)
-    bundle = bundle.with_classifier(*options.classifiers.split())
-    needed = {need for name in names if name in TASKS for need in TASKS[name].needs}
-    for need in sorted(needed - set(bundle.guides)):
+        lm.settings(steps=calls)
+    lm = lm.with_classifier(*options.classifiers.split())
+    needed = {need for name in names if name in CONTROL_TASKS for need in CONTROL_TASKS[name].needs}
+    for need in sorted(needed - set(lm.classifiers)):
         raise UserError(
             f"config.control.classifiers: none of task {need}; train one, --mode "
             f"train_classifier --config configs/classifier.py:{need}"
         )
-    return bundle
+    return lm
 
 
-def table(rows: list[dict]) -> str:
+def markdown_table(rows: list[dict]) -> str:
     """Markdown: a line a row."""
     head = ("task", "calls", "success", "accepted", "nats/token", "s per 50")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

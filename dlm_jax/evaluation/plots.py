@@ -20,13 +20,13 @@ from dlm_jax.errors import UserError
 from dlm_jax.runtime import logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
 
-Bundle: TypeAlias = Any  # pipeline.Bundle, which is of this layer
+DiffusionLM: TypeAlias = Any  # pipeline.Bundle, which is of this layer
 Points: TypeAlias = Float[np.ndarray, "n 2"]
 
 WORDS = 200  # labels on the map
 FRAMES = 12  # lines of the film
 WRAP = 104  # characters of a line of the film
-TIMES = 25  # points of the loss over t
+NUM_TIMES = 25  # points of the loss over t
 ROWS = 64  # held-out sequences for the loss
 FONT = 8.5  # points, of the film; LINE, CHAR: the fixed-width font's; LEFT: margin
 LINE, CHAR, LEFT = 1.5 * FONT, 0.602 * FONT, 62.0
@@ -48,7 +48,7 @@ UNITS: dict[str, str] = {
 }
 
 
-def run(bundle: Bundle, workdir: str | Path) -> list[Path]:
+def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
     """Draws every plot that the run allows into <workdir>/plots; their paths.
 
     Prints the neighbour agreement, and a line for each plot that is left out.
@@ -58,11 +58,11 @@ def run(bundle: Bundle, workdir: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose another") from error
-    held_out = _held_out(bundle)
+    held_out = _held_out(lm)
     drawn = {
-        "embedding.png": embedding_map(bundle, held_out),
-        "film.png": None if bundle.cfg.causal else film(bundle),
-        "loss_over_t.png": loss_plot(bundle, held_out),
+        "embedding.png": embedding_map(lm, held_out),
+        "film.png": None if lm.cfg.causal else trajectory_figure(lm),
+        "loss_over_t.png": loss_plot(lm, held_out),
         "training.png": training(Path(workdir) / "metrics.jsonl"),
     }
     paths = []
@@ -73,16 +73,16 @@ def run(bundle: Bundle, workdir: str | Path) -> list[Path]:
     return paths
 
 
-def _held_out(bundle: Bundle) -> Ids | None:
+def _held_out(lm: DiffusionLM) -> Ids | None:
     """The validation sequences; None, with a line that says why, without the data."""
-    cfg: Any = ml_collections.ConfigDict(bundle.config["data"])
+    cfg: Any = ml_collections.ConfigDict(lm.config["data"])
     if "source" not in cfg:
         print("no loss over t: this checkpoint does not name its data")
         return None
     try:
         texts = sources.load_texts(cfg, "valid")
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
-        return encoding.encode(texts, bundle.tokenizer, **layout)
+        return encoding.encode(texts, lm.tokenizer, **layout)
     except UserError as error:
         print(f"no loss over t: {error}")
         return None
@@ -153,11 +153,11 @@ def principal(rows: Float[np.ndarray, "v d"]) -> tuple[Float[np.ndarray, "v 2"],
     return u[:, :2] * s[:2], float(np.sum(power[:2]))
 
 
-def _chosen(bundle: Bundle, held_out: Ids | None) -> tuple[list[int], list[str] | None]:
+def _chosen(lm: DiffusionLM, held_out: Ids | None) -> tuple[list[int], list[str] | None]:
     """(ids of the words shown, their tags): of the grammar, tagged; else the frequent."""
-    tokens = bundle.tokenizer.tokens()
+    tokens = lm.tokenizer.tokens()
     known = grammar.word_tags()
-    if bundle.config["data"].get("source") == "grammar":
+    if lm.config["data"].get("source") == "grammar":
         ids = [i for i, token in enumerate(tokens) if token in known]
         if len(ids) > 2:
             return ids, [known[tokens[i]] for i in ids]
@@ -168,10 +168,10 @@ def _chosen(bundle: Bundle, held_out: Ids | None) -> tuple[list[int], list[str] 
     return [int(i) for i in order if i >= len(SPECIALS)][:WORDS], None
 
 
-def embedding_map(bundle: Bundle, held_out: Ids | None) -> Figure:
+def embedding_map(lm: DiffusionLM, held_out: Ids | None) -> Figure:
     """Words at the first two principal components of their directions, by tag."""
-    ids, tags = _chosen(bundle, held_out)
-    table, tokens = np.asarray(bundle.ema.table)[ids], bundle.tokenizer.tokens()
+    ids, tags = _chosen(lm, held_out)
+    table, tokens = np.asarray(lm.ema.table)[ids], lm.tokenizer.tokens()
     points, share = principal(directions(table))
     title = (
         f"{len(ids)} word embeddings, two components of PCA ({share:.0%} of variance)"
@@ -245,31 +245,31 @@ class Frame(NamedTuple):
     final: list[bool]
 
 
-def frames(bundle: Bundle, *, seed: int | None = None) -> list[Frame]:
+def frames(lm: DiffusionLM, *, seed: int | None = None) -> list[Frame]:
     """FRAMES moments of one sample, from noise to text; the last is the text."""
-    trace = np.asarray(bundle.draw(1, seed=seed, trace=True).trace)[0]
+    trace = np.asarray(lm.draw(1, seed=seed, trace=True).trace)[0]
     steps = len(trace)
-    grid = samplers.schedule_timesteps(bundle.schedule, steps)
+    grid = samplers.schedule_timesteps(lm.schedule, steps)
     picked = np.unique(np.round(np.linspace(0, steps - 1, FRAMES)).astype(int))
-    return [_frame(bundle, grid.now[i], trace[i], trace[-1]) for i in picked]
+    return [_frame(lm, grid.now[i], trace[i], trace[-1]) for i in picked]
 
 
-def _frame(bundle: Bundle, t: float, ids: Array, last: Array) -> Frame:
+def _frame(lm: DiffusionLM, t: float, ids: Array, last: Array) -> Frame:
     """Words before the first END, without START and PAD, each with its own space."""
     ends = np.flatnonzero(ids == END)
     stop = int(ends[0]) if len(ends) else len(ids)
     kept = [i for i in range(stop) if ids[i] not in (START, PAD)]
-    tokens = bundle.tokenizer.tokens()
+    tokens = lm.tokenizer.tokens()
     words = [tokens[ids[i]] for i in kept]
-    if isinstance(bundle.tokenizer, WordTokenizer):
+    if isinstance(lm.tokenizer, WordTokenizer):
         words = [" " + word for word in words]
     words = [word.replace("\u2581", " ") for word in words]
     return Frame(float(t), words, [bool(ids[i] == last[i]) for i in kept])
 
 
-def film(bundle: Bundle) -> Figure:
+def trajectory_figure(lm: DiffusionLM) -> Figure:
     """The text at FRAMES moments, a paragraph each; words that stay are dark."""
-    shown = frames(bundle)
+    shown = frames(lm)
     placed = [_wrap(frame.words) for frame in shown]
     heights = [(max((row for row, _ in at), default=0) + 1.7) * LINE for at in placed]
     ends = [
@@ -328,21 +328,21 @@ class Curve(NamedTuple):
 def times(steps: int | None) -> Float[np.ndarray, " n"]:
     """Times across [0, 1]; indices 1 .. T - 1 of a table, whose index 0 is the t0 term."""
     if steps is None:
-        return np.linspace(0, 1, TIMES)
-    return np.unique(np.round(np.linspace(1, steps - 1, TIMES))) / steps
+        return np.linspace(0, 1, NUM_TIMES)
+    return np.unique(np.round(np.linspace(1, steps - 1, NUM_TIMES))) / steps
 
 
-def loss_curve(bundle: Bundle, ids: Ids, *, feed: bool = False) -> Curve:
+def loss_curve(lm: DiffusionLM, ids: Ids, *, feed: bool = False) -> Curve:
     """The diffusion term of the run's objective, the same noise at all times.
 
     feed: the first estimate is fed back (self-conditioning); else it is zero.
     """
-    config = bundle.config
+    config = lm.config
 
     @jax.jit
     def at(params, ids, t):
         k_0, k_t = jax.random.split(jax.random.key(0))
-        shape, rows = (*ids.shape, bundle.cfg.dim), ids.shape[:1]
+        shape, rows = (*ids.shape, lm.cfg.dim), ids.shape[:1]
         eps_0, eps_t = (jax.random.normal(k, shape) for k in (k_0, k_t))
         fed = jnp.full(rows, float(feed))
         draws = time_sampling.NoiseDraws(jnp.full(rows, t), eps_0, eps_t, self_cond=fed)
@@ -350,34 +350,34 @@ def loss_curve(bundle: Bundle, ids: Ids, *, feed: bool = False) -> Curve:
             params,
             ids,
             draws,
-            cfg=bundle.cfg,
-            schedule=bundle.schedule,
+            cfg=lm.cfg,
+            schedule=lm.schedule,
             objective=config["loss"]["objective"],
             mask_pad=config["loss"]["mask_pad"],
             normalize=config["embedding"]["normalize"],
         ).diffusion
 
-    t = times(bundle.schedule.steps)
-    values = np.stack([np.asarray(at(bundle.ema, ids, now)) for now in t])
+    t = times(lm.schedule.steps)
+    values = np.stack([np.asarray(at(lm.ema, ids, now)) for now in t])
     error = np.std(values, -1, ddof=1) / np.sqrt(values.shape[-1])
     return Curve(t, np.mean(values, -1), error)
 
 
-def loss_plot(bundle: Bundle, held_out: Ids | None) -> Figure | None:
+def loss_plot(lm: DiffusionLM, held_out: Ids | None) -> Figure | None:
     """The loss over t with a band of one standard error; None without data or times."""
-    if bundle.cfg.causal or held_out is None or len(held_out) < 2:
+    if lm.cfg.causal or held_out is None or len(held_out) < 2:
         return None
-    ids, objective = held_out[:ROWS], bundle.config["loss"]["objective"]
+    ids, objective = held_out[:ROWS], lm.config["loss"]["objective"]
     kinds = {"": False}
-    if bundle.cfg.self_cond:
+    if lm.cfg.self_cond:
         kinds = {"first estimate zero": False, "first estimate fed back": True}
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = _axes(figure, "t (0: text, 1: noise)", UNITS[objective])
     for (label, feed), colour in zip(kinds.items(), (BLUE, RED), strict=False):
-        t, mean, error = loss_curve(bundle, ids, feed=feed)
+        t, mean, error = loss_curve(lm, ids, feed=feed)
         axes.fill_between(t, mean - error, mean + error, color=colour, alpha=0.25, lw=0)
         axes.plot(t, mean, color=colour, marker="o", ms=3, lw=1.2, label=label)
-    if bundle.cfg.self_cond:
+    if lm.cfg.self_cond:
         axes.legend(frameon=False)
     if objective.startswith("vlb"):
         axes.set_yscale("log")

@@ -20,7 +20,7 @@ from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
 from dlm_jax.inference import loading
-from dlm_jax.inference.pipeline import Bundle
+from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import hosts
 from dlm_jax.types import PAD, START
 
@@ -31,7 +31,7 @@ class Reference(NamedTuple):
     train: frozenset[str]
     train_grams: frozenset[tuple[str, ...]]
     held_out: list[str]
-    teacher: Bundle | None
+    teacher: DiffusionLM | None
     grammatical: bool
 
 
@@ -47,20 +47,20 @@ class Row(NamedTuple):
 # --- measures: (texts, reference) -> a number
 
 
-def _teacher(reference: Reference) -> Bundle:
+def _ar_model(reference: Reference) -> DiffusionLM:
     if reference.teacher is None:
         raise UserError("needs config.evaluate.teacher, a run of objective 'ar'")
     return reference.teacher
 
 
-def _teacher_nll(texts: list[str], reference: Reference) -> float:
-    teacher = _teacher(reference)
+def _ar_nll(texts: list[str], reference: Reference) -> float:
+    teacher = _ar_model(reference)
     ids = teacher.encode(texts)
     return float(teacher.nll(ids).total().sum() / tokens(ids).sum())
 
 
 def _energy(texts: list[str], reference: Reference) -> float:
-    teacher = _teacher(reference)
+    teacher = _ar_model(reference)
     mine, real = (
         teacher.features(teacher.encode(t)) for t in (texts, reference.held_out)
     )
@@ -84,7 +84,7 @@ def _exact_nll(texts: list[str], reference: Reference) -> float:
     return -sum(map(grammar.log_prob, good)) / count
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     """worse: +1 where more is worse, -1 where less is; margin: how much is too much."""
 
     value: Callable[[list[str], Reference], float]
@@ -92,27 +92,27 @@ class Measure(NamedTuple):
     margin: float
 
 
-MEASURES: dict[str, Measure] = {
-    "accepted by the grammar": Measure(_accepted, -1, 0.5),
-    "exact nats/token, accepted": Measure(_exact_nll, +1, 0.5),
-    "teacher nats/token": Measure(_teacher_nll, +1, 0.5),
-    "energy distance": Measure(_energy, +1, 0.1),
-    "unigram entropy, nats": Measure(
+METRICS: dict[str, Metric] = {
+    "accepted by the grammar": Metric(_accepted, -1, 0.5),
+    "exact nats/token, accepted": Metric(_exact_nll, +1, 0.5),
+    "teacher nats/token": Metric(_ar_nll, +1, 0.5),
+    "energy distance": Metric(_energy, +1, 0.1),
+    "unigram entropy, nats": Metric(
         lambda t, r: text_metrics.unigram_entropy(t), -1, 0.25
     ),
-    "distinct texts": Measure(lambda t, r: len(set(t)) / len(t), -1, 0.1),
-    "distinct-1": Measure(lambda t, r: text_metrics.distinct(t, 1), -1, 0.05),
-    "distinct-4": Measure(lambda t, r: text_metrics.distinct(t, 4), -1, 0.25),
-    "repetition within a text": Measure(
+    "distinct texts": Metric(lambda t, r: len(set(t)) / len(t), -1, 0.1),
+    "distinct-1": Metric(lambda t, r: text_metrics.distinct(t, 1), -1, 0.05),
+    "distinct-4": Metric(lambda t, r: text_metrics.distinct(t, 4), -1, 0.25),
+    "repetition within a text": Metric(
         lambda t, r: text_metrics.repetition(t), +1, 0.1
     ),
-    "length distance, words": Measure(
+    "length distance, words": Metric(
         lambda t, r: text_metrics.length_distance(t, r.held_out), +1, 3.0
     ),
-    "texts copied from train": Measure(
+    "texts copied from train": Metric(
         lambda t, r: text_metrics.copied(t, r.train), +1, 0.25
     ),
-    "4-grams of train": Measure(
+    "4-grams of train": Metric(
         lambda t, r: text_metrics.copied_grams(t, r.train_grams), -1, 0.5
     ),
 }  # fmt: skip
@@ -131,7 +131,7 @@ def over_seeds(values: list[float]) -> MeanStderr:
 
 
 def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
-    measure, none = MEASURES[name], MeanStderr(math.nan, math.nan)
+    measure, none = METRICS[name], MeanStderr(math.nan, math.nan)
     try:
         mine, real = (
             over_seeds([measure.value(texts, reference) for texts in part])
@@ -147,7 +147,7 @@ def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
     return Row(mine, real, worse > max(measure.margin, 5 * noise))
 
 
-def suite(samples: list[list[str]], held_out: list[str], reference: Reference) -> dict:
+def compare(samples: list[list[str]], held_out: list[str], reference: Reference) -> dict:
     """Every measure of the samples, a list of texts a seed, against held-out text.
 
     held_out: as many other texts as all samples, taken in turn; sizes agree, since
@@ -161,24 +161,24 @@ def suite(samples: list[list[str]], held_out: list[str], reference: Reference) -
         )
     real = [held_out[i * size : (i + 1) * size] for i in range(len(samples))]
     samples = [texts[:size] for texts in samples]
-    return {name: _row(name, samples, real, reference) for name in MEASURES}
+    return {name: _row(name, samples, real, reference) for name in METRICS}
 
 
 # --- likelihood
 
 
-def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, MeanStderr]:
+def likelihood_rows(lm: DiffusionLM, texts: list[str], draws: int) -> dict[str, MeanStderr]:
     """The bound on held-out texts, per token and per position; exact for a teacher."""
-    ids = bundle.encode(texts)
-    terms, count = bundle.nll(ids, draws=draws), tokens(ids)
+    ids = lm.encode(texts)
+    terms, count = lm.nll(ids, draws=draws), tokens(ids)
     total = terms.total()
     rows = {"nats/token": likelihood.ratio_with_stderr(total, count)}
     rows["bits/token"] = MeanStderr(*(x / math.log(2) for x in rows["nats/token"]))
     rows["nats/position"] = likelihood.ratio_with_stderr(total, np.full(len(ids), ids.shape[1]))
-    if not bundle.cfg.causal:
+    if not lm.cfg.causal:
         for name, term in terms._asdict().items():
             rows[f"{name}, nats/token"] = likelihood.ratio_with_stderr(term, count)
-    if bundle.config["data"]["source"] == "grammar" and len(ids) == len(texts):
+    if lm.config["data"]["source"] == "grammar" and len(ids) == len(texts):
         exact = -np.array([grammar.log_prob(text) for text in texts])
         rows["above the language, nats/token"] = likelihood.ratio_with_stderr(total - exact, count)
     return rows
@@ -187,10 +187,10 @@ def scores(bundle: Bundle, texts: list[str], draws: int) -> dict[str, MeanStderr
 # --- the command
 
 
-def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
+def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
-    teacher = loading.load_teacher(
-        "config.evaluate.teacher", config.evaluate.teacher, bundle
+    teacher = loading.load_ar_model(
+        "config.evaluate.teacher", config.evaluate.teacher, lm
     )
     train = sources.load_texts(config.data, "train")
     held_out = sources.load_texts(config.data, "valid")
@@ -201,22 +201,22 @@ def references(bundle: Bundle, config: Any) -> tuple[Reference, list[str]]:
     return reference, held_out[:half]
 
 
-def _check(options: Any, bundle: Bundle) -> None:
+def _check(options: Any, lm: DiffusionLM) -> None:
     """What would fail only after the samples are drawn."""
     for name, least in (("seeds", 1), ("n", 2), ("draws", 1), ("nll_texts", 2)):
         if options[name] < least:
             raise UserError(
                 f"config.evaluate.{name}={options[name]}: must be {least} or more"
             )
-    if not bundle.cfg.causal:
+    if not lm.cfg.causal:
         for calls in options.calls:
-            bundle.settings(steps=calls)
+            lm.settings(steps=calls)
 
 
-def _samples(bundle: Bundle, options: Any) -> list[list[str]]:
+def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
     """A list of texts for each seed: drawn, or out of a file."""
     if not options.texts:
-        return [bundle.sample(options.n, seed=seed) for seed in range(options.seeds)]
+        return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
     path = Path(options.texts)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -232,22 +232,22 @@ def _samples(bundle: Bundle, options: Any) -> list[list[str]]:
     return [lines[i * size : (i + 1) * size] for i in range(options.seeds)]
 
 
-def frontier(bundle: Bundle, reference: Reference, options: Any) -> list[dict]:
+def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     """Quality and entropy by denoiser calls; none without a measure of quality."""
     quality = (
         "accepted by the grammar" if reference.grammatical else "teacher nats/token"
     )
-    if bundle.cfg.causal or options.texts:
+    if lm.cfg.causal or options.texts:
         return []
     if not reference.grammatical and reference.teacher is None:
         return []
     points = []
     for calls in options.calls:
-        texts = bundle.sample(options.n, seed=0, steps=calls)
+        texts = lm.sample(options.n, seed=0, steps=calls)
         points.append(
             {
                 "calls": calls,
-                "quality": MEASURES[quality].value(texts, reference),
+                "quality": METRICS[quality].value(texts, reference),
                 "entropy": text_metrics.unigram_entropy(texts),
                 "measure": quality,
             }
@@ -255,39 +255,39 @@ def frontier(bundle: Bundle, reference: Reference, options: Any) -> list[dict]:
     return points
 
 
-def run(bundle: Bundle, workdir: str) -> dict[str, Any]:
+def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     """Measures samples and likelihood; prints the table, writes evaluation.json."""
-    if "source" not in bundle.config["data"] or "evaluate" not in bundle.config:
+    if "source" not in lm.config["data"] or "evaluate" not in lm.config:
         raise UserError(f"{workdir}: does not name its data; use --mode sample")
-    config: Any = ml_collections.ConfigDict(bundle.config)
+    config: Any = ml_collections.ConfigDict(lm.config)
     options = config.evaluate
-    _check(options, bundle)
-    reference, held_out = references(bundle, config)
+    _check(options, lm)
+    reference, held_out = references(lm, config)
     if len(held_out) < 2 * options.seeds:
         raise UserError(
             f"config.data: {2 * len(held_out)} held-out texts are too few for "
             f"config.evaluate.seeds={options.seeds}; give {4 * options.seeds} or more"
         )
-    samples = _samples(bundle, options)
+    samples = _samples(lm, options)
     size = min(len(samples[0]), len(held_out) // len(samples))
-    rows = suite([texts[:size] for texts in samples], held_out, reference)
-    bounds = scores(bundle, held_out[: options.nll_texts], options.draws)
+    rows = compare([texts[:size] for texts in samples], held_out, reference)
+    bounds = likelihood_rows(lm, held_out[: options.nll_texts], options.draws)
     if reference.teacher is not None:
-        theirs = scores(reference.teacher, held_out[: options.nll_texts], 1)
+        theirs = likelihood_rows(reference.teacher, held_out[: options.nll_texts], 1)
         bounds["teacher, nats/token"] = theirs["nats/token"]
-    points = frontier(bundle, reference, options)
+    points = frontier(lm, reference, options)
     _show(rows, bounds, points, samples[0][:8])
     record = {
-        "step": bundle.step,
+        "step": lm.step,
         "samples": f"{len(samples)} x {size}",
         "measures": {name: row._asdict() for name, row in rows.items()},
         "likelihood": {name: value._asdict() for name, value in bounds.items()},
         "frontier": points,
-        "sample": bundle.config["sample"],
-        "evaluate": bundle.config["evaluate"],
+        "sample": lm.config["sample"],
+        "evaluate": lm.config["evaluate"],
         "texts": samples[0],
     }
-    if hosts.index_and_count()[0] == 0:
+    if hosts.process_index_and_count()[0] == 0:
         _write(record, Path(workdir), rows["unigram entropy, nats"].held_out.mean)
     return record
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dlm_jax.data import annotations
-from dlm_jax.data.annotations import Names
+from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import guidance
 from dlm_jax.diffusion.classifier import Classifier
@@ -20,15 +20,15 @@ from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import END, PAD, START, UNK
 
 
-class Guide(NamedTuple):
+class GuidanceClassifier(NamedTuple):
     """A trained classifier: its parameters, its network, what its labels are called."""
 
     params: Classifier
     cfg: DenoiserConfig
-    names: Names
+    names: LabelVocab
 
 
-class Wishes(NamedTuple):
+class Constraints(NamedTuple):
     """What each text shall be, as arrays of n rows; None: free.
 
     ids, known [n l]: tokens that are known. allowed [n l v]: words that a position may
@@ -40,11 +40,11 @@ class Wishes(NamedTuple):
     known: Any = None
     allowed: Any = None
     phrases: tuple[Any, ...] = ()
-    lacking: Any = None
+    excluded: Any = None
     labels: Mapping[str, Any] = {}
 
 
-class Plan(NamedTuple):
+class GuidanceConfig(NamedTuple):
     """How wishes are granted, the same for all texts: see `guidance`.
 
     lean: weight of the classifiers on the estimate; weight: of the model's own words;
@@ -66,10 +66,10 @@ class Plan(NamedTuple):
     mean: bool = False
 
 
-FREE, USUAL = Wishes(), Plan()
+UNCONSTRAINED, DEFAULT_GUIDANCE = Constraints(), GuidanceConfig()
 
 
-def word_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
+def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
     """Ids of a phrase; UserError naming a word that the model does not know."""
     ids = tok.encode(text)
     if not ids:
@@ -81,13 +81,13 @@ def word_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
     return ids
 
 
-def spaced(row: list[int]) -> np.ndarray:
+def pad_to_power_of_two(row: list[int]) -> np.ndarray:
     """A row of ids [1 k], filled up with -1 to a power of two: few compilations."""
     width = 1 << max(len(row) - 1, 0).bit_length()
     return np.array([row + [-1] * (width - len(row))], np.int32)
 
 
-def by_words(tok: Tokenizer, what: str) -> None:
+def require_word_tokens(tok: Tokenizer, what: str) -> None:
     """UserError where positions are not words."""
     if not isinstance(tok, WordTokenizer):
         raise UserError(
@@ -96,7 +96,7 @@ def by_words(tok: Tokenizer, what: str) -> None:
         )
 
 
-def stack(rows: Iterable[Wishes]) -> Wishes:
+def batch_constraints(rows: Iterable[Constraints]) -> Constraints:
     """Wishes of the same kinds as one batch; phrases are filled up to the widest."""
     rows = list(rows)
 
@@ -115,7 +115,7 @@ def stack(rows: Iterable[Wishes]) -> Wishes:
 
 
 BLANK, GAP = "___", "[...]"
-WIDEST = 10  # words of a gap, as published
+MAX_GAP_WORDS = 10  # words of a gap, as published
 
 
 class Template(NamedTuple):
@@ -134,7 +134,7 @@ class Template(NamedTuple):
         return sum(len(p) if isinstance(p, list) else 1 for p in self.parts)
 
 
-def parse(tok: Tokenizer, template: str, lacking: Any = None) -> Template:
+def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Template:
     """A template such as "The ___ is a pub [...]"; UserError if it has no blank.
 
     lacking: ids that must not occur, so that it may not hold them.
@@ -144,13 +144,13 @@ def parse(tok: Tokenizer, template: str, lacking: Any = None) -> Template:
             f"template {template!r} has no blank: write {BLANK} for a word, {GAP} for "
             "any number of words"
         )
-    by_words(tok, "template")
+    require_word_tokens(tok, "template")
     parts: list[Any] = []
     words: list[str] = []
 
     def flush() -> None:
         if words:
-            parts.append(word_ids(tok, " ".join(words), f"template {template!r}"))
+            parts.append(phrase_ids(tok, " ".join(words), f"template {template!r}"))
             words.clear()
 
     for word in template.split():
@@ -161,13 +161,13 @@ def parse(tok: Tokenizer, template: str, lacking: Any = None) -> Template:
             words.append(word)
     flush()
     held = {i for part in parts if isinstance(part, list) for i in part}
-    if lacking is not None and (clash := held & set(lacking.ravel().tolist())):
+    if excluded is not None and (clash := held & set(excluded.ravel().tolist())):
         word = tok.decode([clash.pop()])
         raise UserError(f"{word!r} is both in the template and to be lacked")
     return Template(parts)
 
 
-def filled(
+def fill_template(
     template: Template, length: int, widths: Iterable[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, known) [length] with the gaps this wide; a last one without stays open.
@@ -187,14 +187,14 @@ def filled(
     return np.array(ids + tail, np.int32), np.array(known + [rest] * size)
 
 
-def of_template(
+def template_constraints(
     template: Template,
     length: int,
     vocab: int,
     n: int,
     seed: int,
     words: int | None = None,
-) -> Wishes:
+) -> Constraints:
     """n rows of wishes, the widths of the gaps drawn for each.
 
     words: of the whole text; else a gap has 1 to WIDEST, and the last is left open.
@@ -210,12 +210,12 @@ def of_template(
                 f"the model has {length}"
             )
         drawn = template.gaps - (template.parts[-1] == GAP)
-        most = min(WIDEST, 1 + spare // max(drawn, 1))
+        most = min(MAX_GAP_WORDS, 1 + spare // max(drawn, 1))
         widths = [rng.integers(1, most + 1, drawn).tolist() for rng in numbers]
     ids, known = map(
-        np.stack, zip(*(filled(template, length, w) for w in widths), strict=True)
+        np.stack, zip(*(fill_template(template, length, w) for w in widths), strict=True)
     )
-    return Wishes(ids, known, open_words(ids, known, vocab))
+    return Constraints(ids, known, allowed_tokens(ids, known, vocab))
 
 
 def _parted(template: Template, words: int, rng: Any) -> list[int]:
@@ -231,7 +231,7 @@ def _parted(template: Template, words: int, rng: Any) -> list[int]:
     return np.diff([-1, *bars, places]).tolist()
 
 
-def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
+def allowed_tokens(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
     """Words allowed [n l v]: the known ones, and no special in an open position.
 
     In an open gap, whose ids are END, the text may end: after one word at the least.
@@ -245,13 +245,13 @@ def open_words(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
     return np.where(known[..., None], ids[..., None] == np.arange(vocab), allowed)
 
 
-WISHES = ("length", "contains", "lacks", "semantic", "label", "pos", "tree", "span")
-PLACED = {"length", "pos", "tree", "span"}  # of words counted from the text's start
+CONSTRAINTS = ("length", "contains", "lacks", "semantic", "label", "pos", "tree", "span")
+POSITIONAL = {"length", "pos", "tree", "span"}  # of words counted from the text's start
 
 
-def wish(
-    tok: Tokenizer, positions: int, guides: Mapping[str, Guide], **asked: Any
-) -> Wishes:
+def parse_constraints(
+    tok: Tokenizer, positions: int, classifiers: Mapping[str, GuidanceClassifier], **asked: Any
+) -> Constraints:
     """One row of wishes; names and values:
 
     length: words of the text. contains: a phrase, or several. lacks: words. semantic:
@@ -263,32 +263,32 @@ def wish(
     if {"tree", "span"} <= asked.keys():
         raise UserError("span: a tree says all constituents; ask one of the two")
     words = asked.pop("length", None)
-    phrases = _several(asked.pop("contains", []))
-    lacks = _several(asked.pop("lacks", []))
-    if "semantic" in asked and "semantic" not in guides:
+    phrases = _as_list(asked.pop("contains", []))
+    lacks = _as_list(asked.pop("lacks", []))
+    if "semantic" in asked and "semantic" not in classifiers:
         phrases += _fields(asked.pop("semantic")).values()
     by_task = {}
     for name, value in asked.items():
-        guide = _guide(name, guides)
-        by_task[guide.names.task] = annotations.ASKED[name](value, guide.names)[None]
-    found = [word_ids(tok, phrase, "contains") for phrase in phrases]
-    lacking = [i for word in lacks for i in word_ids(tok, word, "lacks")]
-    _check(tok, positions, words, found, lacking, asked)
+        guide = _classifier_for(name, classifiers)
+        by_task[guide.names.task] = annotations.TARGET_ENCODERS[name](value, guide.names)[None]
+    found = [phrase_ids(tok, phrase, "contains") for phrase in phrases]
+    excluded = [i for word in lacks for i in phrase_ids(tok, word, "lacks")]
+    _check(tok, positions, words, found, excluded, asked)
     ids = known = allowed = None
     if words is not None:
         ids, known = map(np.asarray, guidance.length_template(np.array([words]), positions))
-        allowed = open_words(ids, known, tok.vocab_size)
-    return Wishes(
+        allowed = allowed_tokens(ids, known, tok.vocab_size)
+    return Constraints(
         ids,
         known,
         allowed,
-        tuple(map(spaced, found)),
-        spaced(lacking) if lacking else None,
+        tuple(map(pad_to_power_of_two, found)),
+        pad_to_power_of_two(excluded) if excluded else None,
         by_task,
     )
 
 
-def words_of(asked: Mapping[str, Any]) -> int | None:
+def num_words(asked: Mapping[str, Any]) -> int | None:
     """How many words are wished, by number, by their tags or by the tree."""
     return next(iter(_sizes(asked).values()), None)
 
@@ -303,14 +303,14 @@ def _sizes(asked: Mapping[str, Any]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size}
 
 
-def _guide(name: str, guides: Mapping[str, Guide]) -> Guide:
+def _classifier_for(name: str, classifiers: Mapping[str, GuidanceClassifier]) -> GuidanceClassifier:
     task = "tree" if name == "span" else name
-    if task not in guides:
+    if task not in classifiers:
         raise UserError(
             f"{name}: needs a classifier, bundle.with_classifier(WORKDIR), trained by "
             f"--mode train_classifier --config configs/classifier.py:{task}"
         )
-    return guides[task]
+    return classifiers[task]
 
 
 def _check(
@@ -318,13 +318,13 @@ def _check(
     positions: int,
     words: Any,
     phrases: list[list[int]],
-    lacking: list[int],
+    excluded: list[int],
     asked: dict,
 ) -> None:
     """UserError where no text can grant all wishes."""
     most = positions - 2
     if words is not None:
-        by_words(tok, "length")
+        require_word_tokens(tok, "length")
         if not isinstance(words, int | np.integer) or not 1 <= words <= most:
             raise UserError(f"length={words}: must be from 1 to {most} words")
     said = _sizes(asked | {"length": words})
@@ -340,10 +340,10 @@ def _check(
         raise UserError(f"phrases of {others} different words, and room for {room}")
     if "span" in asked and asked["span"][1] >= room:
         raise UserError(f"span={asked['span']}: its last word is beyond the {room}")
-    values = _several(_fields(asked.get("semantic", {})).values())
+    values = _as_list(_fields(asked.get("semantic", {})).values())
     inside = {i for phrase in phrases for i in phrase}
     inside |= {i for value in values for i in tok.encode(value)}
-    if clash := set(lacking) & inside:
+    if clash := set(excluded) & inside:
         raise UserError(
             f"{tok.decode([clash.pop()])!r} is both wished and to be lacked"
         )
@@ -355,5 +355,5 @@ def _fields(value: Any) -> dict[str, str]:
     return value
 
 
-def _several(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)

@@ -16,13 +16,13 @@ from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
 from dlm_jax.inference import published
-from dlm_jax.inference.pipeline import Bundle, adapted_schedule
+from dlm_jax.inference.pipeline import DiffusionLM, schedule_from_state
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint, sharding
 from dlm_jax.types import PyTree
 
 
-def load(workdir: str | Path, step: int | None = None) -> Bundle:
+def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     """A run's newest checkpoint (or `step`), or a published checkpoint folder.
 
     Raises UserError, one line, where there is none or it is damaged.
@@ -30,12 +30,12 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     if published.is_reference(workdir):
         cfg, params, tok, _ = published.load_reference(workdir)
         return from_parts(cfg, params, tok, published.reference_config(workdir))
-    step = checkpoint.latest(workdir, step)
+    step = checkpoint.latest_step(workdir, step)
     config, words = checkpoint.read_json(workdir, step)
     if "names" in words:
         raise UserError(f"{workdir} is a classifier: give it to bundle.with_classifier")
     tok = tokenizer.from_dict(words)
-    cfg, noise, like = blueprint(config, tok.vocab_size)
+    cfg, noise, like = model_shapes(config, tok.vocab_size)
     parts = {"params": like, "ema": like}
     if config["schedule"].get("adaptive"):
         parts["noise"] = jax.eval_shape(lambda: adaptive.init(noise))
@@ -43,27 +43,27 @@ def load(workdir: str | Path, step: int | None = None) -> Bundle:
     return from_parts(cfg, found.pop("params"), tok, config, step=step, **found)
 
 
-SHARED = 0.9  # share of the words that a teacher and a run have in common
+MIN_SHARED_VOCAB = 0.9  # share of the words that a teacher and a run have in common
 
 
-def load_teacher(name: str, workdir: str, bundle: Bundle) -> Bundle | None:
+def load_ar_model(name: str, workdir: str, lm: DiffusionLM) -> DiffusionLM | None:
     """The teacher of that option, if it knows the very words and lengths of the run."""
     if not workdir:
         return None
     teacher, flag = load(workdir), f"{name}={workdir}"
     if not teacher.cfg.causal:
         raise UserError(f"{flag}: not of objective 'ar'")
-    mine, its = (set(b.tokenizer.tokens()) for b in (bundle, teacher))
-    if len(mine & its) < SHARED * len(mine | its) or teacher.length < bundle.length:
+    mine, its = (set(b.tokenizer.tokens()) for b in (lm, teacher))
+    if len(mine & its) < MIN_SHARED_VOCAB * len(mine | its) or teacher.length < lm.length:
         raise UserError(
             f"{flag}: trained on other text, or shorter ({len(mine & its)} of "
             f"{len(mine | its)} words shared, length {teacher.length} for "
-            f"{bundle.length}); train one on this run's data"
+            f"{lm.length}); train one on this run's data"
         )
     return teacher
 
 
-def blueprint(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
+def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
     """(network, schedule, shapes of Params) that a resolved config describes."""
     try:
         cfg = DenoiserConfig(**config["model"])
@@ -90,7 +90,7 @@ def from_parts(
     ema: Params | None = None,
     noise: Any = (),
     step: int = 0,
-) -> Bundle:
+) -> DiffusionLM:
     """A bundle from its parts; ema defaults to params; noise: what the schedule knows."""
     if tok.vocab_size != params.table.shape[0]:
         raise UserError(
@@ -99,6 +99,6 @@ def from_parts(
         )
     found = schedule.make_schedule(**config["schedule"])
     if noise:
-        found = jax.device_get(adapted_schedule(config, noise))
+        found = jax.device_get(schedule_from_state(config, noise))
     ema = params if ema is None else ema
-    return Bundle(params, ema, cfg, found, tok, config, step, noise)
+    return DiffusionLM(params, ema, cfg, found, tok, config, step, noise)

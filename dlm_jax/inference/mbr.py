@@ -56,7 +56,7 @@ def utilities(
     return np.array([means[texts.index(text)] for text in candidates])
 
 
-def choose(
+def select(
     candidates: Sequence[str],
     *,
     utility: str | Utility = "bleu",

@@ -31,7 +31,7 @@ from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError, choose
 from dlm_jax.inference import conditioning, constraints
-from dlm_jax.inference.constraints import FREE, USUAL, Guide, Plan, Wishes
+from dlm_jax.inference.constraints import UNCONSTRAINED, DEFAULT_GUIDANCE, GuidanceClassifier, GuidanceConfig, Constraints
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import sharding
 from dlm_jax.types import Ids, Latent, PyTree
@@ -49,7 +49,7 @@ class Samples(NamedTuple):
     trace: np.ndarray | None
 
 
-class Settings(NamedTuple):
+class SamplingConfig(NamedTuple):
     """How to sample; one compilation for each value and batch."""
 
     steps: int
@@ -86,7 +86,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Bundle:
+class DiffusionLM:
     """A trained model with all it needs: params as trained, ema for sampling."""
 
     params: Params
@@ -96,15 +96,15 @@ class Bundle:
     tokenizer: tokenizer.Tokenizer
     config: dict
     step: int
-    noise: PyTree = ()  # of an adaptive schedule: what it knows
-    guides: Mapping[str, Guide] = dataclasses.field(default_factory=dict, repr=False)
+    schedule_state: PyTree = ()  # of an adaptive schedule: what it knows
+    classifiers: Mapping[str, GuidanceClassifier] = dataclasses.field(default_factory=dict, repr=False)
     compiled: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    def with_classifier(self, *workdirs: str | Path) -> "Bundle":
+    def with_classifier(self, *workdirs: str | Path) -> "DiffusionLM":
         """This bundle, and classifiers to steer it: runs of --mode train_classifier."""
-        found = [conditioning.load(path, self.ema.table) for path in workdirs]
-        guides = dict(self.guides) | {guide.names.task: guide for guide in found}
-        return dataclasses.replace(self, guides=guides, compiled={})
+        found = [conditioning.load_classifier(path, self.ema.table) for path in workdirs]
+        classifiers = dict(self.classifiers) | {guide.names.task: guide for guide in found}
+        return dataclasses.replace(self, classifiers=classifiers, compiled={})
 
     @property
     def length(self) -> int:
@@ -112,15 +112,15 @@ class Bundle:
         return self.config["data"]["length"]
 
     @property
-    def given(self) -> bool:
+    def supports_conditioning(self) -> bool:
         """Whether the model learned to be given tokens: config.loss.known."""
         return "known" in self.config["loss"] and self.config["loss"]["known"] > 0
 
     def sample(self, n: int, **settings: Any) -> list[str]:
         """n texts without specials; `draw` lists the settings."""
-        return self.draw(n, **settings).texts
+        return self.generate(n, **settings).texts
 
-    def draw(
+    def generate(
         self,
         n: int,
         *,
@@ -137,8 +137,8 @@ class Bundle:
         rounding: str | None = None,
         trace: bool = False,
         batch: int | None = None,
-        wishes: Wishes = FREE,
-        plan: Plan = USUAL,
+        wishes: Constraints = UNCONSTRAINED,
+        plan: GuidanceConfig = DEFAULT_GUIDANCE,
     ) -> Samples:
         """n samples as texts, ids and latents; None means the run's config.
 
@@ -146,7 +146,7 @@ class Bundle:
         calls. churn, temperature, asymmetry: see `samplers`. clamp: True, False or the
         time below which x0_hat is snapped to words. wishes, plan: see `constraints`.
         """
-        settings = self.settings(
+        settings = self.sampling_config(
             trace=trace,
             steps=steps,
             solver=solver,
@@ -159,28 +159,28 @@ class Bundle:
             clamp=clamp,
             rounding=rounding,
         )
-        _positive("n", n)
+        _require_positive("n", n)
         if self.cfg.causal and jax.tree.leaves(wishes):
             raise UserError("a teacher writes from left to right: it grants no wishes")
         choose("plan.rule", guidance.UPDATE_RULES, plan.rule)
-        if plan.scale != 1 and not self.given:
+        if plan.scale != 1 and not self.supports_conditioning:
             raise UserError(
                 f"plan.scale={plan.scale}: this model did not learn to be given tokens; "
                 "train one with config.loss.known over 0"
             )
         key = jax.random.key(self._default("seed", seed))
-        size = min(_positive("batch", self._default("batch", batch)), _power(n))
+        size = min(_require_positive("batch", self._default("batch", batch)), _next_power_of_two(n))
         parts = []
         for first in range(0, n, size):
             index = first + np.arange(size)
             rows = jax.tree.map(
                 lambda x, i=index: np.asarray(x)[np.minimum(i, n - 1)], wishes
             )
-            heads = {task: self.guides[task].params for task in wishes.labels}
+            heads = {task: self.classifiers[task].params for task in wishes.labels}
             run = self._run(settings, size, plan)
-            index, rows = sharding.spread((index, rows))
-            done = run(key, self.ema, self.noise, index, rows, heads)
-            parts.append(sharding.fetch(done))
+            index, rows = sharding.shard_rows((index, rows))
+            done = run(key, self.ema, self.schedule_state, index, rows, heads)
+            parts.append(sharding.gather_to_host(done))
         latents, ids = (np.concatenate([p[i] for p in parts])[:n] for i in (0, 1))
         traces = np.concatenate([p[2] for p in parts])[:n] if trace else None
         texts = [self.tokenizer.decode(row) for row in ids]
@@ -200,7 +200,7 @@ class Bundle:
         n: int = 5,
         *,
         template: str | None = None,
-        plan: Plan = USUAL,
+        plan: GuidanceConfig = DEFAULT_GUIDANCE,
         **options: Any,
     ) -> list[str]:
         """n texts that are as `constraints.wish` and the template have it.
@@ -208,33 +208,33 @@ class Bundle:
         bundle.control(semantic={"food": "Italian"}, length=12). options: the wishes,
         and settings of `draw`.
         """
-        _positive("n", n)
+        _require_positive("n", n)
         tok = self.tokenizer
         asked = {
-            name: options.pop(name) for name in constraints.WISHES if name in options
+            name: options.pop(name) for name in constraints.CONSTRAINTS if name in options
         }
-        placed = template is not None or asked.keys() & constraints.PLACED
+        placed = template is not None or asked.keys() & constraints.POSITIONAL
         if placed and self.config["data"].get("mode") == "block":
             raise UserError(
                 "this model was trained on texts packed end to end (data.mode=block): "
                 "places of words and lengths say nothing to it"
             )
-        row = constraints.wish(tok, self.length, self.guides, **asked)
+        row = constraints.parse_constraints(tok, self.length, self.classifiers, **asked)
         wishes = jax.tree.map(lambda x: np.repeat(x, n, 0), row)
         if template is not None:
             seed = self._default("seed", options.get("seed"))
-            rows = constraints.of_template(
-                constraints.parse(tok, template, row.lacking),
+            rows = constraints.template_constraints(
+                constraints.parse_template(tok, template, row.excluded),
                 self.length,
                 tok.vocab_size,
                 n,
                 abs(seed),
-                constraints.words_of(asked),
+                constraints.num_words(asked),
             )
             wishes = wishes._replace(
                 ids=rows.ids, known=rows.known, allowed=rows.allowed
             )
-        return self.draw(n, wishes=wishes, plan=plan, **options).texts
+        return self.generate(n, wishes=wishes, plan=plan, **options).texts
 
     def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
         """The bound on -log p of each row of ids [n l], nats, in three named terms [n].
@@ -246,9 +246,9 @@ class Bundle:
             self.compiled["nll", draws] = jax.jit(self._nll(draws))
         run, parts = self.compiled["nll", draws], []
         for i, (rows, mask) in enumerate(batching.batches(np.asarray(ids), size)):
-            terms = run(jax.random.fold_in(key, i), self.ema, sharding.spread(rows))
+            terms = run(jax.random.fold_in(key, i), self.ema, sharding.shard_rows(rows))
             parts.append(
-                jax.tree.map(lambda x, m=mask: x[m > 0], sharding.fetch(terms))
+                jax.tree.map(lambda x, m=mask: x[m > 0], sharding.gather_to_host(terms))
             )
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
@@ -275,8 +275,8 @@ class Bundle:
             )
         parts, run = [], self.compiled["features"]
         for rows, mask in batching.batches(np.asarray(ids), min(len(ids), 256)):
-            found = run(self.ema, sharding.spread(rows))
-            parts.append(sharding.fetch(found)[mask > 0])
+            found = run(self.ema, sharding.shard_rows(rows))
+            parts.append(sharding.gather_to_host(found)[mask > 0])
         return np.concatenate(parts)
 
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -287,9 +287,9 @@ class Bundle:
         layout = {"length": self.length, "mode": self.config["data"]["mode"]}
         return encoding.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
-    def film(self, n: int, **settings: Any) -> list[list[str]]:
+    def denoising_trajectory(self, n: int, **settings: Any) -> list[list[str]]:
         """For each of n samples, the text that x0_hat rounds to after every step."""
-        trace = self.draw(n, **settings, trace=True).trace
+        trace = self.generate(n, **settings, trace=True).trace
         assert trace is not None
         return [[self.tokenizer.decode(row) for row in rows] for rows in trace]
 
@@ -298,9 +298,9 @@ class Bundle:
             raise UserError(f"{name}: the saved config does not set it; pass it")
         return self.config["sample"][name] if value is None else value
 
-    def settings(self, *, trace: bool = False, **given: Any) -> Settings:
+    def sampling_config(self, *, trace: bool = False, **given: Any) -> SamplingConfig:
         """The run's settings, but those given; UserError for one that cannot be."""
-        names = [name for name in Settings._fields if name != "trace"]
+        names = [name for name in SamplingConfig._fields if name != "trace"]
         values = {name: self._default(name, given.get(name)) for name in names}
         choose("solver", samplers.SOLVERS, values["solver"])
         choose("rounding", ROUNDINGS, values["rounding"])
@@ -319,21 +319,21 @@ class Bundle:
         if values["temperature"] <= 0:
             raise UserError(f"temperature={values['temperature']}: must be over 0")
         most = self.schedule.steps
-        _positive("steps", values["steps"])
+        _require_positive("steps", values["steps"])
         if most is not None and values["steps"] > most:
             raise UserError(f"steps={values['steps']}: this model has {most} at most")
         if isinstance(values["clamp"], bool):
             values["clamp"] = 1.0 if values["clamp"] else -1.0
-        return Settings(**values, trace=trace)
+        return SamplingConfig(**values, trace=trace)
 
-    def _run(self, settings: Settings, size: int, plan: Plan) -> Callable:
+    def _run(self, settings: SamplingConfig, size: int, plan: GuidanceConfig) -> Callable:
         """The compiled chain of a batch size, made once."""
         name = (settings, size, plan)
         if name not in self.compiled:
             self.compiled[name] = jax.jit(self._chain(settings, plan))
         return self.compiled[name]
 
-    def _chain(self, s: Settings, plan: Plan) -> Callable:
+    def _chain(self, s: SamplingConfig, plan: GuidanceConfig) -> Callable:
         if self.cfg.causal:
             return self._teacher(s)
 
@@ -342,27 +342,27 @@ class Bundle:
             params: Params,
             noise: PyTree,
             index: jax.Array,
-            wishes: Wishes,
+            wishes: Constraints,
             heads: dict[str, Any],
         ):
-            guides = {t: self.guides[t]._replace(params=p) for t, p in heads.items()}
-            schedule = adapted_schedule(self.config, noise) if noise else self.schedule
+            classifiers = {t: self.classifiers[t]._replace(params=p) for t, p in heads.items()}
+            schedule = schedule_from_state(self.config, noise) if noise else self.schedule
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
             k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-            denoise = conditioning.denoiser(
-                params, self.cfg, schedule, wishes, guides, plan, given=self.given
+            denoise = conditioning.constrain_denoiser(
+                params, self.cfg, schedule, wishes, classifiers, plan, given=self.supports_conditioning
             )
             if s.clamp >= 0:
                 options = {"below": s.clamp, "allowed": wishes.allowed}
                 denoise = guidance.clamp(denoise, params.table, **options)
             step = _step(s, denoise, schedule)
-            step = conditioning.step(step, params.table, schedule, wishes, guides, plan)
+            step = conditioning.constrain_step(step, params.table, schedule, wishes, classifiers, plan)
             if s.churn:
                 step = samplers.churn(step, schedule, rate=s.churn)
 
             def to_ids(x):
                 ids = ROUNDINGS[s.rounding](params, x, wishes.allowed)
-                return conditioning.written(ids, wishes)
+                return conditioning.apply_known(ids, wishes)
 
             x_T = samplers.standard_normal(k_start, (self.length, self.cfg.dim))
             film = (lambda state: to_ids(state.x0_hat)) if s.trace else None
@@ -374,7 +374,7 @@ class Bundle:
 
         return chain
 
-    def _teacher(self, s: Settings) -> Callable:
+    def _teacher(self, s: SamplingConfig) -> Callable:
         """One token after the other: a teacher knows no steps, solver or trace."""
         if s.trace:
             raise UserError("trace: a teacher has none, as it does not denoise")
@@ -387,7 +387,7 @@ class Bundle:
         return chain
 
 
-def _step(s: Settings, denoise: model.Denoise, schedule: Schedule) -> samplers.Step:
+def _step(s: SamplingConfig, denoise: model.Denoise, schedule: Schedule) -> samplers.Step:
     options = {n: getattr(s, n) for n in ("eta", "sigma", "top_p")}
     options = {n: v for n, v in options.items() if n in OPTIONS[s.solver]}
 
@@ -399,17 +399,17 @@ def _step(s: Settings, denoise: model.Denoise, schedule: Schedule) -> samplers.S
     return samplers.temperature(solver, denoise, schedule, tau=s.temperature)
 
 
-def adapted_schedule(config: dict, noise: PyTree) -> Schedule:
+def schedule_from_state(config: dict, noise: PyTree) -> Schedule:
     """The adaptive schedule that follows from what it knows."""
     return adaptive.ADAPTIVE_SCHEDULES[config["schedule"]["adaptive"]](noise)
 
 
-def _positive(name: str, value: int) -> int:
+def _require_positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{name}={value}: must be 1 or more")
     return value
 
 
-def _power(n: int) -> int:
+def _next_power_of_two(n: int) -> int:
     """The power of two at or above n: few batch sizes, few compilations."""
     return 1 << (n - 1).bit_length()

@@ -27,7 +27,7 @@ from dlm_jax.errors import UserError
 from dlm_jax.types import PyTree
 
 
-class Damaged(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint that cannot be read; path: its folder."""
 
     def __init__(self, path: Path, reason: str):
@@ -38,11 +38,11 @@ class Damaged(UserError):
         self.path = path
 
 
-Where = str | os.PathLike  # a run's directory; also gs://...
+PathLike = str | os.PathLike  # a run's directory; also gs://...
 FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
 SUMMED = {"sums of": 2}  # what `sums` holds: `_positioned`'s; without this, CRC-32s
 # a run may be resumed with these changed: they do not touch the training itself
-FREE = {
+RESUMABLE_CHANGES = {
     f"train.{name}"
     for name in (
         "ckpt_steps",
@@ -56,17 +56,17 @@ FREE = {
 } | {"sample", "evaluate", "control", "parallel", "model.remat"}
 
 
-def place(workdir: Where) -> Any:
+def resolve_workdir(workdir: PathLike) -> Any:
     """A run's directory, absolute as Orbax needs it, or in a bucket (gs://...)."""
     if "://" in str(workdir):
         return epath.Path(workdir)
     return Path(os.path.abspath(workdir))
 
 
-def reach(workdir: Where) -> None:
+def check_reachable(workdir: PathLike) -> None:
     """UserError where a bucket cannot be asked."""
     try:
-        place(workdir).exists()
+        resolve_workdir(workdir).exists()
     except Exception as error:  # a library is missing, a right, the bucket
         raise UserError(
             f"--workdir {workdir}: cannot be reached ({_reason(error)}); buckets need "
@@ -74,12 +74,12 @@ def reach(workdir: Where) -> None:
         ) from error
 
 
-def folder(workdir: Where) -> Any:
+def folder(workdir: PathLike) -> Any:
     """Where a run's checkpoints lie."""
-    return place(workdir) / FOLDER
+    return resolve_workdir(workdir) / FOLDER
 
 
-def manager(workdir: Where, *, keep: int) -> ocp.CheckpointManager:
+def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
     """The writer of a run: it keeps the newest `keep` steps."""
     _quiet()
     options = ocp.CheckpointManagerOptions(
@@ -121,7 +121,7 @@ def save(
         )
 
 
-def finish(writer: ocp.CheckpointManager) -> None:
+def wait(writer: ocp.CheckpointManager) -> None:
     """Waits until what was last saved is complete."""
     with _saving(writer, "last"):
         writer.wait_until_finished()
@@ -133,7 +133,7 @@ def _saving(writer: ocp.CheckpointManager, step: int | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and its storage raise many kinds
-        there = steps(writer.directory.parent)
+        there = all_steps(writer.directory.parent)
         raise UserError(
             f"{writer.directory}: step {step} cannot be saved ({_reason(error)}); the last "
             f"complete checkpoint is {there[-1] if there else 'none'}: make room or mend "
@@ -158,7 +158,7 @@ def check_saves(writer: ocp.CheckpointManager) -> None:
         writer.check_for_errors()
 
 
-def steps(workdir: Where) -> list[int]:
+def all_steps(workdir: PathLike) -> list[int]:
     """The complete checkpoints of a run, oldest first.
 
     In a bucket, where nothing can be renamed, Orbax's COMMITTED says which are.
@@ -172,9 +172,9 @@ def steps(workdir: Where) -> list[int]:
     return sorted(int(p.name) for p in found)
 
 
-def latest(workdir: Where, step: int | None = None) -> int:
+def latest_step(workdir: PathLike, step: int | None = None) -> int:
     """The newest complete step, or `step` if it exists; UserError otherwise."""
-    there = steps(workdir)
+    there = all_steps(workdir)
     if not there:
         raise UserError(
             f"{folder(workdir)}: no checkpoint; train first with this workdir"
@@ -184,12 +184,12 @@ def latest(workdir: Where, step: int | None = None) -> int:
     return there[-1] if step is None else step
 
 
-def restore(workdir: Where, step: int, like: PyTree) -> PyTree:
+def restore(workdir: PathLike, step: int, like: PyTree) -> PyTree:
     """The state saved at `step`; like: its shapes and shardings."""
     return _state(workdir, step, ocp.args.StandardRestore(like))
 
 
-def restore_part(workdir: Where, step: int, like: dict[str, PyTree]) -> PyTree:
+def restore_part(workdir: PathLike, step: int, like: dict[str, PyTree]) -> PyTree:
     """Some fields of the state, such as {"ema": ...}: enough to sample."""
     args = ocp.args.PyTreeRestore(
         like,
@@ -199,7 +199,7 @@ def restore_part(workdir: Where, step: int, like: dict[str, PyTree]) -> PyTree:
     return _state(workdir, step, args)
 
 
-def _state(workdir: Where, step: int, args: Any) -> PyTree:
+def _state(workdir: PathLike, step: int, args: Any) -> PyTree:
     found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
     if not isinstance(found.sums, dict):
         raise _damaged(workdir, step, "its checksums are no object")
@@ -208,7 +208,7 @@ def _state(workdir: Where, step: int, args: Any) -> PyTree:
     return found.state
 
 
-def read_json(workdir: Where, step: int) -> tuple[dict, dict]:
+def read_json(workdir: PathLike, step: int) -> tuple[dict, dict]:
     """(resolved config, tokenizer record) of a checkpoint."""
     json_args = ocp.args.JsonRestore()
     parts = dict.fromkeys(("config", "tokenizer", "sums"), json_args)
@@ -260,23 +260,23 @@ def _json_sums(config: dict, tokenizer: dict) -> dict[str, int]:
     return {name: zlib.crc32(value.encode()) for name, value in text.items()}
 
 
-def _compare(workdir: Where, step: int, sums: dict, saved: dict) -> None:
+def _compare(workdir: PathLike, step: int, sums: dict, saved: dict) -> None:
     for name, value in sums.items():
         if saved.get(name) != value:
             raise _damaged(workdir, step, f"{name} has another checksum")
 
 
-def _damaged(workdir: Where, step: int, reason: str) -> Damaged:
-    return Damaged(folder(workdir) / str(step), reason)
+def _damaged(workdir: PathLike, step: int, reason: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(folder(workdir) / str(step), reason)
 
 
-def set_aside(damaged: Damaged, workdir: Where) -> Path:
+def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
     """Moves a damaged checkpoint of this run away, so that the one before is newest.
 
     Raises the error itself where that is another run's or there is no other step.
     """
-    step, path = damaged.path.name, place(workdir) / "damaged" / damaged.path.name
-    if damaged.path.parent != folder(workdir) or steps(workdir)[1:] == []:
+    step, path = damaged.path.name, resolve_workdir(workdir) / "damaged" / damaged.path.name
+    if damaged.path.parent != folder(workdir) or all_steps(workdir)[1:] == []:
         raise damaged
     while path.exists():
         path = path.with_name(f"{path.name}_")
@@ -285,7 +285,7 @@ def set_aside(damaged: Damaged, workdir: Where) -> Path:
     return path
 
 
-def _read(workdir: Where, step: int, **parts: Any) -> Any:
+def _read(workdir: PathLike, step: int, **parts: Any) -> Any:
     """One read-only restore; whatever is wrong with the files is one line."""
     _quiet()
     _within(workdir, step)
@@ -298,7 +298,7 @@ def _read(workdir: Where, step: int, **parts: Any) -> Any:
         raise _damaged(workdir, step, _reason(error)) from error
 
 
-def _within(workdir: Where, step: int) -> None:
+def _within(workdir: PathLike, step: int) -> None:
     """Refuses a checkpoint with links, which may lead out of its folder."""
     path = folder(workdir) / str(step)
     inside = path.rglob("*") if isinstance(path, Path) else ()
@@ -307,7 +307,7 @@ def _within(workdir: Where, step: int) -> None:
             raise _damaged(workdir, step, f"{found.name} is a link")
 
 
-def crc(tree: PyTree) -> int:
+def checksum(tree: PyTree) -> int:
     """One checksum of all the arrays of a tree, in their order."""
     total = 0
     for leaf in jax.tree.leaves(tree):
@@ -315,25 +315,25 @@ def crc(tree: PyTree) -> int:
     return total
 
 
-def claim(workdir: Where, config: dict) -> None:
+def write_run_config(workdir: PathLike, config: dict) -> None:
     """Makes the run directory this config's: <workdir>/config.json is its identity."""
     try:
-        place(workdir).mkdir(parents=True, exist_ok=True)
-        write_json(place(workdir) / "config.json", config)
+        resolve_workdir(workdir).mkdir(parents=True, exist_ok=True)
+        write_json(resolve_workdir(workdir) / "config.json", config)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: cannot write ({error.strerror}); choose another"
         ) from error
 
 
-def check(workdir: Where, config: dict) -> None:
+def check_config_matches(workdir: PathLike, config: dict) -> None:
     """UserError where the run directory is another config's, with the difference.
 
     Intervals may change, sampling settings too, and train.total_steps may grow where
     the learning rate is constant.
     """
-    path = place(workdir) / "config.json"
-    if not steps(workdir):
+    path = resolve_workdir(workdir) / "config.json"
+    if not all_steps(workdir):
         return  # nothing is saved yet, so nothing can be lost
     try:
         there = json.loads(path.read_text())
@@ -379,7 +379,7 @@ def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
         section = name.partition(".")[0]
         if section not in old or (name not in a and not b[name]):
             continue
-        if a.get(name) == b.get(name) or name in FREE or section in FREE:
+        if a.get(name) == b.get(name) or name in RESUMABLE_CHANGES or section in RESUMABLE_CHANGES:
             continue
         grows = name == "train.total_steps" and b.get("optim.decay") == "constant"
         if grows and b[name] >= a[name]:

@@ -29,7 +29,7 @@ MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # what a host tells; seconds between qu
 ENDING = threading.RLock()  # one line is a process's last
 
 
-def start(coordinator: str, processes: int, process: int) -> None:
+def initialize(coordinator: str, processes: int, process: int) -> None:
     """Joins the other hosts, before any device is touched; a no-op for one alone.
 
     Without a coordinator the cluster says who they are: Slurm, Open MPI or Cloud TPU.
@@ -87,54 +87,54 @@ def _is_here(family: int, address: Any) -> bool:
     return False
 
 
-def _store() -> Any:
+def _key_value_store() -> Any:
     """What hosts know together; JAX has no public name for it."""
     return distributed.global_state.client
 
 
-def _joined() -> tuple[int, int]:
+def _process_index_and_count() -> tuple[int, int]:
     """`hosts()`, but starts no backend: errors may be that none can be started."""
     return distributed.global_state.process_id, distributed.global_state.num_processes
 
 
-def fail(line: str) -> NoReturn:
+def fail_all_hosts(line: str) -> NoReturn:
     """Ends all hosts, status 2: to start the others again would be no help."""
     if jax.distributed.is_initialized():
         text = line.encode("utf-8", "replace").decode()
         with contextlib.suppress(Exception):  # another was first, or all are gone
-            _store().key_value_set(MISTAKE, f"process {_joined()[0]}: {text}")
+            _key_value_store().key_value_set(MISTAKE, f"process {_process_index_and_count()[0]}: {text}")
         _linger()
-    leave(2)
+    exit_process(2)
 
 
 def _linger() -> None:
     """The first host ends last: it keeps what they know."""
-    time.sleep(0 if _joined()[0] else 2 * EVERY)
+    time.sleep(0 if _process_index_and_count()[0] else 2 * EVERY)
 
 
-def hear() -> None:
+def poll_remote_error() -> None:
     """Ends this host, status 2, if another has told what their user must mend."""
     try:
-        line = _store().key_value_try_get(MISTAKE)
+        line = _key_value_store().key_value_try_get(MISTAKE)
     except Exception as error:
         if "NOT_FOUND" in str(error):
             return
         raise
-    if line.startswith(f"process {_joined()[0]}:"):
+    if line.startswith(f"process {_process_index_and_count()[0]}:"):
         return
     with ENDING:
         try:
             print(f"error: {line}", file=sys.__stderr__)  # sys.stderr may be set aside
             _linger()
         finally:
-            leave(2)
+            exit_process(2)
 
 
 def _listen() -> None:
-    while _store() is not None:
+    while _key_value_store() is not None:
         time.sleep(EVERY)
         with contextlib.suppress(Exception):
-            hear()
+            poll_remote_error()
 
 
 def in_cluster(env: Any) -> bool:
@@ -146,7 +146,7 @@ def in_cluster(env: Any) -> bool:
     return bool(chips and importlib.util.find_spec("libtpu"))
 
 
-def index_and_count() -> tuple[int, int]:
+def process_index_and_count() -> tuple[int, int]:
     """(this host's number, number of hosts)."""
     return jax.process_index(), jax.process_count()
 
@@ -160,13 +160,13 @@ def describe() -> str:
     )
 
 
-def lost(error: BaseException | None) -> str:
+def host_loss_reason(error: BaseException | None) -> str:
     """What it, or what it came of, tells of another host's end; else "".
 
     A user's mistake and a disk's names a file, whatever that is called.
     """
     signs = ("Gloo", "heartbeat", "oordination", "preempted", "UNAVAILABLE", "peer")
-    while error is not None and _joined()[1] > 1:
+    while error is not None and _process_index_and_count()[1] > 1:
         said = "" if isinstance(error, UserError | OSError) else str(error)
         if any(sign in said for sign in signs):
             return said.splitlines()[0][:200]
@@ -174,20 +174,20 @@ def lost(error: BaseException | None) -> str:
     return ""
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Until every host has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def of_first(number: int) -> int:
+def broadcast_from_host0(number: int) -> int:
     """The first host's number, on all of them."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Ends this process; one of several at once, so that the others see it."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -56,7 +56,7 @@ def _here() -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
 
 
-def place(tree: PyTree) -> PyTree:
+def replicate(tree: PyTree) -> PyTree:
     """Copies onto all local devices; donation needs this before the first step."""
     return jax.device_put(tree, _here())
 
@@ -68,7 +68,7 @@ def to_global(tree: PyTree) -> PyTree:
 
 def to_local(tree: PyTree) -> PyTree:
     """The inverse of `to_global`: global arrays as this host's replicas."""
-    return place(tree) if jax.process_count() == 1 else _renamed(tree, _here())
+    return replicate(tree) if jax.process_count() == 1 else _renamed(tree, _here())
 
 
 def _renamed(tree: PyTree, sharding: NamedSharding) -> PyTree:
@@ -104,7 +104,7 @@ def _by_device(rows: np.ndarray) -> np.ndarray:
 
 PMAP = Layout(
     axis=AXIS,
-    begin=lambda key, init: place(jax.jit(init)(key)),
+    begin=lambda key, init: replicate(jax.jit(init)(key)),
     like=global_like,
     loaded=to_local,
     whole=to_global,
@@ -114,7 +114,7 @@ PMAP = Layout(
 )
 
 
-def split(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+def partition_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
     """The longest axis that the devices divide; a small leaf stays whole."""
     axes = [i for i, size in enumerate(shape) if size % devices == 0]
     if not axes or np.prod(shape) < SMALL:
@@ -127,7 +127,7 @@ def _split_like(tree: PyTree) -> PyTree:
     mesh = _mesh()
 
     def one(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, split(x.shape, mesh.size))
+        sharding = NamedSharding(mesh, partition_spec(x.shape, mesh.size))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(one, tree)
@@ -178,7 +178,7 @@ def check_batch(batch: int, accumulate: int = 1) -> None:
         )
 
 
-def spread(rows: PyTree) -> PyTree:
+def shard_rows(rows: PyTree) -> PyTree:
     """Rows, the same on every host, split over all devices that divide their number."""
     if jax.device_count() == 1:
         return rows
@@ -192,7 +192,7 @@ def spread(rows: PyTree) -> PyTree:
     return jax.tree.map(one, rows)
 
 
-def fetch(tree: PyTree) -> PyTree:
+def gather_to_host(tree: PyTree) -> PyTree:
     """Arrays of all hosts as NumPy's, on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)

@@ -7,35 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.data import annotations, corpus
-from dlm_jax.data.annotations import Names
+from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading, pipeline
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training import train_step, trainer, validate
-from dlm_jax.training.train_step import Work
+from dlm_jax.training.train_step import TrainingTask
 
 
-def work(names: Names, table: np.ndarray) -> Work:
+def work(names: LabelVocab, table: np.ndarray) -> TrainingTask:
     """Labels to learn, at the noise of the recipe's schedule, on the frozen table."""
     layout, size = names.layout, names.layout.size
 
-    def init(key: Any, recipe: train_step.Recipe, vocab: int) -> classifier.Classifier:
-        return classifier.init(key, recipe.cfg, layout)
+    def init(key: Any, step_cfg: train_step.StepConfig, vocab: int) -> classifier.Classifier:
+        return classifier.init(key, step_cfg.cfg, layout)
 
-    def terms(key, params, rows, draws, recipe: train_step.Recipe) -> classifier.ClassifierTerms:
+    def terms(key, params, rows, draws, step_cfg: train_step.StepConfig) -> classifier.ClassifierTerms:
         ids, asked = rows[:, :-size], rows[:, -size:]
-        known = {"cfg": recipe.cfg, "layout": layout, "schedule": recipe.schedule}
+        known = {"cfg": step_cfg.cfg, "layout": layout, "schedule": step_cfg.schedule}
         frozen = jnp.asarray(table)
         return classifier.loss(
             params, ids, asked, draws, **known, table=frozen, key=key
         )
 
-    return Work(init, terms, size)
+    return TrainingTask(init, terms, size)
 
 
-class ClassifierRun(trainer.Run):
+class ClassifierTrainer(trainer.Trainer):
     """A classifier's run: text, noise, words and table are those of the model."""
 
     def __init__(self, config: Any, workdir: str):
@@ -44,14 +44,14 @@ class ClassifierRun(trainer.Run):
                 "config.classifier.model: name the run that is to be steered"
             )
         self.base = loading.load(config.classifier.model)
-        config = borrow(config, self.base)
-        self.task, self.labelled = corpus_of(config, self.base)
+        config = with_base_settings(config, self.base)
+        self.task, self.labelled = labelled_corpus(config, self.base)
         super().__init__(config, workdir)
 
-    def _recipe(self) -> train_step.Recipe:
+    def _recipe(self) -> train_step.StepConfig:
         table = np.asarray(self.base.ema.table)
-        recipe = validate.recipe_of(self.config)
-        return recipe._replace(schedule=self.base.schedule, work=work(self.task, table))
+        step_cfg = validate.resolve_config(self.config)
+        return step_cfg._replace(schedule=self.base.schedule, work=work(self.task, table))
 
     def _corpus(self, tokenizer: Tokenizer | None) -> corpus.Corpus:
         return self.labelled
@@ -63,7 +63,7 @@ class ClassifierRun(trainer.Run):
         """The validation says it all."""
 
 
-def borrow(config: Any, base: pipeline.Bundle) -> Any:
+def with_base_settings(config: Any, base: pipeline.DiffusionLM) -> Any:
     """The config with the model's data, noise, length and width of embedding.
 
     The text is the model's own, unless config.data.path names another; UserError.
@@ -91,7 +91,7 @@ def borrow(config: Any, base: pipeline.Bundle) -> Any:
     return config
 
 
-def corpus_of(config: Any, base: pipeline.Bundle) -> tuple[Names, corpus.Corpus]:
+def labelled_corpus(config: Any, base: pipeline.DiffusionLM) -> tuple[LabelVocab, corpus.Corpus]:
     """The labels' names, and rows of ids and labels of both splits."""
     task, tok = config.classifier.task, base.tokenizer
     if task in ("pos", "tree") and not isinstance(tok, WordTokenizer):
@@ -100,19 +100,19 @@ def corpus_of(config: Any, base: pipeline.Bundle) -> tuple[Names, corpus.Corpus]
             "tokens are sentencepiece pieces; train it with config.data.tokenizer=word"
         )
     train_part, valid_part = (
-        annotations.annotated(config, task, split) for split in ("train", "valid")
+        annotations.load_annotated(config, task, split) for split in ("train", "valid")
     )
-    names = annotations.names_of(task, train_part[1], base.length)
+    names = annotations.build_label_vocab(task, train_part[1], base.length)
 
     def rows(texts: list[str], notes: list) -> np.ndarray:
         return np.concatenate(
             [base.encode(texts), annotations.encode(notes, names)], -1
         )
 
-    about = {"names": names.to_dict(), "table": checkpoint.crc(base.ema.table)}
+    about = {"names": names.to_dict(), "table": checkpoint.checksum(base.ema.table)}
     return names, corpus.Corpus(rows(*train_part), rows(*valid_part), tok, about)
 
 
-def run(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
+def train_classifier(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
     """Trains a classifier, resuming what lies in workdir."""
-    trainer.run(config, workdir, ClassifierRun, allow_fallback=allow_fallback)
+    trainer.train(config, workdir, ClassifierTrainer, allow_fallback=allow_fallback)

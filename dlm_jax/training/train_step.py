@@ -29,10 +29,10 @@ class TrainState(NamedTuple):
     ema: Any
     opt: PyTree
     moments: Any
-    noise: Any = ()
+    schedule_state: Any = ()
 
 
-class Work(NamedTuple):
+class TrainingTask(NamedTuple):
     """What is learnt. A row of data is a text's ids, then `labels` more numbers.
 
     init(key, recipe, vocab): parameters; terms(key, params, rows, draws, recipe): the
@@ -44,28 +44,28 @@ class Work(NamedTuple):
     labels: int = 0
 
 
-def _init(key: PRNGKey, recipe: "Recipe", vocab: int) -> Params:
-    return model.init(key, recipe.cfg, vocab, normalize=recipe.normalize)
+def _init(key: PRNGKey, step_cfg: "StepConfig", vocab: int) -> Params:
+    return model.init(key, step_cfg.cfg, vocab, normalize=step_cfg.normalize)
 
 
-def _end_to_end(key, params, rows, draws, recipe) -> losses.LossTerms:
+def _end_to_end(key, params, rows, draws, step_cfg) -> losses.LossTerms:
     return losses.end_to_end(
         params,
         rows,
         draws,
-        cfg=recipe.cfg,
-        schedule=recipe.schedule,
-        objective=recipe.objective,
+        cfg=step_cfg.cfg,
+        schedule=step_cfg.schedule,
+        objective=step_cfg.objective,
         key=key,
-        mask_pad=recipe.mask_pad,
-        normalize=recipe.normalize,
+        mask_pad=step_cfg.mask_pad,
+        normalize=step_cfg.normalize,
     )
 
 
-LANGUAGE = Work(_init, _end_to_end)
+DIFFUSION_LM = TrainingTask(_init, _end_to_end)
 
 
-class Recipe(NamedTuple):
+class StepConfig(NamedTuple):
     """What a step needs besides arrays: the static choices of the run."""
 
     cfg: DenoiserConfig
@@ -84,9 +84,9 @@ class Recipe(NamedTuple):
     ema: float = 0.9999
     accumulate: int = 1
     skip: bool = False  # an update whose loss or gradient is no number
-    work: Work = LANGUAGE
+    work: TrainingTask = DIFFUSION_LM
 
-    def at(self, noise: Any) -> "Recipe":
+    def at(self, noise: Any) -> "StepConfig":
         """The recipe with the schedule that the state's `noise` gives."""
         if not self.adaptive:
             return self
@@ -94,38 +94,38 @@ class Recipe(NamedTuple):
 
 
 def init_state(
-    key: PRNGKey, recipe: Recipe, vocab: int, table: Any = None
+    key: PRNGKey, step_cfg: StepConfig, vocab: int, table: Any = None
 ) -> TrainState:
     """Step 0; table: a fixed start for the embedding [v d]."""
-    params = recipe.work.init(key, recipe, vocab)
+    params = step_cfg.work.init(key, step_cfg, vocab)
     if table is not None:
         table = (
-            unit_rows(jnp.asarray(table)) if recipe.normalize else jnp.asarray(table)
+            unit_rows(jnp.asarray(table)) if step_cfg.normalize else jnp.asarray(table)
         )
         params = params._replace(table=table)
-    opt = recipe.optimizer.init(params)
+    opt = step_cfg.optimizer.init(params)
     moments = ()
-    if recipe.times == "importance":
-        moments = time_sampling.init_moments(recipe.schedule.steps or 0)
-    noise = adaptive.init(recipe.schedule) if recipe.adaptive else ()
+    if step_cfg.times == "importance":
+        moments = time_sampling.init_moments(step_cfg.schedule.steps or 0)
+    noise = adaptive.init(step_cfg.schedule) if step_cfg.adaptive else ()
     copy = jax.tree.map(jnp.copy, params)  # a donated buffer may not appear twice
     return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, noise)
 
 
 def make_draws(
-    key: PRNGKey, ids: Ids, recipe: Recipe, first: Any, moments: Any
+    key: PRNGKey, ids: Ids, step_cfg: StepConfig, first: Any, moments: Any
 ) -> time_sampling.NoiseDraws:
     """The draws of rows first ... of the recipe's batch."""
-    importance = recipe.times == "importance"
+    importance = step_cfg.times == "importance"
     return time_sampling.draw_noise(
         key,
-        (ids.shape[0], ids.shape[1] - recipe.work.labels, recipe.cfg.dim),
+        (ids.shape[0], ids.shape[1] - step_cfg.work.labels, step_cfg.cfg.dim),
         first=first,
-        total=recipe.batch,
-        times="uniform" if importance else recipe.times,
-        steps=recipe.schedule.steps,
-        self_cond=recipe.self_cond,
-        known=recipe.known,
+        total=step_cfg.batch,
+        times="uniform" if importance else step_cfg.times,
+        steps=step_cfg.schedule.steps,
+        self_cond=step_cfg.self_cond,
+        known=step_cfg.known,
         moments=moments if importance else None,
     )
 
@@ -134,44 +134,44 @@ def loss_fn(
     params: PyTree,
     ids: Ids,
     draws: time_sampling.NoiseDraws,
-    recipe: Recipe,
+    step_cfg: StepConfig,
     *,
     key: PRNGKey | None = None,
 ) -> tuple[Array, Any]:
     """The batch's mean loss, and its terms; a key turns dropout on."""
-    terms = recipe.work.terms(key, params, ids, draws, recipe)
+    terms = step_cfg.work.terms(key, params, ids, draws, step_cfg)
     return jnp.mean(terms.total()), terms
 
 
-def _gradients(key, state, ids, recipe, first):
+def _gradients(key, state, ids, step_cfg, first):
     """Mean gradient over the microbatches, each with a key of its own."""
     k_draw, k_drop = jax.random.split(key)
     k_cut = jax.random.fold_in(key, 2)
-    micro = ids.reshape(recipe.accumulate, -1, ids.shape[-1])
-    dropout = max(recipe.cfg.dropout, recipe.cfg.attention_dropout) > 0
+    micro = ids.reshape(step_cfg.accumulate, -1, ids.shape[-1])
+    dropout = max(step_cfg.cfg.dropout, step_cfg.cfg.attention_dropout) > 0
 
     def one(carry, inputs):
         i, rows = inputs
         start = first + i * rows.shape[0]
-        if recipe.truncate:
-            size = rows.shape[1] - recipe.work.labels
+        if step_cfg.truncate:
+            size = rows.shape[1] - step_cfg.work.labels
             cut = time_sampling.truncate(
-                k_cut, rows[:, :size], recipe.truncate, first=start
+                k_cut, rows[:, :size], step_cfg.truncate, first=start
             )
             rows = jnp.concatenate([cut, rows[:, size:]], -1)
-        draws = make_draws(k_draw, rows, recipe, start, state.moments)
+        draws = make_draws(k_draw, rows, step_cfg, start, state.moments)
         k = jax.random.fold_in(k_drop, start) if dropout else None
         value = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, terms), grads = value(state.params, rows, draws, recipe, key=k)
+        (_, terms), grads = value(state.params, rows, draws, step_cfg, key=k)
         return jax.tree.map(jnp.add, carry, grads), (terms, draws.t, draws.weight)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    numbered = (jnp.arange(recipe.accumulate), micro)
-    if recipe.accumulate == 1:
+    numbered = (jnp.arange(step_cfg.accumulate), micro)
+    if step_cfg.accumulate == 1:
         grads, seen = one(zeros, jax.tree.map(lambda x: x[0], numbered))
     else:
         grads, seen = jax.lax.scan(one, zeros, numbered)
-    grads = jax.tree.map(lambda g: g / recipe.accumulate, grads)
+    grads = jax.tree.map(lambda g: g / step_cfg.accumulate, grads)
     return grads, jax.tree.map(lambda x: x.reshape(-1), seen)
 
 
@@ -180,53 +180,53 @@ def train_step(
     state: TrainState,
     ids: Ids,
     *,
-    recipe: Recipe,
+    step_cfg: StepConfig,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update from this device's rows [b l]; axis: the mapped axis, None under jit.
 
     Metrics (means over the global batch): the loss, its named terms, the gradient norm.
     """
-    key, recipe = jax.random.fold_in(key, state.step), recipe.at(state.noise)
+    key, step_cfg = jax.random.fold_in(key, state.step), step_cfg.at(state.noise)
     first = 0 if axis is None else jax.lax.axis_index(axis) * ids.shape[0]
-    grads, (terms, t, weight) = _gradients(key, state, ids, recipe, first)
+    grads, (terms, t, weight) = _gradients(key, state, ids, step_cfg, first)
     metrics = {"loss": terms.total(), **terms._asdict()}
     del metrics["weight"]
     metrics = jax.tree.map(jnp.mean, metrics)
     if axis is not None and jax.lax.axis_size(axis) > 1:
         grads, metrics = jax.lax.pmean((grads, metrics), axis)
     metrics["grad_norm"] = optimizer.norm(grads)
-    if recipe.frozen:
+    if step_cfg.frozen:
         grads = grads._replace(table=jnp.zeros_like(grads.table))
-    updates, opt = recipe.optimizer.update(grads, state.opt, state.params)
+    updates, opt = step_cfg.optimizer.update(grads, state.opt, state.params)
     moved: Any = optax.apply_updates(state.params, updates)
-    params = _constrain(moved, state.params, recipe)
+    params = _constrain(moved, state.params, step_cfg)
     ema = _constrain(
-        optimizer.average(state.ema, params, recipe.ema), state.ema, recipe
+        optimizer.average(state.ema, params, step_cfg.ema), state.ema, step_cfg
     )
-    moments = _remember(state.moments, terms, t, weight, axis)
-    noise = _adapt(state.noise, terms, t, recipe, axis)
+    moments = _update_moments(state.moments, terms, t, weight, axis)
+    noise = _update_schedule_state(state.noise, terms, t, step_cfg, axis)
     new = TrainState(state.step + 1, params, ema, opt, moments, noise)
-    return _unless_bad(new, state, metrics) if recipe.skip else new, metrics
+    return _skip_nonfinite(new, state, metrics) if step_cfg.skip else new, metrics
 
 
-def _unless_bad(new: TrainState, state: TrainState, metrics: dict) -> TrainState:
+def _skip_nonfinite(new: TrainState, state: TrainState, metrics: dict) -> TrainState:
     """The new state, or the old one where loss or gradient are no numbers."""
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
     return kept._replace(step=new.step)
 
 
-def _constrain(params: Any, before: Any, recipe: Recipe) -> Any:
+def _constrain(params: Any, before: Any, step_cfg: StepConfig) -> Any:
     """The table's constraint: frozen, or on the sphere."""
-    if recipe.frozen:
+    if step_cfg.frozen:
         return params._replace(table=before.table)
     return (
-        params._replace(table=unit_rows(params.table)) if recipe.normalize else params
+        params._replace(table=unit_rows(params.table)) if step_cfg.normalize else params
     )
 
 
-def _remember(moments, terms: Any, t, weight, axis):
+def _update_moments(moments, terms: Any, t, weight, axis):
     """The history with these losses, as they are without importance weights."""
     if not isinstance(moments, time_sampling.LossMoments):
         return moments
@@ -237,11 +237,11 @@ def _remember(moments, terms: Any, t, weight, axis):
     return time_sampling.update_moments(moments, t, loss)
 
 
-def _adapt(noise, terms: Any, t, recipe: Recipe, axis):
+def _update_schedule_state(noise, terms: Any, t, step_cfg: StepConfig, axis):
     """What the schedule knows of the loss, with that of this batch."""
-    if not recipe.adaptive:
+    if not step_cfg.adaptive:
         return noise
-    u, loss = -recipe.schedule.log_snr(t), terms.diffusion + terms.t0
+    u, loss = -step_cfg.schedule.log_snr(t), terms.diffusion + terms.t0
     if axis is not None:
         u, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (u, loss))
     return adaptive.update(noise, u, loss)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.data import batching, sources
-from dlm_jax.data.array_record import Rows
-from dlm_jax.data.corpus import Corpus, corpus_of
+from dlm_jax.data.array_record import ArrayRecordDataset
+from dlm_jax.data.corpus import Corpus, load_corpus
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError, UserError, choose
@@ -23,14 +23,14 @@ from dlm_jax.inference import loading, pipeline
 from dlm_jax.runtime import checkpoint, hosts, sharding
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.train_step import (
-    Recipe,
+    StepConfig,
     TrainState,
     init_state,
     loss_fn,
     make_draws,
     train_step,
 )
-from dlm_jax.training.validate import recipe_of
+from dlm_jax.training.validate import resolve_config
 from dlm_jax.types import Array, Ids, PRNGKey, PyTree
 
 
@@ -41,17 +41,17 @@ class Validation:
     can be compared.
     """
 
-    def __init__(self, ids: np.ndarray | Rows, recipe: Recipe, batches: int):
-        self.size = min(recipe.batch, len(ids))
-        self.recipe = recipe._replace(batch=self.size, times="low_discrepancy")
+    def __init__(self, ids: np.ndarray | ArrayRecordDataset, step_cfg: StepConfig, batches: int):
+        self.size = min(step_cfg.batch, len(ids))
+        self.step_cfg = step_cfg._replace(batch=self.size, times="low_discrepancy")
         rows = itertools.islice(batching.batches(ids, self.size), batches)
-        self.batches = [sharding.spread(row) for row in rows]
+        self.batches = [sharding.shard_rows(row) for row in rows]
         self.run = jax.jit(self._batch)
 
     def _batch(self, params: PyTree, number: Array, ids: Ids, mask: Array) -> PyTree:
         key = jax.random.fold_in(jax.random.key(0), number)
-        draws = make_draws(key, ids, self.recipe._replace(known=0.0), 0, ())
-        _, terms = loss_fn(params, ids, draws, self.recipe)
+        draws = make_draws(key, ids, self.step_cfg._replace(known=0.0), 0, ())
+        _, terms = loss_fn(params, ids, draws, self.step_cfg)
         named = {"loss": terms.total(), **terms._asdict()}
         del named["weight"]
         return {k: jnp.sum(v * mask) for k, v in named.items()} | {"n": jnp.sum(mask)}
@@ -64,12 +64,12 @@ class Validation:
         return {name: value / n for name, value in total.items()}
 
 
-class NonFinite(UserError):
+class NonFiniteError(UserError):
     """A loss or gradient that is no number: its step, its rows, and what is saved."""
 
-    def __init__(self, run: "Run", step: int, name: str, value: float):
+    def __init__(self, run: "Trainer", step: int, name: str, value: float):
         rows = " ".join(map(str, run.index(step - 1, hosts=1).ravel()))
-        there = checkpoint.steps(run.workdir)
+        there = checkpoint.all_steps(run.workdir)
         super().__init__(
             f"{name} is {value} at step {step}: stopped; the last checkpoint is "
             f"{there[-1] if there else 'none'}; lower config.optim.lr, set "
@@ -82,7 +82,7 @@ class NonFinite(UserError):
 SKIPS, ROLLBACKS = 10, 3  # in a row, and from one checkpoint
 
 
-class Run:
+class Trainer:
     """A training run in its directory: begins, resumes, saves, reports.
 
     jumps: (step, batches) of each rollback: from that step on, the data is so many
@@ -90,19 +90,19 @@ class Run:
     """
 
     def __init__(self, config: Any, workdir: str):
-        self.config, self.workdir = config, checkpoint.place(workdir)
+        self.config, self.workdir = config, checkpoint.resolve_workdir(workdir)
         layouts, mode = sharding.LAYOUTS, config.parallel.mode
         self.layout = choose("config.parallel.mode", layouts, mode)
-        self.recipe = self._recipe()
-        self.host, self.hosts = hosts.index_and_count()
+        self.step_cfg = self._recipe()
+        self.host, self.hosts = hosts.process_index_and_count()
         self.record = json.loads(config.to_json_best_effort())
-        checkpoint.check(workdir, self.record)
+        checkpoint.check_config_matches(workdir, self.record)
         self.newest = self._newest()
         tokenizer, saved, self.skipped = None, {}, 0
         if self.newest is not None:
             _, saved = checkpoint.read_json(workdir, self.newest)
             tokenizer = from_dict(saved)
-        self.jumps = _jumps(saved.get("jumps") or [], workdir)
+        self.skipped_batches = _jumps(saved.get("jumps") or [], workdir)
         self.corpus = self._corpus(tokenizer)
         record = self.corpus.record()
         for name, what in (("corpus", "text"), ("table", "model's embedding")):
@@ -112,16 +112,16 @@ class Run:
                     "with; restore it or take a fresh --workdir"
                 )
         self.state = self._begin()
-        self.bundle = self._bundle()
+        self.lm = self._bundle()
         self._claim()
         self.valid = Validation(
-            self.corpus.valid, self.recipe, config.train.valid_batches
+            self.corpus.valid, self.step_cfg, config.train.valid_batches
         )
 
     def _newest(self) -> int | None:
         """The step to go on from: what the first host sees, and all must."""
-        there = checkpoint.steps(self.workdir)
-        step = hosts.of_first(there[-1] if there else -1)
+        there = checkpoint.all_steps(self.workdir)
+        step = hosts.broadcast_from_host0(there[-1] if there else -1)
         if step >= 0 and step not in there:
             raise UserError(
                 f"--workdir {self.workdir}: host {self.host} does not see step {step}, "
@@ -132,8 +132,8 @@ class Run:
     def _claim(self) -> None:
         """The first host writes config.json; the others must see it."""
         if self.host == 0:
-            checkpoint.claim(self.workdir, self.record)
-        hosts.wait_for_all("claimed")
+            checkpoint.write_run_config(self.workdir, self.record)
+        hosts.barrier("claimed")
         for _ in range(100):
             if (self.workdir / "config.json").exists():
                 return
@@ -143,20 +143,20 @@ class Run:
             "host wrote there: all need one folder, shared or in a bucket"
         )
 
-    def _recipe(self) -> Recipe:
-        return recipe_of(self.config)
+    def _recipe(self) -> StepConfig:
+        return resolve_config(self.config)
 
     def _corpus(self, tokenizer: Tokenizer | None) -> Corpus:
-        return corpus_of(self.config, tokenizer)
+        return load_corpus(self.config, tokenizer)
 
     def _begin(self) -> TrainState:
         vocab, key = self.corpus.tokenizer.vocab_size, jax.random.key(self.config.seed)
         table = sources.load_table(
-            self.config.embedding.path, vocab, self.recipe.cfg.dim
+            self.config.embedding.path, vocab, self.step_cfg.cfg.dim
         )
 
         def init(key: PRNGKey) -> TrainState:
-            return init_state(key, self.recipe, vocab, table)
+            return init_state(key, self.step_cfg, vocab, table)
 
         self.shapes = jax.eval_shape(init, key)
         if self.newest is None:
@@ -168,12 +168,12 @@ class Run:
         found = checkpoint.restore(self.workdir, step, self.layout.like(like))
         return self.layout.loaded(found)
 
-    def _bundle(self) -> pipeline.Bundle | None:
+    def _bundle(self) -> pipeline.DiffusionLM | None:
         p, noise = self.layout.whole((self.state.ema, self.state.noise))
-        tok, cfg = self.corpus.tokenizer, self.recipe.cfg
-        bundle = loading.from_parts(cfg, p, tok, self.record, noise=noise)
-        bundle.settings()  # a mistake in config.sample shows before the training
-        return bundle
+        tok, cfg = self.corpus.tokenizer, self.step_cfg.cfg
+        lm = loading.from_parts(cfg, p, tok, self.record, noise=noise)
+        lm.sampling_config()  # a mistake in config.sample shows before the training
+        return lm
 
     def batch(self, step: int) -> Any:
         """This host's rows of a step, on its devices."""
@@ -181,14 +181,14 @@ class Run:
 
     def index(self, step: int, *, hosts: int) -> np.ndarray:
         """The training rows [parts b] of a step that are this one's of the hosts."""
-        parts = self.layout.parts(self.recipe.accumulate)
-        step += sum(over for at, over in self.jumps if step >= at)
+        parts = self.layout.parts(self.step_cfg.accumulate)
+        step += sum(over for at, over in self.skipped_batches if step >= at)
         rows = [
             batching.batch_index(
                 len(self.corpus.train),
                 seed=self.config.seed,
                 step=step * parts + part,
-                batch=self.recipe.batch // parts,
+                batch=self.step_cfg.batch // parts,
                 host=self.host % hosts,
                 hosts=hosts,
             )
@@ -196,17 +196,17 @@ class Run:
         ]
         return np.stack(rows)
 
-    def roll_back(self, error: NonFinite, writer: Any) -> str:
+    def roll_back(self, error: NonFiniteError, writer: Any) -> str:
         """To the newest checkpoint, past the batches that led to the error.
 
         Raises it again where there is none, or that was tried ROLLBACKS times.
         """
-        checkpoint.finish(writer)
-        step = (checkpoint.steps(self.workdir) or [None])[-1]
-        if step is None or [at for at, _ in self.jumps].count(step) == ROLLBACKS:
+        checkpoint.wait(writer)
+        step = (checkpoint.all_steps(self.workdir) or [None])[-1]
+        if step is None or [at for at, _ in self.skipped_batches].count(step) == ROLLBACKS:
             raise error
         self.state = self._restored(step)
-        self.jumps.append((step, error.step - step))
+        self.skipped_batches.append((step, error.step - step))
         return f"step {step}, past {error.step - step} batches"
 
     def save(self, writer: Any) -> None:
@@ -217,7 +217,7 @@ class Run:
                 "the run; nothing is saved in it any more; start again"
             )
         state, words = self.layout.whole(self.state), self.corpus.record()
-        words |= {"jumps": self.jumps} if self.jumps else {}
+        words |= {"jumps": self.skipped_batches} if self.skipped_batches else {}
         if not sharding.finite((state.params, state.ema)):
             raise UserError(
                 f"weights are not finite at step {int(self.state.step)}: stopped, none "
@@ -227,9 +227,9 @@ class Run:
 
     def show(self, progress: Progress, step: int) -> None:
         """Writes samples/<step>.txt and shows a few of them."""
-        assert self.bundle is not None
+        assert self.lm is not None
         ema, noise = self.layout.whole((self.state.ema, self.state.noise))
-        texts = dataclasses.replace(self.bundle, ema=ema, noise=noise).sample(16)
+        texts = dataclasses.replace(self.lm, ema=ema, noise=noise).sample(16)
         if self.host:
             return
         path = self.workdir / "samples" / f"{step}.txt"
@@ -246,8 +246,8 @@ def _jumps(saved: Any, workdir: Any) -> list[tuple[int, int]]:
         raise UserError(f"{workdir}: its record of rollbacks is damaged") from error
 
 
-def run(
-    config: Any, workdir: str, make: type[Run] = Run, *, allow_fallback: bool = False
+def train(
+    config: Any, workdir: str, make: type[Trainer] = Trainer, *, allow_fallback: bool = False
 ) -> None:
     """Trains to config.train.total_steps, resuming what lies in workdir.
 
@@ -256,18 +256,18 @@ def run(
     """
     try:
         task = make(config, workdir)
-    except checkpoint.Damaged as error:
-        if not allow_fallback or hosts.lost(error):
+    except checkpoint.CorruptCheckpointError as error:
+        if not allow_fallback or hosts.host_loss_reason(error):
             raise
         if (
-            hosts.index_and_count()[1] > 1
+            hosts.process_index_and_count()[1] > 1
         ):  # they would have to agree, and one may be waiting
             raise UserError(
                 f"{error.path} is damaged: on several hosts nobody sets it aside, move it "
                 "out of its folder and start again"
             ) from error
-        print(f"{error}: moved to {checkpoint.set_aside(error, workdir)}", flush=True)
-        return run(config, workdir, make, allow_fallback=True)
+        print(f"{error}: moved to {checkpoint.quarantine(error, workdir)}", flush=True)
+        return train(config, workdir, make, allow_fallback=True)
     start, total = int(task.state.step), config.train.total_steps
     if start >= total:
         print(f"{workdir}: finished already, at step {start} of {total}")
@@ -282,11 +282,11 @@ def run(
     asked = hosts.Preemption()
     try:
         _loop(task, progress, writer, asked, total)
-        checkpoint.finish(writer)
+        checkpoint.wait(writer)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: {error}; the last checkpoint is "
-            f"{checkpoint.steps(workdir)[-1:] or 'none'}, start again to go on from it"
+            f"{checkpoint.all_steps(workdir)[-1:] or 'none'}, start again to go on from it"
         ) from error
     finally:
         asked.close()
@@ -296,23 +296,23 @@ def run(
 
 
 def _loop(
-    task: Run, progress: Progress, writer: Any, asked: hosts.Preemption, total: int
+    task: Trainer, progress: Progress, writer: Any, asked: hosts.Preemption, total: int
 ) -> None:
-    one = functools.partial(train_step, recipe=task.recipe, axis=task.layout.axis)
+    one = functools.partial(train_step, step_cfg=task.step_cfg, axis=task.layout.axis)
     step_fn = task.layout.step(one, task.state)
     while True:
         try:
             return _steps(task, step_fn, progress, writer, asked, total)
-        except NonFinite as error:
+        except NonFiniteError as error:
             if task.config.train.on_nonfinite != "rollback":
                 raise
             progress.say(f"{error}; going back to {task.roll_back(error, writer)}")
 
 
-def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) -> None:
+def _steps(task: Trainer, step_fn, progress: Progress, writer, asked, total: int) -> None:
     key, every, before = jax.random.key(task.config.seed), task.config.train, None
     steps = range(int(task.state.step), total)
-    batches = batching.Ahead(task.batch, steps)
+    batches = batching.Prefetcher(task.batch, steps)
     with contextlib.closing(batches):
         for step in steps:
             task.state, metrics = step_fn(key, task.state, batches())
@@ -328,7 +328,7 @@ def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) ->
                 before = None
                 task.save(writer)
             if stop and not last:
-                checkpoint.finish(writer)
+                checkpoint.wait(writer)
                 raise PreemptedError(
                     f"stopped by SIGTERM at step {done} of {total}, which is saved in "
                     f"{task.workdir}: the same command goes on from there"
@@ -340,14 +340,14 @@ def _steps(task: Run, step_fn, progress: Progress, writer, asked, total: int) ->
                 task.show(progress, done)
 
 
-def _report(task: Run, progress: Progress, step: int, metrics: PyTree) -> None:
+def _report(task: Trainer, progress: Progress, step: int, metrics: PyTree) -> None:
     """Checks and records the metrics of `step`, waiting for them."""
     values = {name: float(x) for name, x in jax.device_get(metrics).items()}
     progress.advance(step)
     bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
     task.skipped = task.skipped + 1 if bad else 0
     if bad:
-        error = NonFinite(task, step, bad[0], values[bad[0]])
+        error = NonFiniteError(task, step, bad[0], values[bad[0]])
         if task.config.train.on_nonfinite != "skip" or task.skipped > SKIPS:
             raise error
         progress.say(f"{error}; the update was skipped")

@@ -10,10 +10,10 @@ from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import sharding
 from dlm_jax.training import optimizer
-from dlm_jax.training.train_step import Recipe
+from dlm_jax.training.train_step import StepConfig
 
 
-def recipe_of(config: Any) -> Recipe:
+def resolve_config(config: Any) -> StepConfig:
     """The static choices of a resolved config; UserError names a wrong key."""
     _check_ranges(config)
     cfg, noise = network(config), schedule.make_schedule(**config.schedule)
@@ -38,7 +38,7 @@ def recipe_of(config: Any) -> Recipe:
         raise UserError("config.loss.known > 0: a teacher is given what stands before")
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
-    return Recipe(
+    return StepConfig(
         cfg=cfg,
         schedule=noise,
         optimizer=optimizer.make(config.optim, config.train.total_steps),
