@@ -45,7 +45,7 @@ class Case(NamedTuple):
     batch: int = 0  # 0: the config's
     length: int = 0
     vocab: int = 821
-    steps: int = 20
+    num_steps: int = 20
     clamp: bool = True
     updates: int = 3
     change: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ def settings(case: Case) -> Any:
     config.data.length = case.length or config.data.length
     config.model.positions = max(config.model.positions, config.data.length)
     config.schedule.adaptive = ""
-    config.loss.self_cond = 1.0 if config.model.self_cond else 0.0
+    config.loss.self_cond_prob = 1.0 if config.model.self_cond else 0.0
     return changed(config, case.change)
 
 

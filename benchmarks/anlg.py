@@ -27,7 +27,7 @@ from configs import stories as stories_config
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.inference import constraints, loading, mbr
 from dlm_jax.inference.pipeline import DiffusionLM
-from dlm_jax.training import trainer
+from dlm_jax.training import loop
 from dlm_jax.types import UNK
 
 LENGTH = 64
@@ -75,9 +75,9 @@ def trained(
         mode="pad",
         length=LENGTH,
     )
-    config.loss.known, config.train.total_steps = 0.9, steps
+    config.loss.conditioning_prob, config.train.total_steps = 0.9, steps
     config.train.sample_steps, config.sample.batch = 0, 32
-    trainer.train(config, str(folder / "run"))
+    loop.train(config, str(folder / "run"))
     return dlm_jax.load(folder / "run")
 
 
@@ -95,11 +95,13 @@ def candidates(
             made = {"words": template.size - 1 + width}
             seed = i * n + j
             wishes.append(
-                constraints.template_constraints(template, lm.length, vocab, 1, seed, **made)
+                constraints.template_constraints(
+                    template, lm.length, vocab, 1, seed, **made
+                )
             )
             sizes.append((len(first.split()), width))
     together = jax.tree.map(lambda *x: np.concatenate(x), *wishes)
-    texts = lm.draw(len(wishes), wishes=together, **options).texts
+    texts = lm.generate(len(wishes), constraints=together, **options).texts
     middles = [
         " ".join(text.split()[start : start + width])
         for text, (start, width) in zip(texts, sizes, strict=True)
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=3000)
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--candidates", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--num_steps", type=int, default=32)
     parser.add_argument("--out", default="docs/anlg.json")
     args = parser.parse_args()
     train_rows, valid_rows = windows(args.data)
@@ -149,15 +151,17 @@ def main() -> None:
     unaware = lm.config | {"loss": lm.config["loss"] | {"known": 0.0}}
     for name, config in (("told", lm.config), ("written in only", unaware)):
         model = loading.from_parts(
-            lm.cfg, lm.params, tok, config, ema=lm.ema, noise=lm.noise
+            lm.cfg, lm.params, tok, config, ema=lm.ema, schedule_state=lm.schedule_state
         )
-        drawn = candidates(model, rows, lengths, args.candidates, steps=args.steps)
+        drawn = candidates(
+            model, rows, lengths, args.candidates, num_steps=args.num_steps
+        )
         said[f"{name}, one sample"] = [texts[0] for texts in drawn]
         said[f"{name}, by minimum Bayes risk"] = [mbr.select(texts) for texts in drawn]
     found = {
         "windows": len(rows),
         "candidates": args.candidates,
-        "calls": args.steps,
+        "num_steps": args.num_steps,
         "step": lm.step,
         "held-out": text_metrics.unigram_entropy(true),
         "scores": {name: scores(texts, true) for name, texts in said.items()},

@@ -5,7 +5,7 @@
 
 FT-sample, FT-search: the same blocks, causal, trained from scratch by the same command
 for as many steps as the quickstart, on the control's words, a bar, and the text. FUDGE:
-the plain teacher (configs/grammar.py:teacher), each token weighed by a classifier of
+the plain teacher (configs/grammar.py:autoregressive), each token weighed by a classifier of
 prefixes, which is trained as the others are. Targets and scores: `dlm_jax.evaluation.control_tasks`.
 """
 
@@ -91,7 +91,7 @@ def fine_tuned(task: str, steps: int) -> pipeline.DiffusionLM:
         "\n".join(f"{words} {BAR} {text}" for _, words, text in pairs(task, 0, TRAIN))
     )
     run = command(
-        "configs/grammar.py:teacher",
+        "configs/grammar.py:autoregressive",
         folder / "run",
         data__source="text",
         data__path=path,
@@ -110,7 +110,9 @@ def guided(task: str, steps: int) -> pipeline.DiffusionLM:
     """The plain teacher, and the classifier of prefixes that the task needs."""
     folder = Path("runs/baselines")
     teacher_run = command(
-        "configs/grammar.py:teacher", folder / "teacher", train__total_steps=steps
+        "configs/grammar.py:autoregressive",
+        folder / "teacher",
+        train__total_steps=steps,
     )
     (need,) = control_tasks.CONTROL_TASKS[task].needs
     run = command(
@@ -150,7 +152,9 @@ def by_fudge(
     lm: pipeline.DiffusionLM, task: str, wanted: list, samples: int, seed: int
 ) -> list[str]:
     """What the teacher says where a classifier weighs each token."""
-    rows = [control_tasks.CONTROL_TASKS[task].wish(target, lm) for target in wanted]
+    rows = [
+        control_tasks.CONTROL_TASKS[task].constrain(target, lm) for target in wanted
+    ]
     (need,) = control_tasks.CONTROL_TASKS[task].needs
     asked = np.repeat(np.concatenate([r.labels[need] for r in rows]), samples, 0)
     guide = lm.classifiers[need]
@@ -160,7 +164,7 @@ def by_fudge(
             of = classifier.log_prob(
                 guide.params,
                 guide.cfg,
-                guide.names.layout,
+                guide.vocab.head_spec,
                 jnp.repeat(asked, TOP, 0),
                 lm.schedule,
             )
@@ -221,7 +225,7 @@ def measure(
         "targets": args.n,
         "samples": samples,
         "seeds": seeds,
-        "steps": args.steps,
+        "train_steps": args.steps,
         "success": control_tasks.summaries(scores, samples),
         **control_tasks.fluency(said, scorer),
         "seconds per 50": seconds,
@@ -231,7 +235,7 @@ def measure(
 
 def _sizes(row: dict) -> tuple:
     names = ("task", "method", "targets", "samples", "seeds")
-    return (*(row[name] for name in names), row.get("steps", 2000))
+    return (*(row[name] for name in names), row.get("train_steps", 2000))
 
 
 def main() -> None:

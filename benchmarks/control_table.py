@@ -33,7 +33,7 @@ COLOURS = ("#123c6e", "#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
 
 def key(row: dict) -> str:
     """What makes a row another one."""
-    names = ("task", "calls", "model", "control", "classifiers in use", "sample")
+    names = ("task", "num_steps", "model", "control", "classifiers in use", "sample")
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
@@ -49,7 +49,9 @@ def gather(folder: Path, out: Path) -> list[dict]:
         row["data"]["path"] = Path(row["data"]["path"]).name
         row["control"]["targets"] = Path(row["control"]["targets"]).name
     found = {key(row): row for row in [*old, *new]}
-    return sorted(found.values(), key=lambda r: (ORDER.index(r["task"]), -r["calls"]))
+    return sorted(
+        found.values(), key=lambda r: (ORDER.index(r["task"]), -r["num_steps"])
+    )
 
 
 def table(rows: list[dict], baselines: list[dict]) -> str:

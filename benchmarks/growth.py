@@ -16,12 +16,12 @@ import numpy as np
 from alternate import Case, Contender
 from matplotlib.figure import Figure
 
-BASE = Case("configs/e2e_small.py:faithful", batch=16, steps=5)
+BASE = Case("configs/e2e_small.py:faithful", batch=16, num_steps=5)
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (1, 4, 16, 64, 256, 512),
     "length": (64, 128, 256, 512),
     "vocab": (821, 11_043, 30_522),
-    "steps": (20, 200, 2000),
+    "num_steps": (20, 200, 2000),
     "devices": (1, 2, 8),
 }
 JOBS = {"training step": "train", "5 reverse steps, clamp": "chain"}
@@ -51,7 +51,7 @@ def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
 
 def along(axis: str, args: Any) -> dict[str, Any]:
     """Both jobs along an axis; a training step knows no steps."""
-    jobs = {n: j for n, j in JOBS.items() if (axis, j) != ("steps", "train")}
+    jobs = {n: j for n, j in JOBS.items() if (axis, j) != ("num_steps", "train")}
     found: dict[str, Any] = {"sizes": AXES[axis]}
     for name, job in jobs.items():
         rows = [measured(axis, size, job, args) for size in AXES[axis]]

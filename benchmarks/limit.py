@@ -38,9 +38,14 @@ CASES = {
 
 def shapes(config: Any) -> dict[str, tuple[int, int, int]]:
     """(m, k, n) of the products of a layer, forward."""
-    m, h = config.model, config.model.width
+    m, h = config.model, config.model.hidden_dim
     rows = config.train.batch * config.data.length
-    sizes = {"qkv": (h, 3 * h), "out": (h, h), "up": (h, m.ff), "down": (m.ff, h)}
+    sizes = {
+        "qkv": (h, 3 * h),
+        "out": (h, h),
+        "up": (h, m.mlp_dim),
+        "down": (m.mlp_dim, h),
+    }
     return {name: (rows, *size) for name, size in sizes.items()}
 
 
@@ -49,13 +54,15 @@ def operations(config: Any, vocab: int) -> float:
     m, l = config.model, config.data.length
     rows = config.train.batch * l
     layers = sum(2.0 * a * b * c for a, b, c in shapes(config).values())
-    attention = 4.0 * rows * l * m.width
-    modulation = 12.0 * config.train.batch * m.width**2 * (m.trunk == "adaln")
-    inputs = m.dim * (1 + m.self_cond + m.output_prior)
+    attention = 4.0 * rows * l * m.hidden_dim
+    modulation = 12.0 * config.train.batch * m.hidden_dim**2 * (m.trunk == "adaln")
+    inputs = m.dim * (1 + m.self_cond + m.token_posterior_input)
     outputs = vocab if m.predicts == "logits" else m.dim
-    ends = 2.0 * rows * m.width * (inputs + outputs)
-    ends += 4.0 * rows * m.width**2 * (m.trunk == "post_ln")
-    prior = 4.0 * rows * m.dim * vocab * (m.output_prior + 0.5)  # or rounding's
+    ends = 2.0 * rows * m.hidden_dim * (inputs + outputs)
+    ends += 4.0 * rows * m.hidden_dim**2 * (m.trunk == "post_ln")
+    prior = (
+        4.0 * rows * m.dim * vocab * (m.token_posterior_input + 0.5)
+    )  # or rounding's
     return m.layers * (layers + attention + modulation) + ends + prior
 
 
@@ -183,7 +190,7 @@ def row(name: str, dtype: str, batch: int) -> dict[str, Any]:
     passes = 4 if config.model.self_cond else 3  # forward, backward, a first estimate
     step = ours.Training(config, case.vocab)
     seconds = best(step)
-    chain = ours.chain(case._replace(job="chain", steps=10))
+    chain = ours.chain(case._replace(job="chain", num_steps=10))
     reverse = best(chain, 3) / 10
     return {
         "case": name,

@@ -39,7 +39,9 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     config.data.source, config.data.path = "prepared", str(scratch / "prepared")
     runs["prepared"] = trainer.Trainer(config, str(scratch / "run_prepared"))
     first = runs["in memory"]
-    one = partial(train_step.train_step, step_cfg=first.step_cfg, axis=first.layout.axis)
+    one = partial(
+        train_step.train_step, step_cfg=first.step_cfg, axis=first.layout.axis
+    )
     step_fn, key = first.layout.step(one, first.state), jax.random.key(0)
 
     def step(number: int, batch: Any) -> None:

@@ -20,11 +20,12 @@ import jax
 from configs import e2e
 from dlm_jax.diffusion import model
 from dlm_jax.runtime import sharding
-from dlm_jax.training import train_step, validate
+from dlm_jax.training import train_step
+from dlm_jax.training.config import resolve_config
 
 SIZES: dict[str, dict[str, int]] = {
     "87M": {},
-    "1B": {"width": 2048, "layers": 20, "heads": 16, "ff": 8192},
+    "1B": {"hidden_dim": 2048, "layers": 20, "heads": 16, "mlp_dim": 8192},
 }
 VOCAB = 821
 
@@ -33,7 +34,7 @@ def recipe_of(size: str, *, remat: bool = False) -> tuple[train_step.StepConfig,
     """The recipe of configs/e2e.py at a size, and its length."""
     config = e2e.get_config()
     config.model.update(SIZES[size], remat=remat)
-    return validate.resolve_config(config), config.data.length
+    return resolve_config(config), config.data.length
 
 
 def held(tree: Any) -> int:

@@ -15,13 +15,14 @@ from dlm_jax.diffusion import classifier, guidance, model, samplers
 from dlm_jax.nn import ops
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import sharding
-from dlm_jax.training import train_step, validate
+from dlm_jax.training import train_step
+from dlm_jax.training.config import resolve_config
 from dlm_jax.types import HeadSpec
 
 CLASSES = 17
 if "DLM_PLAIN_ATTENTION" in os.environ:  # accelerator.py found that it does not run
     ops.FUSED_ATTENTION.clear()
-TAGGER = {"width": 128, "layers": 2, "heads": 4, "ff": 512, "trunk": "adaln"}
+TAGGER = {"hidden_dim": 128, "layers": 2, "heads": 4, "mlp_dim": 512, "trunk": "adaln"}
 
 
 def ids_of(config: Any, vocab: int) -> np.ndarray:
@@ -46,7 +47,7 @@ class Training:
     """A step of the run's own layout, on all devices; waits for its end."""
 
     def __init__(self, config: Any, vocab: int):
-        step_cfg, self.key = validate.resolve_config(config), jax.random.key(0)
+        step_cfg, self.key = resolve_config(config), jax.random.key(0)
         layout = sharding.LAYOUTS[config.parallel.mode]
         init = partial(train_step.init_state, step_cfg=step_cfg, vocab=vocab)
         self.state = layout.begin(self.key, init)
@@ -66,7 +67,7 @@ class Training:
 def chain(case: Case) -> Callable[[], Any]:
     """The config's solver over a grid, with or without clamp and classifier."""
     config = alternate.settings(case)
-    step_cfg = validate.resolve_config(config)
+    step_cfg = resolve_config(config)
     cfg, schedule = step_cfg.cfg, step_cfg.schedule
     params = model.init(jax.random.key(0), cfg, case.vocab)
     ids = ids_of(config, case.vocab)
@@ -76,7 +77,7 @@ def chain(case: Case) -> Callable[[], Any]:
     )
     head = classifier.init(jax.random.key(1), tagger, layout)
     options = {"eta": config.sample.eta} if config.sample.solver == "ddim" else {}
-    times = samplers.schedule_timesteps(schedule, case.steps)
+    times = samplers.schedule_timesteps(schedule, case.num_steps)
 
     def whole(params: Any, head: Any, labels: Any, keys: Any, x_T: Any) -> Any:
         denoise = model.bind(params, cfg, schedule=schedule)
@@ -85,7 +86,9 @@ def chain(case: Case) -> Callable[[], Any]:
         step = samplers.SOLVERS[config.sample.solver](denoise, schedule, **options)
         if case.job == "guided":
             of = classifier.log_prob(head, tagger, layout, labels, schedule)
-            step = guidance.gradient_guidance(step, of, schedule, lr=0.2, updates=case.updates)
+            step = guidance.gradient_guidance(
+                step, of, schedule, lr=0.2, num_updates=case.updates
+            )
         return samplers.sample(keys, step, x_T, times)[0].x0_hat
 
     keys = samplers.per_example_keys(jax.random.key(1), len(ids))

@@ -27,8 +27,8 @@ from dlm_jax.nn import ops
 from dlm_jax.nn.transformer import DTYPES
 
 CASES = {
-    "post_ln": Case("configs/e2e_small.py:faithful", batch=32, steps=10),
-    "adaln": Case("configs/e2e_small.py", batch=32, steps=10),
+    "post_ln": Case("configs/e2e_small.py:faithful", batch=32, num_steps=10),
+    "adaln": Case("configs/e2e_small.py", batch=32, num_steps=10),
 }
 # {case: (training step, reverse steps)}, about 3 times the usual
 BOUNDS = {"post_ln": (4.5, 3.5), "adaln": (6.5, 5.0)}

@@ -25,12 +25,13 @@ import numpy as np
 from configs import e2e
 from dlm_jax.diffusion import model
 from dlm_jax.runtime import checkpoint, hosts, sharding
-from dlm_jax.training import train_step, validate
+from dlm_jax.training import train_step
+from dlm_jax.training.config import resolve_config
 
 VOCAB, BATCH = 821, 2
 SIZES: dict[str, dict[str, int]] = {
-    "1.5M": {"width": 128, "layers": 6, "heads": 4, "ff": 512},
-    "11M": {"width": 384, "layers": 6, "heads": 6, "ff": 1536},
+    "1.5M": {"hidden_dim": 128, "layers": 6, "heads": 4, "mlp_dim": 512},
+    "11M": {"hidden_dim": 384, "layers": 6, "heads": 6, "mlp_dim": 1536},
     "87M": {},
 }
 
@@ -39,7 +40,7 @@ def _begun(size: str) -> tuple[train_step.StepConfig, Any]:
     config = e2e.get_config()
     config.model.update(SIZES[size])
     config.train.batch = BATCH
-    step_cfg = validate.resolve_config(config)
+    step_cfg = resolve_config(config)
 
     def init(key: jax.Array) -> train_step.TrainState:
         return train_step.init_state(key, step_cfg, VOCAB)
@@ -56,7 +57,7 @@ def saving(size: str, folder: Path, repeats: int) -> dict[str, Any]:
     writer = checkpoint.manager(folder, keep=1)
     for step in range(repeats + 1):
         began = time.perf_counter()
-        checkpoint.save(writer, step, state, {}, {})
+        checkpoint.save(writer, step, state, checkpoint.Records({}, {}, {}))
         times["returns"].append(time.perf_counter() - began)
         checkpoint.wait(writer)
         times["complete"].append(time.perf_counter() - began)

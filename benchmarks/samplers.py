@@ -53,7 +53,7 @@ def main() -> None:
     """Measures every setting at every number of calls; prints and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", default="runs/quickstart")
-    parser.add_argument("--calls", type=int, nargs="*", default=[16, 64, 200])
+    parser.add_argument("--num_steps", type=int, nargs="*", default=[16, 64, 200])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--out", default="docs/samplers.json")
@@ -62,9 +62,9 @@ def main() -> None:
     seeds = range(args.seeds)
     held_out = [grammar.sample(10_000 + seed, args.n) for seed in seeds]
     rows = [{"setting": {}, **row(held_out)}]
-    for calls in args.calls:
+    for calls in args.num_steps:
         for setting in SETTINGS:
-            given = {"steps": calls, **setting}
+            given = {"num_steps": calls, **setting}
             texts = [lm.sample(args.n, seed=seed, **given) for seed in seeds]
             rows.append({"setting": given, **row(texts)})
             print(" ".join(f"{k}={v}" for k, v in given.items()), end="  ")

@@ -22,7 +22,7 @@ import torch_peer
 from alternate import Case, Contender
 
 E2E, SMALL, GRAMMAR = "configs/e2e.py", "configs/e2e_small.py", "configs/grammar.py"
-WIDE = ("model.width=256", "model.ff=1024")  # 4 layers x 256: between the two
+WIDE = ("model.hidden_dim=256", "model.mlp_dim=1024")  # 4 layers x 256: between the two
 CASES = {
     "e2e": Case(E2E, batch=16),
     "e2e_small:faithful": Case(f"{SMALL}:faithful", batch=32),
@@ -46,7 +46,7 @@ USUAL = list(JOBS)[:4]
 def row(name: str, job: str, args: Any) -> dict[str, Any]:
     """One case's contenders, measured together."""
     kind, steps, clamp = JOBS[job]
-    case = CASES[name]._replace(job=kind, steps=steps, clamp=clamp)
+    case = CASES[name]._replace(job=kind, num_steps=steps, clamp=clamp)
     if kind != "train":
         case = case._replace(batch=16 if name == "e2e" else 64)
     case = case._replace(batch=args.batch or case.batch)

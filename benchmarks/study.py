@@ -43,9 +43,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "faithful": ("faithful", {}),
     "no self-conditioning": (
         "modern",
-        {"model.self_cond": False, "loss.self_cond": 0.0},
+        {"model.self_cond": False, "loss.self_cond_prob": 0.0},
     ),
-    "no output prior": ("modern", {"model.output_prior": False}),
+    "no output prior": ("modern", {"model.token_posterior_input": False}),
     "AdamW": ("modern", {"optim.name": "adamw", "optim.lr": 2e-3}),
     "fixed logistic schedule": (
         "modern",
@@ -53,7 +53,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "adaptive Gumbel schedule": ("modern", {"schedule.adaptive": "gumbel"}),
     "post-LN trunk": ("modern", {"model.trunk": "post_ln"}),
-    "truncation": ("modern", {"loss.truncate": 0.03}),
+    "truncation": ("modern", {"loss.truncate_prob": 0.03}),
     "free table": ("modern", {"embedding.normalize": False}),
     "regression": ("modern", {"model.predicts": "x0", "loss.objective": "x0"}),
     "likelihood objective": (
@@ -92,10 +92,12 @@ def step_flops(config: Any) -> float:
         for name, leaf in names
         if "kernel" in name and "time" not in name and "modulation" not in name
     )
-    a_token += 2 * cfg.layers * config.data.length * cfg.width
-    tables = 1 + 2 * cfg.output_prior  # the estimate or the rounding; the prior's two
+    a_token += 2 * cfg.layers * config.data.length * cfg.hidden_dim
+    tables = (
+        1 + 2 * cfg.token_posterior_input
+    )  # the estimate or the rounding; the prior's two
     a_token += tables * vocab * cfg.dim
-    passes = 3 + config.loss.self_cond
+    passes = 3 + config.loss.self_cond_prob
     flops = 2.0 * passes * a_token * config.train.batch * config.data.length
     if (
         config.optim.name == "muon"
@@ -127,25 +129,28 @@ def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
     lm = dlm_jax.load(workdir)
     config = lm.config
     held_out = _held_out(config)
-    row: dict[str, Any] = {"bound": report.likelihood_rows(lm, held_out, 16), "calls": {}}
+    row: dict[str, Any] = {
+        "bound": report.likelihood_rows(lm, held_out, 16),
+        "by_num_steps": {},
+    }
     for calls, n in texts_of.items():
         began = time.monotonic()
-        texts = lm.sample(n, seed=0, steps=calls)
+        texts = lm.sample(n, seed=0, num_steps=calls)
         sample = {"n": n, "seconds": time.monotonic() - began}
         if config["data"]["source"] == "grammar":
             sample["accepted"] = float(np.mean([grammar.accepts(t) for t in texts]))
         sample["entropy"] = text_metrics.unigram_entropy(texts)
         sample["words"] = float(np.mean(text_metrics.lengths(texts)))
         sample["texts"] = texts[:4]
-        row["calls"][str(calls)] = sample
+        row["by_num_steps"][str(calls)] = sample
     return row
 
 
-def suite(workdir: Path, teacher: Path) -> dict[str, Any]:
+def suite(workdir: Path, ar_model: Path) -> dict[str, Any]:
     """The evaluation suite at the run's own sampler, as --mode evaluate gives it."""
     lm = dlm_jax.load(workdir)
     config: Any = ml_collections.ConfigDict(lm.config)
-    config.evaluate.teacher = str(teacher) if teacher.exists() else ""
+    config.evaluate.ar_model = str(ar_model) if ar_model.exists() else ""
     reference, held_out = report.references(lm, config)
     samples = [lm.sample(TEXTS, seed=seed) for seed in range(SAMPLE_SEEDS)]
     rows = report.compare(samples, held_out, reference)
@@ -189,7 +194,7 @@ def study(args: argparse.Namespace) -> None:
             given["data.path"] = args.data
         workdir = _workdir(args, name, seed)
         row = {"config": args.config, "name": name, "variant": variant, "seed": seed}
-        row |= {"changes": changes, "budget_steps": args.steps, "steps": steps}
+        row |= {"changes": changes, "budget_steps": args.steps, "train_steps": steps}
         row["flops"] = flops * steps
         row["train_s"] = train(args.config, variant, given, workdir)
         row |= figures(workdir, calls_of(name, seed))
@@ -208,11 +213,15 @@ def table(rows: list[dict]) -> str:
     lines += ["|---" * (4 + len(calls)) + "|"]
     for name in dict.fromkeys(r["name"] for r in rows):
         mine = [r for r in rows if r["name"] == name]
-        cells = [name, str(len(mine)), str(mine[0]["steps"])]
+        cells = [name, str(len(mine)), str(mine[0]["train_steps"])]
         metric = key if key in mine[0]["bound"] else "nats/token"
         cells.append(_mean([r["bound"][metric][0] for r in mine]))
         for c in calls:
-            found = [r["calls"][c].get("accepted") for r in mine if c in r["calls"]]
+            found = [
+                r["by_num_steps"][c].get("accepted")
+                for r in mine
+                if c in r["by_num_steps"]
+            ]
             cells.append(_mean(found) if found and None not in found else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -229,7 +238,7 @@ def plot(rows: list[dict], path: Path) -> None:
     by_calls, by_entropy = figure.subplots(1, 2, sharey=True)
     for name, colour in (("faithful", "#c0392b"), ("modern", "#1f5fa8")):
         for row in (r for r in rows if r["name"] == name):
-            points = [row["calls"][str(c)] for c in CALLS]
+            points = [row["by_num_steps"][str(c)] for c in CALLS]
             share = [p["accepted"] for p in points]
             by_calls.semilogx(CALLS, share, "o-", base=2, color=colour, alpha=0.6)
             entropy = [p["entropy"] for p in points]
@@ -262,7 +271,7 @@ def main() -> None:
     kind = (args.config, args.steps)
     rows = [r for r in rows if (r["config"], r["budget_steps"]) == kind]
     print(table(rows))
-    if any("accepted" in c for r in rows for c in r["calls"].values()):
+    if any("accepted" in c for r in rows for c in r["by_num_steps"].values()):
         plot(rows, Path(args.plot).with_suffix(".png"))
 
 

@@ -74,7 +74,7 @@ def main() -> None:
         print(f"{share:.0%}: " + (str(found[0]) if found else "not reached"))
     record = {
         "variant": args.variant,
-        "steps": args.steps,
+        "train_steps": args.steps,
         "times": times,
         "rows": rows,
     }

@@ -174,7 +174,10 @@ class Denoiser(nn.Module):
 
     def __init__(self, cfg: Any, out: int, *, plain: bool):
         super().__init__()
-        self.cfg, inputs = cfg, cfg.dim * (1 + cfg.self_cond + cfg.output_prior)
+        self.cfg, inputs = (
+            cfg,
+            cfg.dim * (1 + cfg.self_cond + cfg.token_posterior_input),
+        )
         self.time = nn.Linear(cfg.time_dim, 4 * cfg.time_dim)
         self.time_2 = nn.Linear(4 * cfg.time_dim, cfg.width)
         self.trunk = Trunk(cfg, inputs, plain=plain)
@@ -209,7 +212,7 @@ class Model(nn.Module):
         cfg, told, alone, start = self.cfg, t, None, 0.0
         if cfg.noise_time:
             told = ((10.0 - self.noise.log_snr(t)) / 24.0).clip(0.0, 1.0)
-        if cfg.output_prior:
+        if cfg.token_posterior_input:
             alpha, sigma = (part[:, None, None] for part in self.noise(t))
             near = alpha / sigma**2 * (x_t @ table.T)
             start = near - 0.5 * (alpha / sigma) ** 2 * table.square().sum(-1)
@@ -228,7 +231,7 @@ class Noise(nn.Module):
 
     def __init__(self, schedule: Any):
         super().__init__()
-        self.steps = schedule.steps
+        self.steps = schedule.num_steps
         if self.steps is None:
             options = schedule.curve.keywords
             self.mean, self.scale, self.cut = (
@@ -581,7 +584,7 @@ def pusher(
 def make(case: Any, variant: str) -> Callable[[], Any]:
     """The work of a case of `alternate`."""
     from dlm_jax.diffusion import samplers
-    from dlm_jax.training.validate import resolve_config
+    from dlm_jax.training.config import resolve_config
 
     config = alternate.settings(case)
     step_cfg, plain = resolve_config(config), variant == "eager"

@@ -21,16 +21,16 @@ def get_config(task: str = "semantic") -> Any:
     cfg.classifier.task = task
     cfg.classifier.texts = 20_000
     cfg.model.update(
-        width=128,
+        hidden_dim=128,
         layers=2,
         heads=4,
-        ff=512,
+        mlp_dim=512,
         trunk="adaln",
         dropout=0.0,
         attention_dropout=0.0,
         dtype="mixed",
     )
-    cfg.loss.times = "low_discrepancy"
+    cfg.loss.time_sampler = "low_discrepancy"
     cfg.optim.update(grammar.MUON, warmup=50)
     cfg.train.update(
         total_steps=800, batch=64, ckpt_steps=400, log_steps=50, valid_steps=200

@@ -5,9 +5,14 @@ A config of its own starts from this one and changes what it must; it is a run r
 whose docstring holds the command, the hardware, the time and the numbers to expect.
 """
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from configs import guidance
+from dlm_jax.inference import sampling_config
+from dlm_jax.nn.transformer import DenoiserConfig
 
 
 def get_config() -> Any:
@@ -15,27 +20,7 @@ def get_config() -> Any:
     cfg = ConfigDict()
     cfg.seed = 102
     cfg.data = _data()
-    cfg.model = ConfigDict(
-        {
-            "dim": 16,  # d, of the embedding
-            "width": 768,
-            "layers": 12,
-            "heads": 12,
-            "ff": 3072,
-            "positions": 512,
-            "time_dim": 128,
-            "trunk": "post_ln",  # post_ln | adaln
-            "predicts": "x0",  # x0 | eps | mu | logits
-            "self_cond": False,  # the network takes its last estimate as input
-            "output_prior": False,  # its own posterior: an input, and the logits' start
-            "noise_time": False,  # the network is told log-SNR, not t
-            "causal": False,  # a position sees none after it: the teacher
-            "dropout": 0.1,
-            "attention_dropout": 0.1,
-            "dtype": "float32",  # float32 | mixed, for CPUs | bfloat16, for GPUs and TPUs
-            "remat": False,  # compute layers anew in the backward pass: less memory
-        }
-    )
+    cfg.model = ConfigDict(dataclasses.asdict(DenoiserConfig()))
     cfg.embedding = ConfigDict(
         {
             "path": "",  # an .npy table [v d] to start from; "": Gaussian
@@ -46,7 +31,7 @@ def get_config() -> Any:
     cfg.schedule = ConfigDict(
         {
             "name": "sqrt",
-            "steps": 2000,  # T; 0 keeps the continuous curve
+            "num_steps": 2000,  # T; 0 keeps the continuous curve
             "mean": 0.0,  # logistic, gumbel: of log(1/SNR) in nats; scale 0: their own
             "scale": 0.0,
             "noise_factor": 1.0,  # F: as if the noise had F times its size
@@ -56,11 +41,11 @@ def get_config() -> Any:
     cfg.loss = ConfigDict(
         {
             "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | nelbo | ce | ar
-            "times": "uniform",  # uniform | antithetic | low_discrepancy | importance
+            "time_sampler": "uniform",  # uniform | antithetic | low_discrepancy | importance
             "mask_pad": False,
-            "truncate": 0.0,  # the share of texts cut at a random length, then PAD
-            "known": 0.0,  # the share given some of their tokens: infilling is learned
-            "self_cond": 0.0,  # the share of batches that feed their estimate back
+            "truncate_prob": 0.0,  # the share of texts cut at a random length, then PAD
+            "conditioning_prob": 0.0,  # the share given some of their tokens: infilling is learned
+            "self_cond_prob": 0.0,  # the share of batches that feed their estimate back
         }
     )
     cfg.optim = _optim()
@@ -80,23 +65,7 @@ def get_config() -> Any:
     cfg.parallel = ConfigDict(
         {"mode": "pmap"}  # pmap: each device holds all | fsdp: the state is split
     )
-    cfg.sample = ConfigDict(
-        {
-            "n": 50,
-            "batch": 50,
-            "steps": 200,
-            "solver": "ddim",  # ancestral | marginal | ddim | dpmpp_2m
-            "eta": 1.0,  # of ddim
-            "sigma": "small",  # of ancestral
-            "top_p": 0.0,  # of ancestral: noise stays below it; 0: off
-            "churn": 0.0,  # noise put back before a step, in its lengths
-            "temperature": 1.0,  # of the score; lower is likelier and less diverse
-            "asymmetry": 0.0,  # how far a step moves beyond its end, in its lengths
-            "clamp": 1.0,  # nearest-embedding projection at t <= clamp; -1: off
-            "rounding": "logits",  # logits (as published) | nearest
-            "seed": 101,
-        }
-    )
+    cfg.sample = ConfigDict(sampling_config.default_section())
     cfg.classifier = ConfigDict(
         {
             "model": "",  # the workdir of the run to be steered
@@ -112,10 +81,10 @@ def get_config() -> Any:
             "n": 256,  # samples a seed
             "seeds": 3,
             "texts": "",  # a file of texts to measure instead of samples
-            "teacher": "",  # the workdir of a run of objective "ar"
+            "ar_model": "",  # the workdir of a run of objective "ar"
             "nll_texts": 512,  # held-out texts for the bound
             "draws": 16,  # times a text for the bound
-            "calls": (8, 16, 32, 64),  # denoiser calls of the frontier
+            "num_steps": (8, 16, 32, 64),  # denoiser calls of the frontier
         }
     )
     cfg.control = ConfigDict(
@@ -124,10 +93,11 @@ def get_config() -> Any:
             "n": 100,  # targets
             "samples": 20,  # a target
             "seeds": 3,
-            "calls": (32, 16),  # of the denoiser
-            "preset": "tuned",  # tuned | published
+            "num_steps": (32, 16),  # of the denoiser
+            "preset": "tuned",  # one of presets
+            "presets": guidance.PRESETS,  # settings of GuidanceConfig for each task
             "classifiers": "",  # workdirs of --mode train_classifier, by spaces
-            "teacher": "",  # fluency on files: the workdir of a run of objective "ar"
+            "ar_model": "",  # fluency on files: the workdir of a run of objective "ar"
             "targets": "",  # E2E: the folder of the published ones
         }
     )

@@ -16,10 +16,10 @@ from configs import default, grammar
 
 
 def get_config(variant: str = "pad") -> Any:
-    """variant: pad | block | modern | teacher."""
+    """variant: pad | block | modern | autoregressive."""
     cfg = default.get_config()
     cfg.data.update(source="e2e", path="data/e2e", too_long="truncate")
-    if variant in ("modern", "teacher"):
+    if variant in ("modern", "autoregressive"):
         grammar.VARIANTS[variant](cfg)
         cfg.model.update(dim=128, dropout=0.1, attention_dropout=0.1)
         cfg.optim.update(lr=1e-3, warmup=2000, ema=0.9999)
@@ -27,6 +27,6 @@ def get_config(variant: str = "pad") -> Any:
         cfg.data.mode = variant
     else:
         raise ValueError(
-            f"variant {variant!r}: choose one of pad, block, modern, teacher"
+            f"variant {variant!r}: choose one of pad, block, modern, autoregressive"
         )
     return cfg

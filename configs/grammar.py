@@ -3,7 +3,7 @@
 
     python -m dlm_jax.main --config configs/grammar.py --workdir runs/quickstart
     python -m dlm_jax.main --config configs/grammar.py:faithful --workdir runs/faithful
-    python -m dlm_jax.main --config configs/grammar.py:teacher --workdir runs/teacher
+    python -m dlm_jax.main --config configs/grammar.py:autoregressive --workdir runs/teacher
 
 docs/results.md and docs/study.md hold the figures, each with its command.
 """
@@ -30,16 +30,18 @@ def _modern(cfg: Any) -> None:
         trunk="adaln",
         predicts="logits",
         self_cond=True,
-        output_prior=True,
-        noise_time=True,
+        token_posterior_input=True,
+        time_input="log_snr",
         dropout=0.0,
         attention_dropout=0.0,
     )
     cfg.embedding.normalize = True
-    cfg.schedule.update(name="logistic", steps=0, mean=2.0, scale=1.2, adaptive="warp")
-    cfg.loss.update(objective="ce", times="low_discrepancy", self_cond=0.5)
+    cfg.schedule.update(
+        name="logistic", num_steps=0, mean=2.0, scale=1.2, adaptive="warp"
+    )
+    cfg.loss.update(objective="ce", time_sampler="low_discrepancy", self_cond_prob=0.5)
     cfg.optim.update(MUON)
-    cfg.sample.update(steps=64, solver="marginal", rounding="nearest")
+    cfg.sample.update(num_steps=64, solver="marginal", rounding="nearest")
 
 
 def _faithful(cfg: Any) -> None:
@@ -47,17 +49,17 @@ def _faithful(cfg: Any) -> None:
     cfg.optim.update(lr=4e-3, warmup=100, ema=0.99)
 
 
-def _teacher(cfg: Any) -> None:
+def _autoregressive(cfg: Any) -> None:
     """The same blocks, causal: the baseline of every likelihood."""
     _modern(cfg)
-    cfg.model.update(dim=128, self_cond=False, output_prior=False, causal=True)
-    cfg.model.noise_time = False
+    cfg.model.update(dim=128, self_cond=False, token_posterior_input=False, causal=True)
+    cfg.model.time_input = "t"
     cfg.embedding.normalize = False
     cfg.schedule.adaptive = ""
-    cfg.loss.update(objective="ar", self_cond=0.0)
+    cfg.loss.update(objective="ar", self_cond_prob=0.0)
 
 
-VARIANTS = {"modern": _modern, "faithful": _faithful, "teacher": _teacher}
+VARIANTS = {"modern": _modern, "faithful": _faithful, "autoregressive": _autoregressive}
 
 
 def get_config(variant: str = "modern") -> Any:
@@ -67,7 +69,9 @@ def get_config(variant: str = "modern") -> Any:
     cfg = default.get_config()
     cfg.seed = 1
     cfg.data.update(source="grammar", length=32, min_count=0)
-    cfg.model.update(width=128, layers=4, heads=4, ff=512, positions=32, dtype="mixed")
+    cfg.model.update(
+        hidden_dim=128, layers=4, heads=4, mlp_dim=512, positions=32, dtype="mixed"
+    )
     cfg.sample.update(n=16, batch=32, seed=0)  # what a core's cache holds
     VARIANTS[variant](cfg)
     cfg.train.update(

@@ -13,8 +13,8 @@ def get_config() -> Any:
     """The quickstart, shrunk."""
     cfg = grammar.get_config()
     cfg.data.update(size=500, valid_size=64)
-    cfg.model.update(dim=8, width=32, layers=2, heads=2, ff=64, time_dim=16)
-    cfg.model.noise_time, cfg.schedule.adaptive = False, ""  # tests set others
+    cfg.model.update(dim=8, hidden_dim=32, layers=2, heads=2, mlp_dim=64, time_dim=16)
+    cfg.model.time_input, cfg.schedule.adaptive = "t", ""  # tests set others
     cfg.model.dtype = "float32"
     cfg.train.update(
         total_steps=20,
@@ -25,6 +25,6 @@ def get_config() -> Any:
         valid_batches=2,
         sample_steps=10,
     )
-    cfg.sample.update(n=4, batch=16, steps=8)
-    cfg.evaluate.update(n=8, seeds=2, nll_texts=16, draws=2, calls=(2, 4))
+    cfg.sample.update(n=4, batch=16, num_steps=8)
+    cfg.evaluate.update(n=8, seeds=2, nll_texts=16, draws=2, num_steps=(2, 4))
     return cfg

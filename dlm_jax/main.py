@@ -53,17 +53,19 @@ def _needed(config: Any, example: str) -> Any:
 
 
 def _train(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax.training import trainer
+    from dlm_jax.training import loop
 
     config = _needed(config, "configs/grammar.py")
-    trainer.train(config, workdir, allow_fallback=FLAGS.allow_fallback)
+    loop.train(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import train_classifier
 
     config = _needed(config, "configs/classifier.py")
-    train_classifier.train_classifier(config, workdir, allow_fallback=FLAGS.allow_fallback)
+    train_classifier.train_classifier(
+        config, workdir, allow_fallback=FLAGS.allow_fallback
+    )
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Key, Shaped
+from jaxtyping import Float, Int, Key
 
 Array: TypeAlias = jax.Array | np.ndarray
 PyTree: TypeAlias = Any
@@ -23,7 +23,6 @@ Time: TypeAlias = Float[Array, " b"] | Float[Array, "b l"]
 PerExample: TypeAlias = Float[Array, " b"]
 PRNGKey: TypeAlias = Key[jax.Array, ""]
 PRNGKeys: TypeAlias = Key[jax.Array, " b"]
-AnyArray: TypeAlias = Shaped[Array, "..."]
 START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabulary
 
 

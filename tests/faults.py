@@ -49,8 +49,8 @@ def settings(folder: Path, steps: int) -> dict:
         "data.length": 8,
         "data.valid_fraction": 0.25,
         "model.layers": 1,
-        "model.width": 16,
-        "model.ff": 32,
+        "model.hidden_dim": 16,
+        "model.mlp_dim": 32,
         "model.positions": 8,
         "model.dropout": 0.1,
         "train.batch": 8,
@@ -59,7 +59,7 @@ def settings(folder: Path, steps: int) -> dict:
         "train.log_steps": 1,
         "train.valid_steps": never,
         "train.sample_steps": never,
-        "sample.steps": 2,
+        "sample.num_steps": 2,
     }
 
 
@@ -154,7 +154,9 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
         )
     config = smoke.get_config()
     config.update_from_flattened_dict(options)
-    states = [trainer.Trainer(config, str(workdir)).state for workdir in (killed, whole)]
+    states = [
+        trainer.Trainer(config, str(workdir)).state for workdir in (killed, whole)
+    ]
     for x, y in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(x, y)
     return Report(number, seen, resumes, redone)

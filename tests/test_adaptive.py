@@ -13,7 +13,8 @@ from dlm_jax.diffusion import adaptive, samplers, schedule
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer, validate
+from dlm_jax.training import loop, trainer
+from dlm_jax.training.config import resolve_config
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -101,16 +102,18 @@ def test_forgets_without_breaking(name):
 def test_refuses_losses_that_are_no_function_of_the_noise(objective):
     config = smoke.get_config()
     config.schedule.adaptive = "warp"
-    config.model.update(self_cond=False, output_prior=False, causal=objective == "ar")
+    config.model.update(
+        self_cond=False, token_posterior_input=False, causal=objective == "ar"
+    )
     config.loss.update(objective=objective, self_cond=0.0)
     with pytest.raises(UserError, match="no function of the noise"):
-        validate.resolve_config(config)
+        resolve_config(config)
 
 
 def _config(name, **model):
     config = smoke.get_config()
     config.schedule.adaptive = name
-    config.model.update(noise_time=True, layers=1, **model)
+    config.model.update(time_input="log_snr", layers=1, **model)
     config.train.update(total_steps=12, ckpt_steps=6, sample_steps=0, valid_steps=0)
     return config
 
@@ -119,11 +122,11 @@ def _config(name, **model):
 def test_trains_resumes_and_samples_with_it(name, tmp_path):
     """What it knows is part of the state: halves are the same as the whole."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    trainer.train(_config(name), str(whole))
-    trainer.train(_config(name), str(halves))
+    loop.train(_config(name), str(whole))
+    loop.train(_config(name), str(halves))
     newest = checkpoint.folder(halves) / "12"
     newest.rename(tmp_path / "moved")
-    trainer.train(_config(name), str(halves))
+    loop.train(_config(name), str(halves))
     states = [trainer.Trainer(_config(name), str(w)).state for w in (whole, halves)]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         assert np.array_equal(a, b)
@@ -133,13 +136,13 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     t = np.linspace(0.1, 0.9, 9)
     wanted = adaptive.ADAPTIVE_SCHEDULES[name](seen).log_snr(jnp.asarray(t))
     assert np.allclose(lm.schedule.log_snr(t), wanted, rtol=1e-4, atol=1e-4)
-    assert len(lm.sample(2, steps=4)) == 2
-    start = adaptive.init(validate.resolve_config(_config(name)).schedule)
+    assert len(lm.sample(2, num_steps=4)) == 2
+    start = adaptive.init(resolve_config(_config(name)).schedule)
     start = jax.tree.map(
         lambda a, b: jax.device_put(b, a.sharding), lm.schedule_state, start
     )
     latents = [
-        dataclasses.replace(lm, noise=noise).draw(2, steps=4).latents
+        dataclasses.replace(lm, noise=noise).draw(2, num_steps=4).latents
         for noise in (lm.schedule_state, start)
     ]
     assert not np.array_equal(*latents)  # what is known is read, without compiling
@@ -150,22 +153,24 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
 @pytest.mark.parametrize("objective", ["x0", "eps"])
 def test_regression_follows_it_too(objective, tmp_path):
     """Whose x_0 is noisy: its sigma_0 is that of the schedule as it now is."""
-    config = _config("warp", predicts="x0", self_cond=False, output_prior=False)
+    config = _config(
+        "warp", predicts="x0", self_cond=False, token_posterior_input=False
+    )
     config.loss.update(objective=objective, self_cond=0.0)
     config.train.update(total_steps=2, ckpt_steps=2)
-    trainer.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path))
     lm = loading.load(tmp_path)
     assert isinstance(lm.schedule.sigma_0, float)
     assert np.isfinite(lm.nll(lm.encode(["The Mill ."])).total()).all()
 
 
 def test_needs_a_curve():
-    with pytest.raises(UserError, match="adaptive='warp' needs steps=0"):
+    with pytest.raises(UserError, match="adaptive='warp' needs num_steps=0"):
         schedule.make_schedule("sqrt", 100, adaptive="warp")
     config = smoke.get_config()
     config.schedule.adaptive = "wrap"
     with pytest.raises(UserError, match="choose one of warp, gumbel"):
-        validate.resolve_config(config)
+        resolve_config(config)
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)
@@ -182,7 +187,8 @@ def test_every_solver_runs_on_a_traced_schedule(solver):
         return samplers.sample(jax.random.key(0), step, x, times)[0].x_t
 
     on_host = samplers.SOLVERS[solver](
-        lambda x, t, p: 0.5 * x, jax.device_get(adaptive.ADAPTIVE_SCHEDULES["warp"](start))
+        lambda x, t, p: 0.5 * x,
+        jax.device_get(adaptive.ADAPTIVE_SCHEDULES["warp"](start)),
     )
     times = samplers.timesteps(4, start=1.0, stop=0.25)
     wanted = samplers.sample(jax.random.key(0), on_host, x, times)[0].x_t

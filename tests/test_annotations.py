@@ -40,7 +40,9 @@ def names(task, note):
 
 def test_fields_are_classes_and_silence_is_one():
     note = grammar.fields_of(TREE)
-    known = annotations.build_label_vocab("semantic", [note, {"food": "Italian"}], LENGTH)
+    known = annotations.build_label_vocab(
+        "semantic", [note, {"food": "Italian"}], LENGTH
+    )
     row = annotations.encode([note], known)[0]
     told = {f: known.classes[f][k] for f, k in zip(known.classes, row, strict=True)}
     assert told == note | {"food": annotations.NONE}
@@ -84,7 +86,9 @@ KNOWN = {
 
 
 def asked(wish, value):
-    return annotations.TARGET_ENCODERS[wish](value, KNOWN["tree" if wish == "span" else wish])
+    return annotations.TARGET_ENCODERS[wish](
+        value, KNOWN["tree" if wish == "span" else wish]
+    )
 
 
 def test_what_is_asked_and_no_more():
@@ -158,7 +162,9 @@ def test_any_label_from_a_column(tmp_path):
     texts, notes = annotations.load_annotated(config, "label", "train")
     assert notes[:2] == [{"label": "a"}, {"label": "b"}]
     assert len(texts) == len(notes) == 9
-    assert annotations.build_label_vocab("label", notes, LENGTH).classes == {"label": ["a", "b"]}
+    assert annotations.build_label_vocab("label", notes, LENGTH).classes == {
+        "label": ["a", "b"]
+    }
     rows[3]["label"], rows[8]["text"] = "", ""  # as many of each: they must not shift
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=r"line 4 has no config\.classifier\.column"):

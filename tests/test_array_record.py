@@ -49,8 +49,14 @@ def test_rows_come_back_in_any_order(count, tmp_path, monkeypatch):
 
 
 def test_a_large_vocabulary_is_kept(tmp_path):
-    assert array_record.ArrayRecordWriter(tmp_path, "train", LENGTH, 10**5).dtype == np.int32
-    assert array_record.ArrayRecordWriter(tmp_path, "train", LENGTH, 2**16).dtype == np.uint16
+    assert (
+        array_record.ArrayRecordWriter(tmp_path, "train", LENGTH, 10**5).dtype
+        == np.int32
+    )
+    assert (
+        array_record.ArrayRecordWriter(tmp_path, "train", LENGTH, 2**16).dtype
+        == np.uint16
+    )
 
 
 def test_texts_of_a_split(tmp_path):

@@ -16,7 +16,7 @@ from dlm_jax.types import END, PAD, START
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CFG = DenoiserConfig(
-    dim=8, width=16, layers=2, heads=2, ff=32, positions=6, time_dim=8,
+    dim=8, hidden_dim=16, layers=2, heads=2, mlp_dim=32, positions=6, time_dim=8,
     trunk="adaln", predicts="logits", causal=True, dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 VOCAB = 6
@@ -42,7 +42,9 @@ def _nll(params, rows, cfg=CFG):
 
 def test_sees_nothing_after_a_position(params):
     ids = jnp.array([[0, 4, 5, 4, 1, 3]])
-    logits = jax.jit(lambda ids: autoregressive.trunk_output(params, CFG, ids, head=True))
+    logits = jax.jit(
+        lambda ids: autoregressive.trunk_output(params, CFG, ids, head=True)
+    )
     before = logits(ids)
     for i in range(1, 6):
         changed = logits(ids.at[0, i].set(2))

@@ -46,7 +46,13 @@ def test_a_control_is_no_answer():
 
 
 def test_rows_of_other_settings_stay_apart():
-    row = {"task": "pos", "calls": 32, "model": 1, "sample": {}, "control": {"n": 100}}
+    row = {
+        "task": "pos",
+        "num_steps": 32,
+        "model": 1,
+        "sample": {},
+        "control": {"n": 100},
+    }
     row |= {"classifiers in use": {"pos": 3}}
     assert control_table.key(row) == control_table.key(dict(row))
     for change in ({"control": {"n": 16}}, {"classifiers in use": {"pos": 4}}):
@@ -56,7 +62,7 @@ def test_rows_of_other_settings_stay_apart():
 def test_a_baselines_row_is_kept_for_its_own_sizes():
     row = {"task": "pos", "method": "FUDGE", "targets": 9, "samples": 2, "seeds": 3}
     assert control_baselines._sizes(row) == ("pos", "FUDGE", 9, 2, 3, 2000)
-    assert control_baselines._sizes(row | {"steps": 5})[-1] == 5
+    assert control_baselines._sizes(row | {"num_steps": 5})[-1] == 5
 
 
 def test_ratios_are_taken_within_a_round():

@@ -22,7 +22,7 @@ from configs import smoke
 from dlm_jax import main
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer
+from dlm_jax.training import loop, trainer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -35,22 +35,22 @@ TINY = {
     "data.length": 8,
     "data.valid_fraction": 0.25,
     "model.layers": 1,
-    "model.width": 16,
-    "model.ff": 32,
+    "model.hidden_dim": 16,
+    "model.mlp_dim": 32,
     "model.positions": 8,
     "model.trunk": "post_ln",
     "model.predicts": "x0",
     "model.self_cond": False,
     "model.dropout": 0.1,
     "loss.objective": "x0",
-    "loss.self_cond": 0.0,
+    "loss.self_cond_prob": 0.0,
     "train.batch": 8,
     "train.total_steps": STEPS,
     "train.ckpt_steps": NEVER,
     "train.log_steps": 100,
     "train.valid_steps": NEVER,
     "train.sample_steps": NEVER,
-    "sample.steps": 2,
+    "sample.num_steps": 2,
 }
 
 
@@ -77,11 +77,11 @@ def _config(texts, **changes):
     return config
 
 
-def _saved(texts, workdir, steps=(0,), keep=2, **changes):
+def _saved(texts, workdir, num_steps=(0,), keep=2, **changes):
     """A run directory with the start's state under each of `steps`."""
     run = trainer.Trainer(_config(texts, train__keep=keep, **changes), str(workdir))
     writer = checkpoint.manager(workdir, keep=keep)
-    for step in steps:
+    for step in num_steps:
         run.state = run.state._replace(step=run.state.step * 0 + step)
         run.save(writer)
     writer.close()
@@ -153,9 +153,9 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     unfinished = checkpoint.folder(killed) / f"{STEPS - 1}.orbax-checkpoint-tmp"
     (unfinished / "state").mkdir(parents=True)
     config = _config(texts)
-    trainer.train(config, str(killed))
+    loop.train(config, str(killed))
     assert f"from step {reached}" in capsys.readouterr().out
-    trainer.train(config, str(whole))
+    loop.train(config, str(whole))
     assert checkpoint.latest_step(killed) == checkpoint.latest_step(whole) == STEPS
     states = [trainer.Trainer(config, str(w)).state for w in (whole, killed)]
     assert not np.array_equal(states[0].params.table, states[0].ema.table)
@@ -170,14 +170,14 @@ def test_changed_text_is_refused(texts, tmp_path):
     lines = mine.read_text().splitlines()
     mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(UserError, match=r"not the one that .* was begun with"):
-        trainer.train(_config(str(mine)), str(tmp_path / "run"))
+        loop.train(_config(str(mine)), str(tmp_path / "run"))
     assert _digest(tmp_path / "run") == before
 
 
 def test_finished_run_says_so(texts, tmp_path, capsys):
     _saved(texts, tmp_path, (STEPS,))
     before = _digest(tmp_path)
-    trainer.train(_config(texts), str(tmp_path))
+    loop.train(_config(texts), str(tmp_path))
     assert "finished already" in capsys.readouterr().out
     assert _digest(tmp_path) == before
 
@@ -241,7 +241,7 @@ def test_no_save_over_a_newer_step(texts, start, tmp_path):
 def test_unwritable_workdir(texts, tmp_path):
     (tmp_path / "file").write_text("")
     workdir = tmp_path / "file" / "x"
-    _fails("cannot write", trainer.train, _config(texts), str(workdir))
+    _fails("cannot write", loop.train, _config(texts), str(workdir))
 
 
 # --- damage
@@ -293,7 +293,7 @@ def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     workdir = shutil.copytree(start, tmp_path / "run")
     harm(checkpoint.folder(workdir) / "2" / name)
     before = _digest(workdir)
-    for call in (lambda w: trainer.train(_config(texts), str(w)), dlm_jax.load):
+    for call in (lambda w: loop.train(_config(texts), str(w)), dlm_jax.load):
         assert "the one before" in _fails("checkpoints/2: damaged", call, workdir)
     assert _digest(workdir) == before
     shutil.rmtree(checkpoint.folder(workdir) / "2")
@@ -304,7 +304,7 @@ def _run(*args, **options):
     """A run of a few steps that saves each second one."""
     changes = {"train__total_steps": 6, "train__ckpt_steps": 2}
     config = _config(args[0], **changes, optim__decay="constant")
-    trainer.train(config, str(args[1]), *args[2:], **options)
+    loop.train(config, str(args[1]), *args[2:], **options)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -331,7 +331,7 @@ def test_nothing_is_set_aside_where_nothing_else_is_left(texts, tmp_path):
     _saved(texts, tmp_path, (1,))
     _truncate(checkpoint.folder(tmp_path) / "1" / "state" / "manifest.ocdbt")
     before = _digest(tmp_path)
-    call = functools.partial(trainer.train, _config(texts), allow_fallback=True)
+    call = functools.partial(loop.train, _config(texts), allow_fallback=True)
     _fails("checkpoints/1: damaged", call, str(tmp_path))
     assert _digest(tmp_path) == before
 
@@ -434,7 +434,7 @@ def test_sums_of_version_0_1_are_read(texts, tmp_path, monkeypatch):
     "change",
     [
         {"optim__lr": 0.5},
-        {"model__ff": 64},
+        {"model__mlp_dim": 64},
         {"seed": 7},
         {"data__length": 4},  # too short for the texts: the difference is said first
         {"train__total_steps": STEPS + 1},  # the cosine would bend
@@ -448,7 +448,7 @@ def test_another_config_is_refused(change, texts, start, tmp_path):
     old = _config(texts)
     for part in name.split("."):
         old = old[part]
-    line = _fails("was begun with", trainer.train, _config(texts, **change), str(workdir))
+    line = _fails("was begun with", loop.train, _config(texts, **change), str(workdir))
     assert f"config.{name}={old!r}, not {new!r}" in line
     assert _digest(workdir) == before
 
@@ -472,7 +472,12 @@ def test_a_run_of_before_an_option_existed_is_resumed(texts, tmp_path):
     (checkpoint.folder(tmp_path) / "1").mkdir(parents=True)
     checkpoint.check_config_matches(tmp_path, record)
     record["loss"]["known"] = 0.9
-    _fails("config.loss.known=None, not 0.9", checkpoint.check_config_matches, tmp_path, record)
+    _fails(
+        "config.loss.conditioning_prob=None, not 0.9",
+        checkpoint.check_config_matches,
+        tmp_path,
+        record,
+    )
 
 
 def test_total_steps_grow_only_at_a_constant_rate(texts, tmp_path):

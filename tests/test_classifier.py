@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 VOCAB, LENGTH, DIM = 9, 6, 8
 NOISE = schedule.make_schedule("sqrt", 200)
 CFG = DenoiserConfig(
-    dim=DIM, width=16, layers=1, heads=2, ff=32, positions=LENGTH, time_dim=8,
+    dim=DIM, hidden_dim=16, layers=1, heads=2, mlp_dim=32, positions=LENGTH, time_dim=8,
     trunk="adaln", dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 TABLE = init_table(jax.random.key(0), VOCAB, DIM, normalize=True)
@@ -36,42 +36,44 @@ LAYOUTS = [
 ]
 
 
-def labels_of(ids, layout):
+def labels_of(ids, spec):
     """Rules that the words alone decide, of each head's shape [b m]."""
     kind = ids % 3
-    if layout.head == "fields":  # which word of a kind the text has, 0 for none
+    if spec.head == "fields":  # which word of a kind the text has, 0 for none
         return np.stack([np.isin(ids, w).any(-1) * 2 for w in ([3, 6], [4])], -1)
-    if layout.head == "tags":
+    if spec.head == "tags":
         return kind
     same = (kind[:, :, None] == kind[:, None]).astype(int)
     lower = np.tril(np.ones((LENGTH, LENGTH), bool), -1)
     return np.where(lower, -1, same).reshape(len(ids), -1)
 
 
-def batch(seed, layout, n=64):
+def batch(seed, spec, n=64):
     ids = np.random.default_rng(seed).integers(0, VOCAB, (n, LENGTH))
-    draws = time_sampling.draw_noise(jax.random.key(seed), (n, LENGTH, DIM), steps=200)
-    return ids, labels_of(ids, layout), draws
+    draws = time_sampling.draw_noise(
+        jax.random.key(seed), (n, LENGTH, DIM), num_steps=200
+    )
+    return ids, labels_of(ids, spec), draws
 
 
-def scores(params, seed, layout, **change):
-    ids, labels, draws = batch(seed, layout)
+def scores(params, seed, spec, **change):
+    ids, labels, draws = batch(seed, spec)
     draws = draws._replace(**change)
-    known = {"cfg": CFG, "layout": layout, "table": TABLE, "schedule": NOISE}
+    known = {"cfg": CFG, "layout": spec, "table": TABLE, "schedule": NOISE}
     return classifier.loss(params, ids, labels, draws, **known)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: layout.head)
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda spec: spec.head)
 def trained(request):
     """A head after 300 steps, and its layout."""
-    layout = request.param
-    params = classifier.init(jax.random.key(1), CFG, layout)
+    spec = request.param
+    params = classifier.init(jax.random.key(1), CFG, spec)
     optimizer = optax.adam(1e-2)
 
     @jax.jit
     def step(params, state, ids, labels, draws):
         def mean(params):
-            known = {"cfg": CFG, "layout": layout, "table": TABLE, "schedule": NOISE}
+            known = {"cfg": CFG, "layout": spec, "table": TABLE, "schedule": NOISE}
             return jnp.mean(
                 classifier.loss(params, ids, labels, draws, **known).total()
             )
@@ -81,47 +83,47 @@ def trained(request):
 
     state = optimizer.init(params)
     for seed in range(300):
-        params, state = step(params, state, *batch(seed, layout))
-    return params, layout
+        params, state = step(params, state, *batch(seed, spec))
+    return params, spec
 
 
 def test_shapes_and_start(trained):
-    _, layout = trained
-    params = classifier.init(jax.random.key(1), CFG, layout)
+    _, spec = trained
+    params = classifier.init(jax.random.key(1), CFG, spec)
     x = jnp.zeros((2, LENGTH, DIM))
-    out = classifier.logits(params, CFG, layout, x, jnp.full(2, 0.5), NOISE)
-    assert out.shape == (2, *layout.shape, layout.classes)
-    assert layout.size == np.prod(layout.shape)
+    out = classifier.logits(params, CFG, spec, x, jnp.full(2, 0.5), NOISE)
+    assert out.shape == (2, *spec.shape, spec.classes)
+    assert spec.size == np.prod(spec.shape)
 
 
 def test_learns_and_knows_less_under_noise(trained):
     """Near-clean text is read all but rightly; pure noise only by the labels' rates."""
-    params, layout = trained
-    clean = scores(params, 10**6, layout, t=jnp.full(64, 0.005))
-    noisy = scores(params, 10**6, layout, t=jnp.full(64, 0.995))
+    params, spec = trained
+    clean = scores(params, 10**6, spec, t=jnp.full(64, 0.005))
+    noisy = scores(params, 10**6, spec, t=jnp.full(64, 0.995))
     assert clean.accuracy.mean() > 0.9
     assert noisy.accuracy.mean() < clean.accuracy.mean() - 0.15
     assert clean.nll.mean() < noisy.nll.mean()
 
 
 def test_log_prob_sums_over_what_is_asked(trained):
-    params, layout = trained
-    ids, labels, draws = batch(7, layout, n=4)
+    params, spec = trained
+    ids, labels, draws = batch(7, spec, n=4)
     x = schedule.add_noise(embed(TABLE, ids), draws.t, draws.eps_t, NOISE)
-    shaped = labels.reshape(4, *layout.shape)
+    shaped = labels.reshape(4, *spec.shape)
 
     def of(labels):
-        return classifier.log_prob(params, CFG, layout, labels, NOISE)(x, draws.t)
+        return classifier.log_prob(params, CFG, spec, labels, NOISE)(x, draws.t)
 
     assert np.all(of(np.full_like(shaped, -1)) == 0)
     flat, parts = shaped.reshape(4, -1), []
-    for i in range(layout.size):
+    for i in range(spec.size):
         one = np.full_like(flat, -1)
         one[:, i] = flat[:, i]
         parts.append(of(one.reshape(shaped.shape)))
     np.testing.assert_allclose(sum(parts), of(shaped), rtol=1e-4, atol=1e-5)
     assert np.all(of(shaped) < 0)
-    mean = classifier.log_prob(params, CFG, layout, shaped, NOISE, mean=True)
+    mean = classifier.log_prob(params, CFG, spec, shaped, NOISE, mean=True)
     count = (flat >= 0).sum(-1)
     np.testing.assert_allclose(mean(x, draws.t) * count, of(shaped), rtol=1e-5)
 
@@ -131,16 +133,20 @@ def test_it_steers(trained):
 
     By the words themselves: the classifier does not judge its own doing.
     """
-    params, layout = trained
+    params, spec = trained
     n = 16
-    _, labels, _ = batch(3, layout, n=n)
-    shaped = labels.reshape(n, *layout.shape)
+    _, labels, _ = batch(3, spec, n=n)
+    shaped = labels.reshape(n, *spec.shape)
 
     def denoise(x_t, t, x0_prev):
-        return model.expected_embedding(TABLE, model.token_posterior_logits(TABLE, x_t, t, NOISE))
+        return model.expected_embedding(
+            TABLE, model.token_posterior_logits(TABLE, x_t, t, NOISE)
+        )
 
-    log_prob = classifier.log_prob(params, CFG, layout, shaped, NOISE)
-    x_T = samplers.standard_normal(samplers.per_example_keys(jax.random.key(5), n), (LENGTH, DIM))
+    log_prob = classifier.log_prob(params, CFG, spec, shaped, NOISE)
+    x_T = samplers.standard_normal(
+        samplers.per_example_keys(jax.random.key(5), n), (LENGTH, DIM)
+    )
 
     def met(updates):
         step = guidance.gradient_guidance(
@@ -148,7 +154,7 @@ def test_it_steers(trained):
         )
         run = jax.jit(lambda x: samplers.sample(jax.random.key(6), step, x, times)[0])
         words = np.asarray(rounding.nearest(TABLE, run(x_T).x0_hat))
-        right = labels_of(words, layout) == labels
+        right = labels_of(words, spec) == labels
         return right[labels >= 0].mean()
 
     times = samplers.timesteps(50)

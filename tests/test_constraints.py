@@ -32,13 +32,15 @@ def lm(tmp_path_factory):
     config = smoke.get_config()
     path = str(folder / "texts.txt")
     config.data.update(source="text", path=path, length=LENGTH, too_long="truncate")
-    config.model.update(layers=1, width=16, ff=16, dim=8, positions=LENGTH)
-    config.sample.update(n=3, batch=8, steps=6)
+    config.model.update(layers=1, hidden_dim=16, mlp_dim=16, dim=8, positions=LENGTH)
+    config.sample.update(n=3, batch=8, num_steps=6)
     made = trainer.Trainer(config, str(folder / "run")).lm
     names = LabelVocab("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
-    cfg = dataclasses.replace(made.cfg, self_cond=False, output_prior=False)
+    cfg = dataclasses.replace(made.cfg, self_cond=False, token_posterior_input=False)
     params = classifier.init(jax.random.key(1), cfg, names.head_spec)
-    return dataclasses.replace(made, classifiers={"pos": GuidanceClassifier(params, cfg, names)})
+    return dataclasses.replace(
+        made, classifiers={"pos": GuidanceClassifier(params, cfg, names)}
+    )
 
 
 def ids_of(lm, text):
@@ -48,8 +50,10 @@ def ids_of(lm, text):
 def test_known_tokens_are_in_the_sample_not_only_in_the_output(lm):
     """Without a list of allowed words it is infilling alone that puts them there."""
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 6, 0)
-    drawn = lm.draw(6, wishes=wishes._replace(allowed=None), clamp=False)
+    wishes = constraints.template_constraints(
+        parts, LENGTH, lm.tokenizer.vocab_size, 6, 0
+    )
+    drawn = lm.generate(6, constraints=wishes._replace(allowed=None), clamp=False)
     clean, known = np.asarray(lm.ema.table)[wishes.ids], wishes.known
     np.testing.assert_allclose(drawn.latents[known], clean[known], atol=1e-6)
 
@@ -58,9 +62,15 @@ def test_known_tokens_are_in_the_sample_not_only_in_the_output(lm):
 @pytest.mark.parametrize("noised", [True, False])
 def test_known_tokens_come_back_exactly(lm, solver, noised):
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 6, 0)
-    drawn = lm.draw(
-        6, wishes=wishes, plan=GuidanceConfig(noised=noised), solver=solver, eta=None
+    wishes = constraints.template_constraints(
+        parts, LENGTH, lm.tokenizer.vocab_size, 6, 0
+    )
+    drawn = lm.generate(
+        6,
+        constraints=wishes,
+        guidance=GuidanceConfig(noise_known=noised),
+        solver=solver,
+        eta=None,
     )
     assert (drawn.ids[wishes.known] == wishes.ids[wishes.known]).all()
     clean = np.asarray(lm.ema.table)[wishes.ids]
@@ -77,13 +87,15 @@ def test_known_tokens_come_back_exactly(lm, solver, noised):
 def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(lm):
     """Else the reading that is not told would see the known tokens, clean."""
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 6, 0)
+    wishes = constraints.template_constraints(
+        parts, LENGTH, lm.tokenizer.vocab_size, 6, 0
+    )
     table, x = lm.ema.table, np.zeros((6, LENGTH, 8), "f")
     keys = samplers.per_example_keys(jax.random.key(0), 6)
     times = samplers.Times(*map(np.float32, (0.6, 0.5, 0.4)))
     clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
     for scale in (1.0, 2.0):
-        rest = (table, lm.schedule, wishes, {}, GuidanceConfig(scale=scale))
+        rest = (table, lm.schedule, wishes, {}, GuidanceConfig(cfg_weight=scale))
         step = conditioning.constrain_step(lambda keys, state, times: state, *rest)
         state = step(keys, samplers.State(x, x), times)
         np.testing.assert_array_equal(state.x0_hat[wishes.known], clean)
@@ -93,20 +105,26 @@ def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(lm):
 
 
 def test_nothing_wished_or_no_strength_changes_nothing(lm):
-    free = lm.draw(5, seed=3)
+    free = lm.generate(5, seed=3)
     asked = constraints.parse_constraints(
         lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
     rows = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
-    weak = lm.draw(5, seed=3, wishes=rows, plan=GuidanceConfig(lr=0.0))
+    weak = lm.generate(5, seed=3, constraints=rows, guidance=GuidanceConfig(lr=0.0))
     assert (weak.ids == free.ids).all()
-    words = constraints.parse_constraints(lm.tokenizer, LENGTH, {}, contains="cat", lacks="dog")
+    words = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, {}, contains="cat", lacks="dog"
+    )
     words = jax.tree.map(lambda x: np.repeat(x, 5, 0), words)
-    weightless = lm.draw(5, seed=3, wishes=words, plan=GuidanceConfig(weight=0.0))
+    weightless = lm.generate(
+        5, seed=3, constraints=words, guidance=GuidanceConfig(token_weight=0.0)
+    )
     assert (weightless.ids == free.ids).all()
-    strong = lm.draw(5, seed=3, wishes=rows, plan=GuidanceConfig(lr=1.0))
+    strong = lm.generate(5, seed=3, constraints=rows, guidance=GuidanceConfig(lr=1.0))
     assert (strong.ids != free.ids).any()
-    leaning = lm.draw(5, seed=3, wishes=rows, plan=GuidanceConfig(lr=0.0, lean=50.0))
+    leaning = lm.generate(
+        5, seed=3, constraints=rows, guidance=GuidanceConfig(lr=0.0, x0_weight=50.0)
+    )
     assert (leaning.ids != free.ids).any()
 
 
@@ -116,11 +134,11 @@ def test_a_text_depends_on_its_own_wish_alone(lm):
         for n in (2, 5, 7)
     ]
     wishes = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    texts = lm.draw(3, seed=1, wishes=wishes).texts
+    texts = lm.generate(3, seed=1, constraints=wishes).texts
     assert [len(text.split()) for text in texts] == [2, 5, 7]
-    assert lm.draw(3, seed=1, wishes=wishes, batch=1).texts == texts
+    assert lm.generate(3, seed=1, constraints=wishes, batch=1).texts == texts
     compiled = sum(run._cache_size() for run in lm.compiled.values())
-    lm.draw(3, seed=1, wishes=jax.tree.map(lambda x: x[::-1], wishes))
+    lm.generate(3, seed=1, constraints=jax.tree.map(lambda x: x[::-1], wishes))
     assert sum(run._cache_size() for run in lm.compiled.values()) == compiled
 
 
@@ -142,7 +160,9 @@ def test_gaps_and_ends(lm):
     blanks = constraints.parse_template(tok, "the ___ ___ [...]")
     row = constraints.template_constraints(blanks, LENGTH, tok.vocab_size, 1, 0)
     assert row.allowed[0, :, END].tolist() == [False] * 5 + [True] * 5
-    widths = constraints.template_constraints(gap, LENGTH, tok.vocab_size, 20, 0).known.sum(-1)
+    widths = constraints.template_constraints(
+        gap, LENGTH, tok.vocab_size, 20, 0
+    ).known.sum(-1)
     assert len(set(widths.tolist())) > 3
 
 
@@ -175,15 +195,19 @@ def test_a_template_of_a_given_length(lm):
 def test_a_classifier_and_a_template(lm):
     """The classifier's log-probability rises, and the known word stays."""
     tags, n = ["DET", "NOUN", "DET", "NOUN"], 8
-    asked = constraints.parse_constraints(lm.tokenizer, LENGTH, lm.classifiers, pos=tags)
+    asked = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, lm.classifiers, pos=tags
+    )
     parts = constraints.parse_template(lm.tokenizer, "the ___ [...]")
     vocab = lm.tokenizer.vocab_size
     placed = constraints.template_constraints(parts, LENGTH, vocab, n, 1, len(tags))
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), asked)
     wishes = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
     of = conditioning.label_log_prob(wishes, lm.classifiers, lm.schedule)
-    options = {"wishes": wishes, "seed": 1, "clamp": False}
-    free, steered = (lm.draw(n, plan=GuidanceConfig(lr=lr), **options) for lr in (0.0, 1.0))
+    options = {"constraints": wishes, "seed": 1, "clamp": False}
+    free, steered = (
+        lm.generate(n, guidance=GuidanceConfig(lr=lr), **options) for lr in (0.0, 1.0)
+    )
     before, after = (of(x.latents, np.full(n, 0.01, "f")) for x in (free, steered))
     assert np.mean(after - before) > 0
     assert all(text.startswith("the ") for text in steered.texts)
@@ -195,8 +219,8 @@ def test_a_guided_text_does_not_depend_on_its_batch(lm):
         lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
     wishes = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
-    options = {"seed": 3, "wishes": wishes, "plan": GuidanceConfig(lr=0.5)}
-    assert lm.draw(5, **options).texts == lm.draw(5, batch=2, **options).texts
+    options = {"seed": 3, "constraints": wishes, "guidance": GuidanceConfig(lr=0.5)}
+    assert lm.generate(5, **options).texts == lm.generate(5, batch=2, **options).texts
 
 
 @pytest.mark.parametrize(
@@ -239,7 +263,10 @@ def test_bad_templates(lm, template, message):
         ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
         ({"semantic": {"animal": "zebra"}}, "'zebra' is not in"),
         ({"semantic": "cat"}, "semantic='cat': give"),
-        ({"length": 3, "plan": GuidanceConfig(rule="adam")}, "plan.rule='adam': choose one of"),
+        (
+            {"length": 3, "guidance": GuidanceConfig(rule="adam")},
+            "plan.rule='adam': choose one of",
+        ),
     ],
 )
 def test_bad_wishes(lm, asked, message):
@@ -270,10 +297,12 @@ def test_words_are_wished_without_a_classifier(lm):
         [ids_of(lm, "old house")],
         [ids_of(lm, "cat")],
     ]
-    long = constraints.parse_constraints(lm.tokenizer, LENGTH, {}, contains="the old house")
+    long = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, {}, contains="the old house"
+    )
     assert long.phrases[0].tolist() == [[*ids_of(lm, "the old house"), -1]]
     assert asked.excluded.tolist() == [ids_of(lm, "dog")]
-    strong = {"seed": 0, "steps": 16, "plan": GuidanceConfig(weight=20.0)}
+    strong = {"seed": 0, "num_steps": 16, "guidance": GuidanceConfig(token_weight=20.0)}
     with_cat = lm.control(8, contains="cat", length=6, **strong)
     without = lm.control(8, lacks="cat", length=6, **strong)
     count = [
@@ -285,13 +314,17 @@ def test_words_are_wished_without_a_classifier(lm):
 def test_memory_does_not_grow_with_the_steps(lm):
     """Infilled and guided: as many values of the largest size for 4 calls as for 32."""
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 4, 0)
-    asked = constraints.parse_constraints(lm.tokenizer, LENGTH, lm.classifiers, pos=["DET"] * 3)
+    wishes = constraints.template_constraints(
+        parts, LENGTH, lm.tokenizer.vocab_size, 4, 0
+    )
+    asked = constraints.parse_constraints(
+        lm.tokenizer, LENGTH, lm.classifiers, pos=["DET"] * 3
+    )
     labels = jax.tree.map(lambda x: np.repeat(x, 4, 0), asked.labels)
     wishes = wishes._replace(labels=labels)
 
     def values(steps):
-        chain = lm._chain(lm.settings(steps=steps), GuidanceConfig())
+        chain = lm._chain(lm.sampling_config(num_steps=steps), GuidanceConfig())
         heads = {"pos": lm.classifiers["pos"].params}
         args = (jax.random.key(0), lm.ema, (), np.arange(4), wishes, heads)
         return sorted(sizes(jax.make_jaxpr(chain)(*args).jaxpr))
@@ -321,25 +354,31 @@ def test_a_model_that_learned_to_be_given_tokens(lm):
     ema = jax.tree.map(lambda x: x + 0.1, lm.ema)  # a fresh one ignores context
     lm = dataclasses.replace(lm, ema=ema, compiled={})
     told = dataclasses.replace(lm, config=config, compiled={})
-    options = {"n": 8, "seed": 1, "steps": 6, "clamp": False}
+    options = {"n": 8, "seed": 1, "num_steps": 6, "clamp": False}
     given = told.infill(template, **options)
     assert given != lm.infill(template, **options)
     assert all(text.startswith("the ") and text.split()[2] == "saw" for text in given)
-    scaled = told.infill(template, plan=GuidanceConfig(scale=3.0), **options)
+    scaled = told.infill(template, guidance=GuidanceConfig(cfg_weight=3.0), **options)
     assert scaled != given
     parts = constraints.parse_template(lm.tokenizer, template)
-    wishes = constraints.template_constraints(parts, LENGTH, lm.tokenizer.vocab_size, 8, 1)
+    wishes = constraints.template_constraints(
+        parts, LENGTH, lm.tokenizer.vocab_size, 8, 1
+    )
     args = (lm.ema, lm.cfg, lm.schedule)
     x, t = np.zeros((8, LENGTH, 8), np.float32), np.full(8, 0.7, np.float32)
-    plain = conditioning.constrain_denoiser(*args, wishes, {}, GuidanceConfig())(x, t, x)
+    plain = conditioning.constrain_denoiser(*args, wishes, {}, GuidanceConfig())(
+        x, t, x
+    )
     nothing, once = (
-        conditioning.constrain_denoiser(*args, wishes, {}, GuidanceConfig(scale=scale), given=True)(x, t, x)
+        conditioning.constrain_denoiser(
+            *args, wishes, {}, GuidanceConfig(cfg_weight=scale), given=True
+        )(x, t, x)
         for scale in (0.0, 1.0)
     )
     np.testing.assert_allclose(nothing, plain, atol=1e-5)
     assert np.abs(once - plain).max() > 1e-4
     with pytest.raises(UserError, match="did not learn to be given tokens"):
-        lm.infill(template, plan=GuidanceConfig(scale=3.0))
+        lm.infill(template, guidance=GuidanceConfig(cfg_weight=3.0))
 
 
 def test_tokens_under_guidance_keep_a_share_of_their_time(lm):
@@ -347,9 +386,11 @@ def test_tokens_under_guidance_keep_a_share_of_their_time(lm):
         lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
     rows = jax.tree.map(lambda x: np.repeat(x, 8, 0), asked)
-    options = {"seed": 3, "wishes": rows, "clamp": False}
+    options = {"seed": 3, "constraints": rows, "clamp": False}
     whole, part = (
-        lm.draw(8, plan=GuidanceConfig(lr=0.0, share=share), **options).latents
+        lm.generate(
+            8, guidance=GuidanceConfig(lr=0.0, token_time_floor=share), **options
+        ).latents
         for share in (1.0, 0.5)
     )
     assert np.abs(whole - part).max() > 1e-4

@@ -52,7 +52,9 @@ def test_published_targets(tmp_path):
     assert semantic.fields == {"customer rating": "low"}
     (pos,) = control_targets.load_published(tmp_path, "pos")
     assert (pos.text, pos.tags) == ("dogs sleep", ["NOUN", "VERB"])
-    sizes = [len(s.text.split()) for s in control_targets.load_published(tmp_path, "length")]
+    sizes = [
+        len(s.text.split()) for s in control_targets.load_published(tmp_path, "length")
+    ]
     assert (min(sizes), max(sizes)) == (8, 38)
     with pytest.raises(UserError, match="none published of tree; there are length"):
         control_targets.load_published(tmp_path, "tree")
@@ -82,7 +84,10 @@ def e2e(tmp_path, config):
 
 def test_records_and_tags_of_e2e(e2e, tmp_path):
     (sentence, *_) = control_targets.load_targets(e2e, "semantic", 5)
-    assert control_targets.fields_in_text(sentence) == {"name": "Aromi", "food": "Italian"}
+    assert control_targets.fields_in_text(sentence) == {
+        "name": "Aromi",
+        "food": "Italian",
+    }
     assert sentence.tags is None
     with pytest.raises(UserError, match=r"config\.classifier\.conllu=''"):
         control_targets.load_targets(e2e, "pos", 5)

@@ -29,7 +29,7 @@ OTHER = "Zizzi is an expensive restaurant in the city centre ."
 @pytest.fixture(scope="module")
 def config():
     config = smoke.get_config()
-    config.control.update(n=2, samples=2, seeds=2, calls=(3,))
+    config.control.update(n=2, samples=2, seeds=2, num_steps=(3,))
     return config
 
 
@@ -54,7 +54,7 @@ def lm(config, workdir):
     """The model, and untrained classifiers of every task."""
     made, classifiers = loading.load(workdir), {}
     cfg = DenoiserConfig(
-        dim=8, width=16, layers=1, heads=2, ff=16, time_dim=8, trunk="adaln"
+        dim=8, hidden_dim=16, layers=1, heads=2, mlp_dim=16, time_dim=8, trunk="adaln"
     )
     for task in ("semantic", "pos", "tree"):
         notes = [annotations.ANNOTATORS[task](t) for t in grammar.trees(0, 400)]
@@ -95,7 +95,9 @@ def test_scores_by_hand(scorer):
         "exact length": 0,
         "length +-2": 1,
     }
-    assert score("infilling", TEXT, "The ___ is a cheap pub near Café Sicilia .", scorer)
+    assert score(
+        "infilling", TEXT, "The ___ is a cheap pub near Café Sicilia .", scorer
+    )
     assert not score("infilling", OTHER, "The ___ is a [...]", scorer)
     assert not score(
         "infilling", TEXT + " .", "The ___ is a cheap pub near Café Sicilia .", scorer
@@ -149,7 +151,7 @@ def test_every_task_runs_and_a_row_is_measured_once(lm, workdir, config, capsys)
         ]
         plan = control_tasks.GUIDANCE_PRESETS["tuned"][name]
         row = control_tasks.run_task(
-            lm, task, wanted, scorer, plan, samples=2, seeds=2, calls=3
+            lm, task, wanted, scorer, plan, samples=2, seeds=2, num_steps=3
         )
         assert len(row["success"]) >= 1
         assert all(0 <= mean <= 1 for mean, _ in row["success"].values())
@@ -159,7 +161,7 @@ def test_every_task_runs_and_a_row_is_measured_once(lm, workdir, config, capsys)
 
 def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
     lm = loading.load(workdir)
-    lm.config["control"].update(task="length", n=2, samples=2, seeds=2, calls=[3])
+    lm.config["control"].update(task="length", n=2, samples=2, seeds=2, num_steps=[3])
     rows = control_tasks.evaluate_control(lm, str(workdir))
     assert rows[0]["success"]["exact length"][0] == 1
     assert "| length | 3 | exact length 100.0" in capsys.readouterr().out
@@ -213,7 +215,9 @@ def test_targets_that_have_no_place_are_left_out(lm):
 
 def test_nothing_can_be_said_of_texts_outside_the_language(scorer):
     assert control_tasks.fluency(["pub pub", "a a"], scorer)["nats/token"] is None
-    silent = scorer._replace(nats=lambda texts: np.full(len(texts), np.nan), exact=False)
+    silent = scorer._replace(
+        nats=lambda texts: np.full(len(texts), np.nan), exact=False
+    )
     assert control_tasks.fluency([TEXT], silent)["nats/token"] is None
     heard = scorer._replace(nats=lambda texts: np.ones(len(texts)), exact=False)
     assert control_tasks.fluency(["pub pub"], heard)["accepted"] is None
@@ -229,12 +233,12 @@ def test_nothing_can_be_said_of_texts_outside_the_language(scorer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "length", "calls": [0]}, r"config\.control\.calls: 0 must be 1"),
+        ({"task": "length", "num_steps": [0]}, r"config\.control\.num_steps: 0 must be 1"),
         ({"task": "mood"}, r"config\.control\.task='mood': choose all"),
         ({"task": "tree"}, r"config\.control\.classifiers: none of task tree"),
         ({"preset": "best"}, r"config\.control\.preset='best'"),
         ({"task": "length", "n": 0}, r"config\.control\.n=0: must be 1 or more"),
-        ({"task": "length", "teacher": "SELF"}, "control.teacher=.*not of objective"),
+        ({"task": "length", "teacher": "SELF"}, "control.ar_model=.*not of objective"),
     ],
 )
 def test_bad_options(workdir, change, message):

@@ -74,7 +74,9 @@ def test_given_tells_clean_vectors_at_time_0():
 
     ids, known = np.array([[1, 2, 3]]), np.array([[True, False, True]])
     x_t = np.full((1, 3, 4), 9.0, np.float32)
-    guidance.condition_on_tokens(denoise, TABLE, ids, known)(x_t, np.array([0.5], np.float32), x_t)
+    guidance.condition_on_tokens(denoise, TABLE, ids, known)(
+        x_t, np.array([0.5], np.float32), x_t
+    )
     np.testing.assert_array_equal(seen["t"], [[0.0, 0.5, 0.0]])
     np.testing.assert_array_equal(seen["x"][0, [0, 2]], TABLE[[1, 3]])
     np.testing.assert_array_equal(seen["x"][0, 1], x_t[0, 1])
@@ -95,7 +97,9 @@ def test_classifier_free_mixes_words_too():
     def certain(x_t, t, x0_prev):
         return x_t, jax.nn.log_softmax(3.0 * exact_read(x_t, t, x0_prev)[1])
 
-    x0_hat, log_p = guidance.classifier_free_guidance(certain, exact_read, weight=2.0)(X, T, X)
+    x0_hat, log_p = guidance.classifier_free_guidance(certain, exact_read, weight=2.0)(
+        X, T, X
+    )
     np.testing.assert_allclose(x0_hat, 2 * X - exact_read(X, T, X)[0], rtol=1e-5)
     want = 2 * certain(X, T, X)[1] - exact_read(X, T, X)[1]
     np.testing.assert_allclose(log_p, want, rtol=1e-5)
@@ -115,7 +119,9 @@ def test_tokens_under_guidance_are_told_less_noise():
     np.testing.assert_allclose(told, T[:, None] * (1 - 0.4 * size), rtol=1e-5)
     same = guidance.token_time_guidance(times, of, share=1.0)(X, T, X)[..., 0]
     np.testing.assert_allclose(same, np.broadcast_to(T[:, None], (3, 5)), rtol=1e-6)
-    flat = guidance.token_time_guidance(times, lambda x, t: 0.0 * of(x, t), share=0.6)(X, T, X)
+    flat = guidance.token_time_guidance(times, lambda x, t: 0.0 * of(x, t), share=0.6)(
+        X, T, X
+    )
     np.testing.assert_allclose(flat[..., 0], same)
 
 
@@ -140,10 +146,14 @@ def test_steer_is_bayes_rule():
     ids = RNG.integers(0, 7, (3, 5))
     known = np.zeros((3, 5), bool)
     known[:, 2] = True
-    guided = guidance.token_guidance(exact_read, guidance.spells(ids, known), NOISE)(X, T, X)
+    guided = guidance.token_guidance(exact_read, guidance.spells(ids, known), NOISE)(
+        X, T, X
+    )
     wanted = np.where(known[..., None], TABLE[ids], exact_read(X, T, X)[0])
     np.testing.assert_allclose(guided, wanted, atol=2e-4)
-    bare = guidance.token_guidance(exact_read, guidance.spells(ids, known), NOISE, weight=0.0)
+    bare = guidance.token_guidance(
+        exact_read, guidance.spells(ids, known), NOISE, weight=0.0
+    )
     np.testing.assert_array_equal(bare(X, T, X), exact_read(X, T, X)[0])
 
 
@@ -189,7 +199,10 @@ def test_no_phrase_is_no_wish():
 
 def test_every_wish_at_once():
     log_p = one_text([1, 2, 3])
-    a, b = guidance.contains_phrase(np.array([[2]])), guidance.contains_phrase(np.array([[6]]))
+    a, b = (
+        guidance.contains_phrase(np.array([[2]])),
+        guidance.contains_phrase(np.array([[6]])),
+    )
     both = guidance.weighted_sum((a, 1.0), (b, 0.5))(log_p)
     np.testing.assert_allclose(both, a(log_p) + 0.5 * b(log_p), rtol=1e-6)
 
@@ -282,12 +295,16 @@ def test_no_update_and_no_time_change_nothing():
         for s in (
             SOLVERS["ddim"],
             guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, updates=0),
-            guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, between=(0.95, 1.0)),
+            guidance.gradient_guidance(
+                SOLVERS["ddim"], log_prob, NOISE, between=(0.95, 1.0)
+            ),
         )
     )
     for found in same:
         np.testing.assert_array_equal(found, plain)
-    acts = guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, between=(0.4, 0.7))
+    acts = guidance.gradient_guidance(
+        SOLVERS["ddim"], log_prob, NOISE, between=(0.4, 0.7)
+    )
     moved = samplers.sample(jax.random.key(0), acts, X, samplers.timesteps(6))[0].x_t
     assert not np.array_equal(moved, plain)
 

@@ -16,7 +16,14 @@ from dlm_jax.nn.transformer import DenoiserConfig
 TABLE = np.array([[-1.2], [0.3], [1.1]], np.float32)
 VOCAB = len(TABLE)
 TINY = DenoiserConfig(
-    dim=1, width=8, layers=1, heads=1, ff=16, positions=3, time_dim=8, dropout=0.0
+    dim=1,
+    hidden_dim=8,
+    layers=1,
+    heads=1,
+    mlp_dim=16,
+    positions=3,
+    time_dim=8,
+    dropout=0.0,
 )
 # (what the network predicts, whether x_0 is noisy, changes of the network)
 MODELS = {
@@ -27,7 +34,7 @@ MODELS = {
     "logits": (False, {"predicts": "logits", "trunk": "adaln"}),
     "self-conditioned": (
         False,
-        {"predicts": "logits", "self_cond": True, "output_prior": True},
+        {"predicts": "logits", "self_cond": True, "token_posterior_input": True},
     ),
 }
 
@@ -85,12 +92,12 @@ class _Quadrature:
         self.points = np.stack([m.ravel() for m in mesh], -1)
         self.cell = (self.axis[1] - self.axis[0]) ** length
         self.predict, self.length = predict, length
-        indices = range(-1 if predict.sigma_0 else 0, noise.steps)
+        indices = range(-1 if predict.sigma_0 else 0, noise.num_steps)
         self.levels = []  # (t, signal, variance given the words), noisiest first
         for i in reversed(indices):
-            alpha, sigma = noise.alpha_sigma(np.asarray(i / noise.steps))
+            alpha, sigma = noise.alpha_sigma(np.asarray(i / noise.num_steps))
             variance = sigma**2 + (alpha * predict.sigma_0) ** 2
-            self.levels.append((i / noise.steps, float(alpha), float(variance)))
+            self.levels.append((i / noise.num_steps, float(alpha), float(variance)))
 
     def _e_hat(self, t):
         x = jnp.asarray(self.points[..., None], jnp.float32)
@@ -273,18 +280,18 @@ def test_ratio_and_its_error():
     rng = np.random.default_rng(0)
     count = rng.integers(5, 30, (400, 500))
     nats = 2.0 * count + rng.normal(size=count.shape) * np.sqrt(count)
-    each = [likelihood.ratio_with_stderr(n, c) for n, c in zip(nats, count, strict=True)]
+    each = [
+        likelihood.ratio_with_stderr(n, c) for n, c in zip(nats, count, strict=True)
+    ]
     means = np.array([s.mean for s in each])
     assert abs(means.mean() - 2.0) < 0.002
-    assert np.mean([s.standard_error for s in each]) == pytest.approx(
-        means.std(), rel=0.15
-    )
+    assert np.mean([s.stderr for s in each]) == pytest.approx(means.std(), rel=0.15)
 
 
 def test_nelbo_is_the_bound_per_position():
     """The objective's terms, in the mean; its rounding is by each position's posterior."""
     noise = schedule.logistic(0.0, 1.2)
-    cfg = dataclasses.replace(TINY, predicts="logits", output_prior=True)
+    cfg = dataclasses.replace(TINY, predicts="logits", token_posterior_input=True)
     params = jax.jit(lambda key: model.init(key, cfg, VOCAB))(jax.random.key(5))
     params = params._replace(table=jnp.asarray(TABLE))
     many = jnp.asarray(np.tile(_texts(2), (20_000, 1)))

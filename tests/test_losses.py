@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 T20 = schedule.make_schedule("sqrt", 20)
 CURVE = schedule.make_schedule("cosine")
-TINY = DenoiserConfig(dim=4, width=8, layers=1, heads=2, ff=8, positions=4, time_dim=4)
+TINY = DenoiserConfig(
+    dim=4, hidden_dim=8, layers=1, heads=2, mlp_dim=8, positions=4, time_dim=4
+)
 IDS = np.array([[0, 5, 2], [4, 1, PAD], [2, PAD, PAD]])
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(6, 4)).astype(np.float32)
@@ -59,7 +61,7 @@ def run(objective="x0", *, params=PARAMS, ids=IDS, noise=T20, draws=None, **opti
 draw = jax.jit(
     time_sampling.draw_noise,
     static_argnums=1,
-    static_argnames=("total", "times", "steps", "self_cond"),
+    static_argnames=("total", "times", "num_steps", "self_cond"),
 )
 
 
@@ -290,7 +292,9 @@ def test_gradient_reaches_all():
     """Rounding teaches table and bias, diffusion table and denoiser, prior the table."""
     shapes = jax.eval_shape(lambda key: model.init(key, TINY, 6), jax.random.key(0))
     params = jax.tree.map(lambda p: RNG.normal(size=p.shape).astype("f"), shapes)
-    draws = time_sampling.NoiseDraws(jnp.asarray(T), jnp.asarray(EPS_0), jnp.asarray(EPS_T))
+    draws = time_sampling.NoiseDraws(
+        jnp.asarray(T), jnp.asarray(EPS_0), jnp.asarray(EPS_T)
+    )
 
     def parts(params):
         terms = losses.end_to_end(
@@ -350,7 +354,12 @@ WIDE = (20000, 1, 2)
 
 def rows(first, b, seed=1):
     return draw(
-        jax.random.key(seed), (b, 3, 2), first=first, total=8, steps=20, self_cond=0.5
+        jax.random.key(seed),
+        (b, 3, 2),
+        first=first,
+        total=8,
+        num_steps=20,
+        self_cond=0.5,
     )
 
 
@@ -368,7 +377,9 @@ def test_draws_know_only_the_global_row():
 @pytest.mark.parametrize("times", time_sampling.TIME_SAMPLERS)
 def test_times_know_only_the_global_row(times):
     key, index = jax.random.key(1), jnp.arange(8)
-    halves = [time_sampling.TIME_SAMPLERS[times](key, part, 8) for part in jnp.split(index, 2)]
+    halves = [
+        time_sampling.TIME_SAMPLERS[times](key, part, 8) for part in jnp.split(index, 2)
+    ]
     whole = time_sampling.TIME_SAMPLERS[times](key, index, 8)
     np.testing.assert_array_equal(whole, jnp.concatenate(halves))
 
@@ -406,7 +417,7 @@ def test_antithetic_pairs():
 def test_indices_are_uniform():
     """Binomial counts, each to five standard errors."""
     n = WIDE[0]
-    t = np.asarray(draw(jax.random.key(4), WIDE, steps=20).t)
+    t = np.asarray(draw(jax.random.key(4), WIDE, num_steps=20).t)
     count = np.bincount(np.round(t * 20).astype(int), minlength=20)
     assert np.all(np.abs(count - n / 20) < 5 * (n * 0.05 * 0.95) ** 0.5)
 
@@ -414,15 +425,17 @@ def test_indices_are_uniform():
 # --- importance sampling
 
 
-def full_moments(steps=20, seed=6):
-    loss = np.random.default_rng(seed).gamma(1.0, size=(steps, 10)).astype(np.float32)
-    return time_sampling.LossMoments(jnp.asarray(loss), jnp.full(steps, 10))
+def full_moments(num_steps=20, seed=6):
+    loss = (
+        np.random.default_rng(seed).gamma(1.0, size=(num_steps, 10)).astype(np.float32)
+    )
+    return time_sampling.LossMoments(jnp.asarray(loss), jnp.full(num_steps, 10))
 
 
 def test_importance_sampling_is_unbiased():
     """E_p[w f] is the plain mean of f, and indices come at their rate."""
     n, moments = WIDE[0], full_moments()
-    draws = draw(jax.random.key(7), WIDE, steps=20, moments=moments)
+    draws = draw(jax.random.key(7), WIDE, num_steps=20, moments=moments)
     index = np.round(np.asarray(draws.t) * 20).astype(int)
     square = (np.asarray(moments.history, float) ** 2).mean(1) ** 0.5
     p = 0.999 * square / square.sum() + 0.001 / 20
@@ -505,7 +518,7 @@ def test_bound_is_the_sum_of_its_kls(network, sigma, importance):
     network(posterior_mean)
     one_word = Params(np.full((1, 2), mean, np.float32), np.zeros(1, np.float32), {})
     moments = full_moments() if importance else None
-    draws = draw(jax.random.key(9), WIDE, steps=20, moments=moments)
+    draws = draw(jax.random.key(9), WIDE, num_steps=20, moments=moments)
     ids = np.zeros((n, 1), int)
     terms = run("vlb", params=one_word, ids=ids, draws=draws, sigma=sigma)
     np.testing.assert_array_equal(terms.rounding, 0)

@@ -15,7 +15,8 @@ from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import hosts
-from dlm_jax.training import trainer, validate
+from dlm_jax.training import loop
+from dlm_jax.training.config import resolve_config
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -131,7 +132,7 @@ def _train(tmp_path, content=None, **changes):
         config.data.update(source="text", path=str(tmp_path / "texts.txt"))
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(dotted)
-    trainer.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
 
 
 MISTAKES = {
@@ -140,14 +141,14 @@ MISTAKES = {
     "too long": (b"one two three\n" * 9, {"data__length": 4}, "set length=5"),
     "source": (None, {"data__source": "web"}, "data.source='web': choose one of"),
     "objective": (None, {"loss__objective": "l1"}, "loss.objective='l1': choose"),
-    "times": (None, {"loss__times": "all"}, "loss.times='all': choose"),
+    "times": (None, {"loss__time_sampler": "all"}, "loss.time_sampler='all': choose"),
     "trunk": (None, {"model__trunk": "unet"}, "model.trunk='unet': choose"),
     "decay": (None, {"optim__decay": "none"}, "optim.decay='none': choose"),
     "optimiser": (None, {"optim__name": "sgd"}, "optim.name='sgd': choose"),
     "schedule": (None, {"schedule__name": "flat"}, "schedule.name='flat': choose"),
     "heads": (None, {"model__heads": 3}, "heads=3 does not divide"),
     "positions": (None, {"model__positions": 8}, "positions=8"),
-    "importance": (None, {"loss__times": "importance"}, "schedule.steps > 0"),
+    "importance": (None, {"loss__time_sampler": "importance"}, "schedule.num_steps > 0"),
     "feedback": (None, {"model__self_cond": False}, "self_cond"),
     "batch": (None, {"train__batch": 0}, "train.batch=0"),
     "logging": (None, {"train__log_steps": 0}, "train.log_steps=0"),
@@ -155,9 +156,9 @@ MISTAKES = {
     "microbatches": (None, {"optim__accumulate": 3}, "batch=16 is not a multiple"),
     "no microbatch": (None, {"optim__accumulate": 0}, "optim.accumulate=0"),
     "grammar's seed": (None, {"data__seed": -1}, "data.seed=-1: must be 0 or more"),
-    "odd heads": (None, {"model__width": 30}, "model.width=30: rotary"),
+    "odd heads": (None, {"model__hidden_dim": 30}, "model.hidden_dim=30: rotary"),
     "dropout": (None, {"model__dropout": 1.0}, "model.dropout=1.0: must be below 1"),
-    "share": (None, {"loss__self_cond": 1.5}, "self_cond=1.5: must be at most 1"),
+    "share": (None, {"loss__self_cond_prob": 1.5}, "self_cond=1.5: must be at most 1"),
     "rate": (None, {"optim__lr": -1.0}, "optim.lr=-1.0: must be 0 or more"),
     "interval": (None, {"train__ckpt_steps": -1}, "train.ckpt_steps=-1"),
     "table": (None, {"embedding__path": "no.npy"}, "embedding.path=no.npy"),
@@ -225,7 +226,7 @@ VARIANTS = {
 )
 def test_every_shipped_config_describes_a_run(module, variant):
     config = module.get_config(*variant)
-    step_cfg = validate.resolve_config(config)
+    step_cfg = resolve_config(config)
     assert step_cfg.cfg.causal == (variant == ("teacher",))
     assert config.data.length <= config.model.positions
     if variant:

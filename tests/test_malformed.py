@@ -46,7 +46,7 @@ VALUES = {
         "train.on_nonfinite=pray",
         "parallel.mode=magic",
         "model.layers=0",
-        "model.width=-8",
+        "model.hidden_dim=-8",
         "model.heads=3",
         "model.heads=7",
         "model.dim=0",
@@ -70,14 +70,14 @@ VALUES = {
         "optim.accumulate=0",
         "optim.accumulate=3",
         "loss.objective=vibes",
-        "loss.times=never",
-        "loss.times=importance",
-        "loss.known=2.0",
+        "loss.time_sampler=never",
+        "loss.time_sampler=importance",
+        "loss.conditioning_prob=2.0",
         "schedule.name=spiral",
-        "schedule.steps=-5",
+        "schedule.num_steps=-5",
         "schedule.adaptive=yes",
         "sample.solver=euler",
-        "sample.steps=0",
+        "sample.num_steps=0",
         "sample.eta=2.0",
         "sample.rounding=up",
         "embedding.path={}/none.npy",
@@ -207,13 +207,13 @@ RUNS = {
     "state of bytes": _bytes(f"{STEP}/state/_METADATA", b"\0\1\2"),
 }
 STRANGERS = {  # sampled from, so that the saved config is what counts
-    "saved config of a larger network": _model(width=64),
+    "saved config of a larger network": _model(hidden_dim=64),
     "saved config without heads": _model(heads=0),
     "saved config of endless layers": _model(layers=10**9),
     "saved config of words": _model(width="wide"),
     "saved config of an unknown knob": _model(colour="red"),
     "saved config of endless steps": _saved(
-        "config", lambda c: c | {"schedule": c["schedule"] | {"steps": 10**11}}
+        "config", lambda c: c | {"schedule": c["schedule"] | {"num_steps": 10**11}}
     ),
     "saved config without a schedule": _saved(
         "config", lambda c: {"model": c["model"]}
@@ -318,7 +318,7 @@ SAYS = {
     "saved config without heads": "heads|zero|divi",
     "saved config of endless layers": "layers",
     "saved config of an unknown knob": "colour",
-    "saved config of endless steps": "steps",
+    "saved config of endless steps": "num_steps",
     "manifest of endless rows": "counts",
 }
 

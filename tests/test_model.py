@@ -17,7 +17,14 @@ from dlm_jax.nn.transformer import DenoiserConfig
 
 T200 = schedule.make_schedule("sqrt", 200)
 TINY = DenoiserConfig(
-    dim=4, width=8, layers=1, heads=2, ff=8, positions=4, time_dim=4, predicts="logits"
+    dim=4,
+    hidden_dim=8,
+    layers=1,
+    heads=2,
+    mlp_dim=8,
+    positions=4,
+    time_dim=4,
+    predicts="logits",
 )
 KEY = jax.random.key(1, impl="unsafe_rbg")  # compiles in less than threefry's time
 IDS = np.array([[0, 5, 2], [3, 3, 1]])
@@ -69,7 +76,7 @@ def test_output_prior_alone(monkeypatch, params, noisy):
     network = mock.Mock(return_value=jnp.zeros((2, 3, 6)))
     monkeypatch.setattr(transformer, "apply", network)
     monkeypatch.setattr(transformer, "head", lambda params, y: y)
-    cfg = dataclasses.replace(TINY, output_prior=True)
+    cfg = dataclasses.replace(TINY, token_posterior_input=True)
     prior = model.token_posterior_logits(params.table, x_t, t, T200)
     raw = model.apply(params, cfg, x_t, t, x_t, schedule=T200)
     np.testing.assert_array_equal(raw, prior)
@@ -131,7 +138,10 @@ def double(monkeypatch):
 @pytest.mark.parametrize("prior", [False, True])
 def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
     """Loss and gradient are the same either way, and those of float64."""
-    cfg, rng = dataclasses.replace(TINY, output_prior=prior), np.random.default_rng(0)
+    cfg, rng = (
+        dataclasses.replace(TINY, token_posterior_input=prior),
+        np.random.default_rng(0),
+    )
     shapes = jax.eval_shape(lambda key: model.init(key, cfg, 6), jax.random.key(0))
     # Weights that differ: if all are equal, so are the numbers of every row that a
     # LayerNorm gets. Their variance of 0 is far below its eps of 1e-12, and it gives the
@@ -144,7 +154,9 @@ def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
         )
     )
     _, t, _, x_t = noisy
-    draws = time_sampling.NoiseDraws(jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t))
+    draws = time_sampling.NoiseDraws(
+        jnp.asarray(t), jnp.zeros_like(x_t), jnp.ones_like(x_t)
+    )
     options = {"cfg": cfg, "schedule": T200, "objective": "ce"}
 
     def loss(params, draws):
@@ -167,7 +179,7 @@ def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
 @pytest.mark.parametrize("vocab", [model.MAX_DENSE_VOCAB, model.MAX_DENSE_VOCAB + 1])
 def test_no_batch_of_large_logits(vocab):
     """No value of the gradient holds the logits of a batch, where there are many."""
-    cfg, b, l = dataclasses.replace(TINY, output_prior=True), 20, 4
+    cfg, b, l = dataclasses.replace(TINY, token_posterior_input=True), 20, 4
     shapes = jax.eval_shape(lambda key: model.init(key, cfg, vocab), KEY)
     x = jnp.zeros((b, l, TINY.dim))
     draws = time_sampling.NoiseDraws(jnp.full(b, 0.5), x, x)

@@ -10,7 +10,8 @@ import pytest
 from configs import smoke
 from dlm_jax.data import batching, encoding, grammar, tokenizer
 from dlm_jax.inference import loading
-from dlm_jax.training import train_step, validate
+from dlm_jax.training import train_step
+from dlm_jax.training.config import resolve_config
 
 SENTENCES = [
     "The Phoenix is a highly rated Italian coffee shop .",
@@ -28,7 +29,7 @@ CROSS_ENTROPY = {
     "model.dim": 32,
     "optim.name": "muon",
     "optim.lr": 1e-2,
-    "sample.steps": 200,
+    "sample.num_steps": 200,
 }
 # the published: mean squared error of x_0, the sqrt schedule, DDPM with the clamp
 PUBLISHED = {
@@ -37,16 +38,16 @@ PUBLISHED = {
     "model.self_cond": False,
     "embedding.normalize": False,
     "schedule.name": "sqrt",
-    "schedule.steps": 2000,
+    "schedule.num_steps": 2000,
     "schedule.mean": 0.0,
     "schedule.scale": 0.0,
     "schedule.adaptive": "",
-    "model.noise_time": False,
+    "model.time_input": "t",
     "loss.objective": "x0",
-    "loss.times": "uniform",
-    "loss.self_cond": 0.0,
+    "loss.time_sampler": "uniform",
+    "loss.self_cond_prob": 0.0,
     "optim.lr": 5e-3,
-    "sample.steps": 100,
+    "sample.num_steps": 100,
     "sample.clamp": 1.0,
     "sample.rounding": "logits",
 }
@@ -55,7 +56,7 @@ PUBLISHED = {
 def _config(step_cfg, steps):
     config = smoke.get_config()
     config.data.length = LENGTH
-    config.model.update(width=64, ff=128, heads=4, dim=16, positions=LENGTH)
+    config.model.update(hidden_dim=64, mlp_dim=128, heads=4, dim=16, positions=LENGTH)
     config.train.update(batch=32, total_steps=steps)
     config.optim.update(warmup=20, ema=0.98)
     config.sample.batch = 64
@@ -64,7 +65,7 @@ def _config(step_cfg, steps):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "steps"),
+    ("recipe", "num_steps"),
     [(CROSS_ENTROPY, 700), (PUBLISHED, 900)],
     ids=["cross-entropy", "published"],
 )
@@ -73,7 +74,7 @@ def test_says_the_eight_sentences_and_no_other(step_cfg, steps):
     config = _config(step_cfg, steps)
     words = tokenizer.train_word(SENTENCES, min_count=0)
     ids = encoding.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
-    step_cfg = validate.resolve_config(config)
+    step_cfg = resolve_config(config)
 
     def init(key):
         return train_step.init_state(key, step_cfg, words.vocab_size)
@@ -86,7 +87,12 @@ def test_says_the_eight_sentences_and_no_other(step_cfg, steps):
         state, _ = step_fn(key, state, rows)
     record = json.loads(config.to_json_best_effort())
     lm = loading.from_parts(
-        step_cfg.cfg, state.params, words, record, ema=state.ema, noise=state.noise
+        step_cfg.cfg,
+        state.params,
+        words,
+        record,
+        ema=state.ema,
+        noise=state.schedule_state,
     )
     found = lm.sample(64, seed=0)
     others = [text for text in found if text not in SENTENCES]

@@ -34,8 +34,8 @@ SMALL = {
     "data.source": "text",
     "data.length": 8,
     "model.layers": 1,
-    "model.width": 64,
-    "model.ff": 128,
+    "model.hidden_dim": 64,
+    "model.mlp_dim": 128,
     "model.positions": 8,
     "train.batch": 16,
     "train.total_steps": STEPS,
@@ -43,9 +43,9 @@ SMALL = {
     "train.log_steps": 1,
     "train.valid_steps": HALF,
     "train.sample_steps": HALF,
-    "sample.steps": 2,
-    "loss.self_cond": 1.0,
-    "loss.known": 0.5,
+    "sample.num_steps": 2,
+    "loss.self_cond_prob": 1.0,
+    "loss.conditioning_prob": 0.5,
     "optim.accumulate": 2,
     "optim.decay": "constant",
     "optim.warmup": 0,
@@ -152,7 +152,9 @@ def layouts(tmp_path_factory):
 def test_devices_and_hosts_train_the_same_model(layout, layouts):
     """Also where a run of two hosts goes on with four, or with one and split."""
     config, workdirs, _ = layouts
-    one, many = (trainer.Trainer(config, str(workdirs[n])).state for n in ("one", layout))
+    one, many = (
+        trainer.Trainer(config, str(workdirs[n])).state for n in ("one", layout)
+    )
     assert int(many.step) == STEPS
     paths = jax.tree_util.tree_leaves_with_path(one)
     for (path, x), y in zip(paths, jax.tree.leaves(many), strict=True):
@@ -232,7 +234,9 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
         hosts, left = _start(config, run, 2), _saves(run)
         _wait(
             lambda at=before, old=left, new=in_save: (
-                _saves(run) - old if new else (checkpoint.all_steps(run) or [-1])[-1] > at
+                _saves(run) - old
+                if new
+                else (checkpoint.all_steps(run) or [-1])[-1] > at
             ),
             hosts,
         )
@@ -312,7 +316,9 @@ def test_an_error_that_came_of_a_lost_host_says_so(monkeypatch):
     monkeypatch.setattr(hosts.distributed.global_state, "num_processes", 2)
     assert hosts.host_loss_reason(error) == "Gloo all-reduce failed: peer closed"
     assert not hosts.host_loss_reason(UserError("peers.txt does not exist"))
-    assert not hosts.host_loss_reason(OSError(28, "No space left on device", "heartbeats.txt"))
+    assert not hosts.host_loss_reason(
+        OSError(28, "No space left on device", "heartbeats.txt")
+    )
 
 
 def test_errors_are_handled_without_a_backend():

@@ -36,10 +36,10 @@ def _config(folder):
     path.write_text("".join(f"w{i % 7} and w{i % 5}\n" for i in range(32)))
     config = smoke.get_config()
     config.data.update(source="text", path=str(path), length=LENGTH)
-    config.model.update(layers=1, width=16, ff=16, dim=DIM, positions=LENGTH)
-    config.schedule.update(name="sqrt", steps=T, mean=0.0, scale=0.0, adaptive="")
-    config.model.noise_time = False
-    config.sample.update(n=3, batch=4, steps=4)
+    config.model.update(layers=1, hidden_dim=16, mlp_dim=16, dim=DIM, positions=LENGTH)
+    config.schedule.update(name="sqrt", num_steps=T, mean=0.0, scale=0.0, adaptive="")
+    config.model.time_input = "t"
+    config.sample.update(n=3, batch=4, num_steps=4)
     return config
 
 
@@ -83,9 +83,9 @@ def test_texts_hold_no_specials(lm):
 
 def test_a_text_depends_on_its_seed_and_number(lm):
     """Not on how many are drawn, nor on the batch they are drawn in."""
-    whole = lm.draw(8, seed=0, batch=8)
+    whole = lm.generate(8, seed=0, batch=8)
     for n, batch in ((3, 4), (8, 3), (1, 4)):
-        part = lm.draw(n, seed=0, batch=batch)
+        part = lm.generate(n, seed=0, batch=batch)
         np.testing.assert_array_equal(part.ids, whole.ids[:n])
         np.testing.assert_allclose(part.latents, whole.latents[:n], atol=1e-4)
         assert part.texts == whole.texts[:n]
@@ -94,18 +94,20 @@ def test_a_text_depends_on_its_seed_and_number(lm):
 
 
 def test_samples_from_the_average(lm):
-    mine = lm.draw(4, seed=0).latents
+    mine = lm.generate(4, seed=0).latents
     swapped = dataclasses.replace(lm, ema=lm.params, params=lm.ema)
     assert not np.allclose(mine, swapped.draw(4, seed=0).latents, atol=1e-3)
 
 
 def test_shapes_and_trace(lm):
-    plain, filmed = (lm.draw(3, steps=5, trace=trace) for trace in (False, True))
+    plain, filmed = (
+        lm.generate(3, num_steps=5, trace=trace) for trace in (False, True)
+    )
     assert plain.ids.shape == (3, LENGTH)
     assert plain.latents.shape == (3, LENGTH, DIM)
-    assert plain.trace is None
-    assert filmed.trace.shape == (3, 5, LENGTH)
-    np.testing.assert_array_equal(filmed.trace[:, -1], plain.ids)
+    assert plain.trajectory is None
+    assert filmed.trajectory.shape == (3, 5, LENGTH)
+    np.testing.assert_array_equal(filmed.trajectory[:, -1], plain.ids)
 
 
 def test_compiles_once_for_each_batch_and_setting(workdir):
@@ -120,13 +122,13 @@ def test_compiles_once_for_each_batch_and_setting(workdir):
     assert compilations() == 1
     lm.sample(2)
     assert compilations() == 2
-    lm.sample(4, steps=5)
+    lm.sample(4, num_steps=5)
     assert compilations() == 3
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)
 def test_every_solver_ends_on_finite_latents(solver, lm):
-    found = lm.draw(
+    found = lm.generate(
         2, solver=solver, clamp=solver == "marginal", rounding="nearest"
     )
     assert np.isfinite(found.latents).all()
@@ -137,7 +139,7 @@ def test_clamp_ends_on_word_vectors(lm):
     """The last estimate is a row of the table, unless the clamp is off."""
     table = np.asarray(lm.ema.table)
     for clamp, snapped in ((True, True), (0.0, True), (False, False)):
-        found = lm.draw(2, clamp=clamp, rounding="nearest")
+        found = lm.generate(2, clamp=clamp, rounding="nearest")
         assert np.array_equal(found.latents, table[found.ids]) is snapped
 
 
@@ -146,8 +148,8 @@ def test_clamp_ends_on_word_vectors(lm):
     [
         ({"n": 0}, "n=0"),
         ({"n": -1}, "n=-1"),
-        ({"steps": 0}, "steps=0"),
-        ({"steps": T + 1}, f"steps={T + 1}: this model has {T} at most"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"num_steps": T + 1}, f"num_steps={T + 1}: this model has {T} at most"),
         ({"batch": 0}, "batch=0"),
         ({"solver": "euler"}, "solver='euler': choose one of ancestral"),
         ({"sigma": "huge"}, "sigma='huge'"),

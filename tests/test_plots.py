@@ -35,8 +35,8 @@ def build(**change):
     """A tiny untrained bundle on the grammar; change: of the config's parts."""
     config = smoke.get_config()
     config.data.update(size=50, valid_size=12)
-    config.model.update(dim=6, width=8, layers=1, heads=2, ff=8, time_dim=4)
-    config.sample.update(steps=5)
+    config.model.update(dim=6, hidden_dim=8, layers=1, heads=2, mlp_dim=8, time_dim=4)
+    config.sample.update(num_steps=5)
     for part, values in change.items():
         config[part].update(values)
     record = json.loads(config.to_json_best_effort())
@@ -139,10 +139,10 @@ def test_spread_parts_labels_and_leaves_the_others():
     np.testing.assert_array_equal(moved[3], centres[3])
 
 
-@pytest.mark.parametrize("steps", [0, 20])
+@pytest.mark.parametrize("num_steps", [0, 20])
 def test_the_last_line_of_the_film_is_the_text(lm, steps):
     if steps:
-        lm = build(schedule={"name": "sqrt", "steps": steps, "scale": 0.0})
+        lm = build(schedule={"name": "sqrt", "num_steps": steps, "scale": 0.0})
     frames = plots.frames(lm, seed=3)
     assert "".join(frames[-1].words).strip() == lm.sample(1, seed=3)[0]
     assert frames[-1].words
@@ -239,9 +239,9 @@ def test_times_of_a_table_are_its_indices():
 
 def test_a_discretised_run_has_its_curve_too():
     parts = {
-        "schedule": {"name": "sqrt", "steps": 20, "scale": 0.0},
+        "schedule": {"name": "sqrt", "num_steps": 20, "scale": 0.0},
         "loss": {"objective": "x0", "self_cond": 0.0},
-        "model": {"predicts": "x0", "self_cond": False, "output_prior": False},
+        "model": {"predicts": "x0", "self_cond": False, "token_posterior_input": False},
     }
     lm = build(**parts)
     curve = plots.loss_curve(lm, plots._held_out(lm))

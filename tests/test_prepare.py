@@ -12,7 +12,7 @@ import pytest
 from configs import smoke
 from dlm_jax.data import array_record, corpus, prepare, sources
 from dlm_jax.errors import UserError
-from dlm_jax.training import trainer
+from dlm_jax.training import loop, trainer
 
 TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)]
 
@@ -82,7 +82,7 @@ def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
     states = []
     for source, path in (("text", "t.txt"), ("prepared", "p")):
         config.data.source, config.data.path = source, str(tmp_path / path)
-        trainer.train(config, str(tmp_path / f"run_{source}"))
+        loop.train(config, str(tmp_path / f"run_{source}"))
         states.append(trainer.Trainer(config, str(tmp_path / f"run_{source}")).state)
     np.testing.assert_array_equal(*(state.params.table for state in states))
     assert array_record.read_texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
@@ -109,11 +109,21 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / "none.jsonl").touch()
     for name in ("path", "valid_path"):
         config.data[name] = str(tmp_path / "none.jsonl")
-        _fails("none.jsonl holds no text", prepare.prepare_data, config, str(tmp_path / "e"))
+        _fails(
+            "none.jsonl holds no text",
+            prepare.prepare_data,
+            config,
+            str(tmp_path / "e"),
+        )
         config.data[name] = str(tmp_path / "t.jsonl")
     assert not (tmp_path / "e").exists()
     config = _config(tmp_path, data__length=4)
-    _fails("more than config.data.length=4", prepare.prepare_data, config, str(tmp_path / "r"))
+    _fails(
+        "more than config.data.length=4",
+        prepare.prepare_data,
+        config,
+        str(tmp_path / "r"),
+    )
     config = _config(tmp_path, data__length=4, data__too_long="drop")
     _fails("no row", prepare.prepare_data, config, str(tmp_path / "s"))
     assert not (tmp_path / "s" / array_record.MANIFEST).exists()

@@ -46,7 +46,7 @@ ARGS = {
 NEW, OLD = "ema_0.9999_000100.pt", "ema_0.9999_000050.pt"
 
 
-def published_weights(width=24, dim=4, out=None, positions=64, layers=2, seed=0):
+def published_weights(hidden_dim=24, dim=4, out=None, positions=64, layers=2, seed=0):
     """A state dict of the published names and shapes, tiny, with random values."""
     rng = np.random.default_rng(seed)
     weights = {"position_ids": np.arange(positions)[None]}
@@ -62,23 +62,23 @@ def published_weights(width=24, dim=4, out=None, positions=64, layers=2, seed=0)
     weights["lm_head.weight"] = weights["word_embedding.weight"]
     put("lm_head.bias", len(VOCAB))
     linear("time_embed.0", 64, 16)
-    linear("time_embed.2", width, 64)
-    linear("input_up_proj.0", width, dim)
-    linear("input_up_proj.2", width, width)
-    put("position_embeddings.weight", positions, width)
+    linear("time_embed.2", hidden_dim, 64)
+    linear("input_up_proj.0", hidden_dim, dim)
+    linear("input_up_proj.2", hidden_dim, hidden_dim)
+    put("position_embeddings.weight", positions, hidden_dim)
     for i in range(layers):
         base = f"input_transformers.layer.{i}."
         for part in ("self.query", "self.key", "self.value", "output.dense"):
-            linear(f"{base}attention.{part}", width, width)
-        linear(base + "intermediate.dense", 32, width)
-        linear(base + "output.dense", width, 32)
+            linear(f"{base}attention.{part}", hidden_dim, hidden_dim)
+        linear(base + "intermediate.dense", 32, hidden_dim)
+        linear(base + "output.dense", hidden_dim, 32)
         for part in ("attention.output", "output"):
             for kind in ("weight", "bias"):
-                put(f"{base}{part}.LayerNorm.{kind}", width)
-    put("LayerNorm.weight", width)
-    put("LayerNorm.bias", width)
-    linear("output_down_proj.0", width, width)
-    linear("output_down_proj.2", dim if out is None else out, width)
+                put(f"{base}{part}.LayerNorm.{kind}", hidden_dim)
+    put("LayerNorm.weight", hidden_dim)
+    put("LayerNorm.bias", hidden_dim)
+    linear("output_down_proj.0", hidden_dim, hidden_dim)
+    linear("output_down_proj.2", dim if out is None else out, hidden_dim)
     return weights
 
 
@@ -154,7 +154,13 @@ def test_every_weight_goes_somewhere_and_once():
 
 def test_the_tree_is_that_of_a_fresh_model():
     cfg, params = published.from_reference(published_weights(), heads=12)
-    assert (cfg.layers, cfg.width, cfg.ff, cfg.dim, cfg.time_dim) == (2, 24, 32, 4, 16)
+    assert (cfg.layers, cfg.hidden_dim, cfg.mlp_dim, cfg.dim, cfg.time_dim) == (
+        2,
+        24,
+        32,
+        4,
+        16,
+    )
     fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), cfg, len(VOCAB)))
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), fresh, params)
@@ -209,10 +215,10 @@ def test_a_folder_becomes_a_bundle_that_samples(tmp_path):
     assert lm.tokenizer.tokens() == list(VOCAB)
     table = schedule.discretize(schedule.SCHEDULES["sqrt"](), 2000).table
     np.testing.assert_array_equal(lm.schedule.table, table)
-    texts = lm.sample(3, steps=4, seed=1)
+    texts = lm.sample(3, num_steps=4, seed=1)
     assert len(texts) == 3
     assert all(isinstance(text, str) for text in texts)
-    assert texts == lm.sample(3, steps=4, seed=1)
+    assert texts == lm.sample(3, num_steps=4, seed=1)
 
 
 @pytest.mark.usefixtures("torch_stub")
@@ -231,10 +237,10 @@ def test_flags_reach_network_schedule_and_rounding(tmp_path):
     flags = {"predict_xstart": False, "logits_mode": 2, "noise_schedule": "cosine"}
     lm = dlm_jax.load(write(tmp_path, diffusion_steps=50, image_size=4, **flags))
     assert lm.cfg.predicts == "eps"
-    assert (lm.schedule.steps, lm.length) == (50, 16)
+    assert (lm.schedule.num_steps, lm.length) == (50, 16)
     cosine = schedule.discretize(schedule.SCHEDULES["cosine"](), 50)
     np.testing.assert_array_equal(lm.schedule.table, cosine.table)
-    found = lm.draw(2, steps=3)
+    found = lm.generate(2, num_steps=3)
     # -|x - E_v|, the published logits_mode 2, is largest at the nearest word
     scores = rounding.distance_logits(lm.ema.table, found.latents)
     np.testing.assert_array_equal(found.ids, np.argmax(scores, -1))
@@ -314,7 +320,10 @@ def test_a_broken_folder_is_refused(tmp_path):
             published_weights(out=8),
             "8 outputs for embeddings of 4; a network that learns",
         ),
-        (published_weights(width=20), "a width of 20 does not divide by 12 heads"),
+        (
+            published_weights(hidden_dim=20),
+            "a hidden_dim of 20 does not divide by 12 heads",
+        ),
     ],
 )
 def test_other_weights_are_refused(tmp_path, weights, named):

@@ -82,7 +82,7 @@ def run(net, golden, draws, objective, **change):
     )
 
 
-@pytest.mark.parametrize(("steps", "table"), [(2000, T2000), (200, T200)])
+@pytest.mark.parametrize(("num_steps", "table"), [(2000, T2000), (200, T200)])
 def test_schedule_tables(golden, steps, table):
     read = golden.under(f"sqrt{steps}/")
     t = np.arange(steps) / steps
@@ -271,7 +271,9 @@ def test_ddim_step(golden, net, monkeypatch, clamped, eta):
 def test_ddim_chain(golden, net, clamped):
     """Twenty steps from n1 on a table made for T = 20, eta 0."""
     step = samplers.ddim(denoiser_of(net, clamped), T20, eta=0.0)
-    state, _ = samplers.sample(jax.random.key(0), step, golden["n1"], samplers.timesteps(20))
+    state, _ = samplers.sample(
+        jax.random.key(0), step, golden["n1"], samplers.timesteps(20)
+    )
     close(state.x_t, golden[f"ddim20_eta0_{clamped}"], atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from configs import smoke
 from dlm_jax.data import grammar, tokenizer
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import report, text_metrics
-from dlm_jax.training import trainer
+from dlm_jax.training import loop
 
 SEEDS, SIZE = 3, 100
 
@@ -25,9 +25,11 @@ def teacher(tmp_path_factory):
     config = grammar_config.get_config("teacher")
     config.data.update(size=5000, valid_size=64)
     config.evaluate.n = 8
-    config.model.update(dim=48, width=48, layers=2, heads=4, ff=96, time_dim=16)
+    config.model.update(
+        dim=48, hidden_dim=48, layers=2, heads=4, mlp_dim=96, time_dim=16
+    )
     config.train.update(total_steps=300, batch=32, valid_steps=0, sample_steps=0)
-    trainer.train(config, str(workdir))
+    loop.train(config, str(workdir))
     return str(workdir)
 
 
@@ -125,7 +127,7 @@ def test_order(tables):
     rows = {name: table["energy distance"].samples for name, table in tables.items()}
     assert min(rows["junk"].mean, rows["stuck"].mean) > rows["unigram"].mean > 0.1
     for name in ("parrot", "real"):
-        assert abs(rows[name].mean) < 5 * rows[name].standard_error + 0.01
+        assert abs(rows[name].mean) < 5 * rows[name].stderr + 0.01
     worst_first = sorted(tables, key=lambda name: -len(_flags(tables[name])))
     assert worst_first[-2:] == ["parrot", "real"]
 
@@ -135,7 +137,7 @@ def test_measure_without_its_teacher_says_so(reference):
     held_out = grammar.sample(8, 2 * SIZE)
     table = report.compare([_real(0), _real(1)], held_out, alone)
     for name in ("teacher nats/token", "energy distance"):
-        assert "config.evaluate.teacher" in table[name].note
+        assert "config.evaluate.ar_model" in table[name].note
     assert "grammar" in table["accepted by the grammar"].note
     assert not table["distinct-1"].note
 
@@ -156,7 +158,7 @@ def trained(tmp_path_factory):
     config = smoke.get_config()
     config.model.layers = 1
     config.train.update(sample_steps=0, valid_steps=0)
-    trainer.train(config, str(workdir))
+    loop.train(config, str(workdir))
     return workdir
 
 
@@ -180,7 +182,7 @@ def test_writes_what_it_prints(trained, teacher, capsys):
     # hardly trained: far above the language, and above its teacher
     assert bound["above the language, nats/token"]["mean"] > 0.5
     assert bound["teacher, nats/token"]["mean"] < bound["nats/token"]["mean"]
-    assert [p["calls"] for p in saved["frontier"]] == [2, 4]
+    assert [p["num_steps"] for p in saved["frontier"]] == [2, 4]
     out = capsys.readouterr().out
     assert all(name in out for name in report.METRICS)
     assert "worse than text" in out
@@ -192,7 +194,7 @@ def test_teacher_comes_near_the_language(teacher):
         "above the language, nats/token"
     ]
     assert 0 < gap.mean < 0.6
-    assert gap.mean > 5 * gap.standard_error
+    assert gap.mean > 5 * gap.stderr
 
 
 def test_evaluates_a_file_of_texts(trained, tmp_path):
@@ -226,7 +228,7 @@ def test_teacher_must_be_one_and_of_this_text(trained, teacher):
         ({"seeds": 0}, "seeds=0"),
         ({"n": 1}, "n=1"),
         ({"draws": 0}, "draws=0"),
-        ({"calls": [4, 0]}, "steps=0"),
+        ({"num_steps": [4, 0]}, "num_steps=0"),
         ({"seeds": 20}, "held-out texts are too few"),
     ],
 )

@@ -97,7 +97,9 @@ def test_chunks_hold_no_score_for_every_word():
         table = jnp.zeros((vocab, d))
         return max(sizes(jax.make_jaxpr(rounding.nearest)(table, x).jaxpr))
 
-    assert largest(rounding.MAX_DENSE_VOCAB) == b * l * rounding.MAX_DENSE_VOCAB  # sizes() sees them
+    assert (
+        largest(rounding.MAX_DENSE_VOCAB) == b * l * rounding.MAX_DENSE_VOCAB
+    )  # sizes() sees them
     assert largest(BIG) <= max(b * l * rounding.CHUNK, BIG * d * 2)
 
 

@@ -128,7 +128,9 @@ def test_last_step_is_the_estimate(solver):
 
 def noise_of(keys, i, shape):
     """What step i of a chain draws for each example."""
-    return samplers.standard_normal(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), shape)
+    return samplers.standard_normal(
+        jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), shape
+    )
 
 
 def test_marginal_is_section_4_2():
@@ -144,7 +146,11 @@ def test_marginal_is_section_4_2():
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_its_equation_12(eta):
-    x_t, x_0, keys = normal(5, 2, 3, 4), normal(6, 2, 3, 4), samplers.per_example_keys(KEY, 2)
+    x_t, x_0, keys = (
+        normal(5, 2, 3, 4),
+        normal(6, 2, 3, 4),
+        samplers.per_example_keys(KEY, 2),
+    )
     i = np.array([150, 140])
     (a, a_next) = np.exp(T200.table[i])
     times = Times(*(jnp.asarray(t) for t in (0.75, 0.75, 0.70)))
@@ -160,7 +166,9 @@ def test_eta_one_is_ancestral():
     """The same noise through DDIM with eta = 1 and DDPM with the small variance."""
     x_T, denoise = normal(7, 3, 4, 2), posterior_mean(T200)
     chains = [
-        samplers.sample(KEY, step, x_T, samplers.timesteps(200), trace=lambda s: s.x_t)[1]
+        samplers.sample(KEY, step, x_T, samplers.timesteps(200), trace=lambda s: s.x_t)[
+            1
+        ]
         for step in (
             samplers.ddim(denoise, T200, eta=1.0),
             samplers.ancestral(denoise, T200),
@@ -175,7 +183,7 @@ def test_eta_one_is_ancestral():
 
 def law_of_the_chain(noise, sigma):
     """Mean and variance of a full ancestral chain from x_T of the true law."""
-    steps = noise.steps
+    steps = noise.num_steps
     t = np.arange(steps)[::-1] / steps
     coef_0, coef_t, _ = schedule.posterior_coefficients(t, t - 1 / steps, noise)
     fresh = schedule.VARIANCES[sigma](t, t - 1 / steps, noise)
@@ -283,11 +291,11 @@ def test_program_does_not_grow_with_the_steps(solver):
 # --- wrappers
 
 
-def toy_chain(wrap, denoise, noise, steps=400, n=20_000):
+def toy_chain(wrap, denoise, noise, num_steps=400, n=20_000):
     """The end of a chain from N(0, 1), one coordinate an example."""
     step = wrap(samplers.ddim(denoise, noise))
     x_T = jnp.asarray(normal(1, n, 1, 1))
-    times = samplers.schedule_timesteps(noise, steps)
+    times = samplers.schedule_timesteps(noise, num_steps)
     run = jax.jit(lambda key: samplers.sample(key, step, x_T, times)[0])
     return np.asarray(run(KEY).x_t).ravel()
 
@@ -298,7 +306,7 @@ def toy_chain(wrap, denoise, noise, steps=400, n=20_000):
 )
 def test_churn_keeps_the_law(rate, noise):
     """Noise is put back and taken away again: the exact denoiser's data come out."""
-    steps = noise.steps or 400
+    steps = noise.num_steps or 400
     wrap = lambda step: samplers.churn(step, noise, rate=rate)  # noqa: E731
     x = toy_chain(wrap, posterior_mean(noise), noise, steps)
     assert abs(x.mean() - MEAN) < 0.02

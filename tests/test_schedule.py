@@ -125,7 +125,7 @@ def test_curve_and_table():
     want = TABLES["trunc_cos"].log_alpha_bar(t)
     # but for the last, where the curve keeps off its infinite end
     np.testing.assert_allclose(curve.log_alpha_bar(t)[:-1], want[:-1], rtol=1e-9)
-    assert (curve.steps, TABLES["trunc_cos"].steps) == (None, 2000)
+    assert (curve.num_steps, TABLES["trunc_cos"].num_steps) == (None, 2000)
     # the normalised ones hold f((i + 1) / T) / f(0), up to the clip of the last beta
     for name in ("sqrt", "cosine"):
         log = SCHEDULES[name]().log_alpha_bar(t)
@@ -289,12 +289,16 @@ def test_posterior_of_the_last_step():
 @pytest.mark.parametrize("name", ["sqrt", "cosine", "linear"])
 def test_noise_factor_divides_the_signal(name):
     """SNR' = SNR / F^2, on the curve and on the table (arXiv:2212.09412)."""
-    plain, scaled = (schedule.make_schedule(name, 1000, noise_factor=f) for f in (1.0, 3.0))
+    plain, scaled = (
+        schedule.make_schedule(name, 1000, noise_factor=f) for f in (1.0, 3.0)
+    )
     t = np.arange(0, 990, 30) / 1000  # the last betas are clipped
     expected = plain.log_snr(t) - 2 * np.log(3.0)
     np.testing.assert_allclose(scaled.log_snr(t), expected, atol=1e-9)
     if plain.curve is not None:
-        curve, scaled = (schedule.make_schedule(name, noise_factor=f) for f in (1.0, 3.0))
+        curve, scaled = (
+            schedule.make_schedule(name, noise_factor=f) for f in (1.0, 3.0)
+        )
         expected = curve.log_snr(t) - 2 * np.log(3.0)
         np.testing.assert_allclose(scaled.log_snr(t), expected, atol=1e-9)
 

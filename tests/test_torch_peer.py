@@ -21,7 +21,8 @@ from dlm_jax.diffusion import (  # noqa: E402
     time_sampling,
 )
 from dlm_jax.nn.transformer import DenoiserConfig  # noqa: E402
-from dlm_jax.training import train_step, validate  # noqa: E402
+from dlm_jax.training import train_step  # noqa: E402
+from dlm_jax.training.config import resolve_config  # noqa: E402
 from dlm_jax.types import HeadSpec  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -45,7 +46,7 @@ def ours(request):
     config.model.update(dropout=0.0, attention_dropout=0.0, dtype="float32")
     config.schedule.adaptive = ""
     config.data.length, config.train.batch = LENGTH, BATCH
-    step_cfg = validate.resolve_config(config)
+    step_cfg = resolve_config(config)
     params = train_step.init_state(jax.random.key(0), step_cfg, VOCAB).params
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
@@ -65,7 +66,7 @@ def test_loss_and_gradients_are_ours(ours, plain):
     draws = time_sampling.draw_noise(
         jax.random.key(2),
         (BATCH, LENGTH, step_cfg.cfg.dim),
-        steps=step_cfg.schedule.steps,
+        steps=step_cfg.schedule.num_steps,
         self_cond=1.0,
     )
     draws = draws._replace(t=draws.t.at[0].set(0.0))
@@ -84,7 +85,8 @@ def test_loss_and_gradients_are_ours(ours, plain):
     found.backward()
     close(found, value)
     want = peer.load(
-        peer.Model(step_cfg.cfg, VOCAB, step_cfg.schedule, plain=plain), peer.tree_of(grads)
+        peer.Model(step_cfg.cfg, VOCAB, step_cfg.schedule, plain=plain),
+        peer.tree_of(grads),
     )
     slopes = dict(want.named_parameters())
     for name, p in net.named_parameters():

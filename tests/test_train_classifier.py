@@ -18,8 +18,8 @@ from dlm_jax.errors import UserError
 from dlm_jax.inference import conditioning, constraints
 from dlm_jax.inference.constraints import GuidanceConfig
 from dlm_jax.runtime import checkpoint, logging
+from dlm_jax.training import loop, train_step, trainer
 from dlm_jax.training import train_classifier as command
-from dlm_jax.training import train_step, trainer
 from dlm_jax.types import PAD
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -33,7 +33,7 @@ def smoke_of(folder):
     config = smoke.get_config()
     path = str(folder / "texts.jsonl")
     config.data.update(source="jsonl", path=path, length=LENGTH)
-    config.model.update(layers=1, width=32, ff=32, dim=8, positions=LENGTH)
+    config.model.update(layers=1, hidden_dim=32, mlp_dim=32, dim=8, positions=LENGTH)
     config.train.update(total_steps=60, batch=32, valid_steps=0, sample_steps=0)
     return config
 
@@ -49,13 +49,13 @@ def folder(tmp_path_factory):
         rows.append({"text": f"a {a} sees the {b} now", "label": home})
     path = folder / "texts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    trainer.train(smoke_of(folder), str(folder / "model"))
+    loop.train(smoke_of(folder), str(folder / "model"))
     return folder
 
 
 def config_of(folder, **values):
     config = classifier_config.get_config("label")
-    config.model.update(layers=1, width=32, ff=32, heads=2, time_dim=16)
+    config.model.update(layers=1, hidden_dim=32, mlp_dim=32, heads=2, time_dim=16)
     config.train.update(
         total_steps=STEPS, batch=32, ckpt_steps=60, valid_steps=60, valid_batches=1
     )
@@ -99,7 +99,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     command.train_classifier(config_of(folder), other)
     lm = dlm_jax.load(folder / "model")
     one, two = (
-        conditioning.load_classifier(path, lm.ema.table).params for path in (trained, other)
+        conditioning.load_classifier(path, lm.ema.table).params
+        for path in (trained, other)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -108,7 +109,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
 def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     """Classifiers of prefixes (FUDGE): the ids end early, the labels stand."""
     run = command.ClassifierTrainer(
-        config_of(folder, **{"loss.truncate": 1.0}), str(tmp_path)
+        config_of(folder, **{"loss.truncate_prob": 1.0}), str(tmp_path)
     )
     seen = []
 
@@ -132,11 +133,13 @@ def log_probs(lm, wanted, plan, n=64):
     guide = lm.classifiers["label"]
     row = annotations.TARGET_ENCODERS["label"]({"label": wanted}, guide.names)
     wishes = constraints.Constraints(labels={"label": np.repeat(row[None], n, 0)})
-    drawn = lm.draw(n, seed=0, steps=16, batch=n, wishes=wishes, plan=plan)
+    drawn = lm.generate(
+        n, seed=0, num_steps=16, batch=n, constraints=wishes, guidance=plan
+    )
     of = classifier.log_prob(
         guide.params,
         guide.cfg,
-        guide.names.layout,
+        guide.names.head_spec,
         wishes.labels["label"],
         lm.schedule,
     )
@@ -148,12 +151,13 @@ def log_probs(lm, wanted, plan, n=64):
 def test_guidance_raises_the_log_probability(folder, trained, home):
     lm = dlm_jax.load(folder / "model").with_classifier(trained)
     free, weak, usual = (
-        log_probs(lm, home, GuidanceConfig(lr=lr))[0] for lr in (0.0, 0.1, GuidanceConfig().lr)
+        log_probs(lm, home, GuidanceConfig(lr=lr))[0]
+        for lr in (0.0, 0.1, GuidanceConfig().lr)
     )
     assert free.mean() < weak.mean() < usual.mean()
     for low, high in ((free, weak), (free, usual)):  # the same seeds: paired
         assert stats.ttest_rel(high, low, alternative="greater").pvalue < 1e-3
-    texts = lm.control(32, label={"label": home}, seed=4, steps=16)
+    texts = lm.control(32, label={"label": home}, seed=4, num_steps=16)
     words = [word for text in texts for word in text.split()]
     mine, other = (
         sum(w in ANIMALS[h] for w in words)
@@ -164,18 +168,22 @@ def test_guidance_raises_the_log_probability(folder, trained, home):
 
 def test_bad_beginnings(folder, trained, tmp_path):
     with pytest.raises(UserError, match=r"config\.classifier\.model: name the run"):
-        command.train_classifier(config_of(folder, **{"classifier.model": ""}), str(tmp_path))
+        command.train_classifier(
+            config_of(folder, **{"classifier.model": ""}), str(tmp_path)
+        )
     for change, message in (
         ({"classifier.task": "semantic"}, "records"),
-        ({"loss.times": "importance"}, "importance"),
+        ({"loss.time_sampler": "importance"}, "importance"),
         ({"model.self_cond": True}, r"take configs/classifier\.py"),
         ({"data.path": "nothing.csv", "data.source": "csv"}, r"nothing\.csv"),
         ({"classifier.texts": -1}, r"config\.classifier\.texts=-1"),
     ):
         with pytest.raises(UserError, match=message):
             command.train_classifier(config_of(folder, **change), str(tmp_path))
-    with pytest.raises(UserError, match=r"was begun with config\.model\.width=32"):
-        command.train_classifier(config_of(folder, **{"model.width": 64}), str(trained))
+    with pytest.raises(UserError, match=r"was begun with config\.model\.hidden_dim=32"):
+        command.train_classifier(
+            config_of(folder, **{"model.hidden_dim": 64}), str(trained)
+        )
 
 
 def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):

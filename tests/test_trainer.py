@@ -14,7 +14,8 @@ from dlm_jax.data import batching, corpus
 from dlm_jax.diffusion import time_sampling
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint, logging, sharding
-from dlm_jax.training import train_step, trainer, validate
+from dlm_jax.training import loop, train_step, trainer, validation
+from dlm_jax.training.config import resolve_config
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -24,16 +25,16 @@ KEY = jax.random.key(5)
 SMALL = {
     "data.length": LENGTH,
     "model.layers": 1,
-    "model.width": 16,
-    "model.ff": 16,
+    "model.hidden_dim": 16,
+    "model.mlp_dim": 16,
     "model.dim": DIM,
     "model.positions": LENGTH,
     "train.batch": BATCH,
-    "sample.steps": 2,
+    "sample.num_steps": 2,
     "optim.warmup": 0,
     "optim.eps": 1e-3,  # else Adam turns rounding errors of tiny gradients into steps
 }
-TABLE = {"schedule.name": "sqrt", "schedule.steps": T, "schedule.scale": 0.0}
+TABLE = {"schedule.name": "sqrt", "schedule.num_steps": T, "schedule.scale": 0.0}
 X0 = {
     **TABLE,
     "model.trunk": "post_ln",
@@ -41,18 +42,18 @@ X0 = {
     "model.self_cond": False,
     "embedding.normalize": False,
     "loss.objective": "x0",
-    "loss.times": "antithetic",
-    "loss.self_cond": 0.0,
+    "loss.time_sampler": "antithetic",
+    "loss.self_cond_prob": 0.0,
     "loss.mask_pad": True,
 }
 RECIPES = {
-    "ce": {"loss.self_cond": 1.0},
+    "ce": {"loss.self_cond_prob": 1.0},
     "x0": {
         **X0,
         "model.self_cond": True,
         "embedding.frozen": True,
-        "loss.times": "importance",
-        "loss.self_cond": 1.0,
+        "loss.time_sampler": "importance",
+        "loss.self_cond_prob": 1.0,
     },
 }
 
@@ -61,7 +62,7 @@ RECIPES = {
 def _recipe(name, **changes):
     config = smoke.get_config()
     config.update_from_flattened_dict(SMALL | RECIPES[name])
-    return validate.resolve_config(config)._replace(**changes)
+    return resolve_config(config)._replace(**changes)
 
 
 @functools.cache
@@ -187,11 +188,15 @@ def test_importance_sampling_warms_up():
 def test_moments_hold_losses_without_their_weight(objective):
     step_cfg = _recipe("x0", objective=objective, batch=4, times="uniform")
     params, ids = _start("x0").params, _ids()[:4]
-    draws = train_step.make_draws(KEY, ids, step_cfg, 0, ())._replace(t=jnp.arange(4) / T)
+    draws = train_step.make_draws(KEY, ids, step_cfg, 0, ())._replace(
+        t=jnp.arange(4) / T
+    )
 
     @jax.jit
     def terms_of(weight):
-        return train_step.loss_fn(params, ids, draws._replace(weight=weight), step_cfg)[1]
+        return train_step.loss_fn(params, ids, draws._replace(weight=weight), step_cfg)[
+            1
+        ]
 
     weight = jnp.asarray([0.1, 2.0, 5.0, 0.7])
     terms, empty = terms_of(weight), time_sampling.init_moments(T)
@@ -207,7 +212,7 @@ def test_validation_is_deterministic_and_without_dropout():
     step_cfg = _recipe("x0", batch=8, self_cond=0.5)
     dropped = step_cfg._replace(cfg=_with(step_cfg.cfg, dropout=0.5))
     ids = _ids()[:13]  # a batch and a part of one
-    calls = [trainer.Validation(ids, r, 2) for r in (step_cfg, dropped)]
+    calls = [validation.Validation(ids, r, 2) for r in (step_cfg, dropped)]
     params = _start("x0").params
     found = [calls[0](params), calls[0](params), calls[1](params)]
     assert found[0] == found[1] == found[2]
@@ -232,7 +237,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     path = str(tmp_path / "table.npy")
     config = _run_config(tmp_path, embedding__path=path)
     with pytest.raises(UserError, match="is nan at step 1: stopped") as caught:
-        trainer.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
     assert checkpoint.all_steps(tmp_path / "run") == []
 
@@ -240,7 +245,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 def test_a_mistake_in_sampling_shows_before_the_training(tmp_path):
     config = _run_config(tmp_path, sample__solver="euler")
     with pytest.raises(UserError, match="solver='euler': choose"):
-        trainer.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -301,12 +306,12 @@ def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
     step = _bad_step(config)
     says = f"loss is nan at step {step + 1}: .*training data: {_rows_of(config, step)}$"
     with pytest.raises(trainer.NonFiniteError, match=says):
-        trainer.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"))
 
 
 def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     config = spoilt(train__on_nonfinite="skip")
-    trainer.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert len(said) == 1
     assert _rows_of(config, _bad_step(config)) in said[0]
@@ -333,7 +338,7 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     config = spoilt(train__on_nonfinite="rollback")
     step = _bad_step(config)
     assert 3 <= step < 11, "another seed: the test needs a checkpoint before and after"
-    trainer.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     assert "going back to step" in capsys.readouterr().out
     saved = step // 3 * 3
     whole = trainer.Trainer(config, str(tmp_path / "run"))
@@ -341,8 +346,8 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     first = whole.index(saved, hosts=1)
     assert " ".join(map(str, first.ravel())) == _rows_of(config, step + 1)
     config = spoilt(train__on_nonfinite="rollback", train__total_steps=saved + 3)
-    trainer.train(config, str(tmp_path / "two"))
-    trainer.train(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    loop.train(config, str(tmp_path / "two"))
+    loop.train(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
     two = trainer.Trainer(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
     assert two.skipped_batches == whole.skipped_batches
     for x, y in zip(*map(jax.tree.leaves, (two.state, whole.state)), strict=True):
@@ -352,7 +357,7 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
 def test_nowhere_to_roll_back_to(spoilt, tmp_path):
     config = spoilt(train__on_nonfinite="rollback", train__ckpt_steps=100)
     with pytest.raises(trainer.NonFiniteError, match="last checkpoint is none"):
-        trainer.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("cut", [0, 15])

@@ -13,7 +13,14 @@ from dlm_jax.nn import ops, transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 
 TINY = DenoiserConfig(
-    dim=4, width=16, layers=1, heads=2, ff=32, positions=8, time_dim=8, self_cond=True
+    dim=4,
+    hidden_dim=16,
+    layers=1,
+    heads=2,
+    mlp_dim=32,
+    positions=8,
+    time_dim=8,
+    self_cond=True,
 )
 # compiles in a fraction of threefry's time
 key_of = functools.partial(jax.random.key, impl="unsafe_rbg")
@@ -166,7 +173,7 @@ def test_kernels_cast_before_a_chain_change_nothing(cfg, dtype):
     cfg = dataclasses.replace(cfg, dtype=dtype)
     low = transformer.cast_kernels(weights(cfg), cfg)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(low)}
-    assert kinds == {"float32", cfg.products}
+    assert kinds == {"float32", cfg.matmul_dtype}
     np.testing.assert_array_equal(compiled(cfg)(low, *inputs()), run(cfg, *inputs()))
 
 
@@ -174,7 +181,9 @@ def test_kernels_cast_before_a_chain_change_nothing(cfg, dtype):
 @pytest.mark.parametrize("trunk", ["post_ln", "adaln"])
 def test_fused_attention_is_attention(trunk, causal, monkeypatch):
     """What a GPU does, by XLA's form of the same function."""
-    cfg = dataclasses.replace(TRUNKS[trunk], dtype="bfloat16", causal=causal, width=32)
+    cfg = dataclasses.replace(
+        TRUNKS[trunk], dtype="bfloat16", causal=causal, hidden_dim=32
+    )
     rows, (x, t, before) = weights(cfg), inputs()
     args = (x[:3, :5], t[:3], before[:3, :5])
     plain = np.asarray(transformer.apply(rows, cfg, 11, *args))
@@ -330,7 +339,9 @@ def check_spread(name, value, sigma, kurtosis):
 
 def test_post_ln_starts_as_published():
     """REFERENCE 1.4: U(-1/sqrt fan_in, +) everywhere, N(0, 1) positions, norms 1 and 0."""
-    cfg = DenoiserConfig(dim=16, width=64, layers=1, heads=4, ff=256, positions=64)
+    cfg = DenoiserConfig(
+        dim=16, hidden_dim=64, layers=1, heads=4, mlp_dim=256, positions=64
+    )
     tree = start(key_of(3), cfg, 11)
     leaves = dict(leaves_of(tree))
     fans = {path[:-1]: v.shape[0] for path, v in leaves.items() if path[-1] == "kernel"}

@@ -32,15 +32,15 @@ from dlm_jax.evaluation import control_targets as held_out
 from dlm_jax.evaluation import control_tasks, report, text_metrics
 from dlm_jax.evaluation.control_tasks import CONTROL_TASKS, ControlTask
 from dlm_jax.inference import constraints
-from dlm_jax.inference.constraints import GuidanceConfig
+from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import checkpoint, sharding
-from dlm_jax.training import train_step, trainer
+from dlm_jax.training import loop, train_step
 from dlm_jax.types import UNK
 from stages import Job, together
 
-SIZE = ("model.width=256", "model.ff=1024", "model.layers=4", "model.heads=4")
-TINY = ("model.width=32", "model.ff=64", "model.layers=1", "model.heads=2")
+SIZE = ("model.hidden_dim=256", "model.mlp_dim=1024", "model.layers=4", "model.heads=4")
+TINY = ("model.hidden_dim=32", "model.mlp_dim=64", "model.layers=1", "model.heads=2")
 VOCAB = 821
 EVALUATION = 75.0  # seconds that the evaluation needs, compilation included
 FAST = 0.01  # seconds of a step up to which the larger batch is taken
@@ -121,7 +121,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     began = time.monotonic()
     stop.start()
     try:
-        trainer.train(config, workdir)
+        loop.train(config, workdir)
     except PreemptedError as error:
         print(error, flush=True)
     finally:
@@ -130,7 +130,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in lines]
     curve = [(r["step"], r["loss"]) for r in rows if r["kind"] == "valid"]
     return {
-        "steps": checkpoint.latest_step(workdir),
+        "train_steps": checkpoint.latest_step(workdir),
         "training seconds": time.monotonic() - began,
         "held-out cross-entropy by step, nats per position": curve,
     }
@@ -138,14 +138,14 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
 
 def pack(lm: DiffusionLM, workdir: str, out: Path) -> list[str]:
     """Writes the averaged weights as a run directory's archive, in parts; their names."""
-    _, words = checkpoint.read_json(workdir, lm.step)
+    records = checkpoint.read_records(workdir, lm.step)
     step = np.asarray(lm.step, np.int32)
-    state = train_step.TrainState(step, lm.ema, lm.ema, (), (), lm.noise)
+    state = train_step.TrainState(step, lm.ema, lm.ema, (), (), lm.schedule_state)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         checkpoint.write_run_config(model, lm.config)
         writer = checkpoint.manager(model, keep=1)
-        checkpoint.save(writer, lm.step, sharding.replicate(state), lm.config, words)
+        checkpoint.save(writer, lm.step, sharding.replicate(state), records)
         checkpoint.wait(writer)
         writer.close()
         archive = io.BytesIO()
@@ -197,7 +197,9 @@ CONTROLS = {
     "infilling": CONTROL_TASKS["infilling"],
     "word": ControlTask(
         _a_word,
-        lambda word, lm: constraints.parse_constraints(lm.tokenizer, lm.length, {}, contains=word),
+        lambda word, lm: constraints.parse_constraints(
+            lm.tokenizer, lm.length, {}, contains=word
+        ),
         lambda text, word, scorer: {"word": float(held_out.has_phrase(word, text))},
     ),
 }
@@ -215,7 +217,7 @@ def _control(lm: DiffusionLM, config: Any, name: str, n: int) -> dict[str, Any]:
     ][:n]
     targets = [task.target(s, rng) for s in found]
     scorer = held_out.make_scorer(config, name, None)
-    options: Any = {"samples": 1, "seeds": 1, "calls": 32}
+    options: Any = {"samples": 1, "seeds": 1, "num_steps": 32}
     row = control_tasks.run_task(lm, task, targets, scorer, GuidanceConfig(), **options)
     keep = ("success", "texts", "seconds per 50", "unigram entropy")
     return {"targets": targets, **{k: row[k] for k in keep}}
@@ -236,7 +238,7 @@ def _by_chance(record: dict[str, Any]) -> None:
 
 def table(record: dict[str, Any]) -> list[str]:
     """Lines for people."""
-    if "steps" not in record:
+    if "train_steps" not in record:
         return ["nothing was trained"]
     lines = [
         f"{record.get('parameters', 0):,} parameters, {record['steps']} steps of "

@@ -25,12 +25,18 @@ from alternate import Case
 
 from dlm_jax.diffusion import model
 from dlm_jax.nn import ops
-from dlm_jax.training import train_step, validate
+from dlm_jax.training import train_step
+from dlm_jax.training.config import resolve_config
 from stages import Job, Wrong, together
 
 TRUNKS = {"post_ln": "configs/e2e.py", "adaln": "configs/e2e.py:modern"}
-SMALL = ("model.width=256", "model.ff=1024", "model.layers=2", "model.heads=4")
-TINY = ("model.width=32", "model.ff=64", "model.layers=1", "model.heads=2")
+SMALL = (
+    "model.hidden_dim=256",
+    "model.mlp_dim=1024",
+    "model.layers=2",
+    "model.heads=4",
+)
+TINY = ("model.hidden_dim=32", "model.mlp_dim=64", "model.layers=1", "model.heads=2")
 VOCAB = 821
 
 # The largest error allowed. bfloat16 keeps 8 bits, about 0.4% a rounding; in a step of
@@ -58,8 +64,10 @@ def case(trunk: str, dtype: str, *, tiny: bool, **other: Any) -> Case:
 def passes(trunk: str, dtype: str, tiny: bool) -> dict[str, Any]:
     """The network's output and its gradients by weights and input."""
     config = alternate.settings(case(trunk, dtype, tiny=tiny))
-    step_cfg = validate.resolve_config(config)
-    cfg = dataclasses.replace(step_cfg.cfg, output_prior=False)  # whose logits drown it
+    step_cfg = resolve_config(config)
+    cfg = dataclasses.replace(
+        step_cfg.cfg, token_posterior_input=False
+    )  # whose logits drown it
     params = _moved(model.init(jax.random.key(0), cfg, VOCAB))
     shape = (config.train.batch, config.data.length, cfg.dim)
     x_t, x0_prev = jax.random.normal(jax.random.key(2), (2, *shape))
@@ -114,7 +122,7 @@ def steps(trunk: str, tiny: bool) -> dict[str, Any]:
     """What three optimizer steps add to the weights."""
     config = alternate.settings(case(trunk, "float32", tiny=tiny))
     config.optim.warmup = 0
-    step_cfg = validate.resolve_config(config)
+    step_cfg = resolve_config(config)
     ids = jnp.asarray(ours.ids_of(config, VOCAB))
     step = jax.jit(partial(train_step.train_step, step_cfg=step_cfg))
     first = state = train_step.init_state(jax.random.key(0), step_cfg, VOCAB)
@@ -127,8 +135,8 @@ def steps(trunk: str, tiny: bool) -> dict[str, Any]:
 def chains(trunk: str, tiny: bool) -> dict[str, Any]:
     """A chain with the clamp; two steps of which the first is guided by a classifier."""
     of = partial(case, trunk, "float32", tiny=tiny)
-    chain = ours.chain(of(job="chain", steps=20, clamp=True))
-    guided = ours.chain(of(job="guided", steps=2, clamp=False))
+    chain = ours.chain(of(job="chain", num_steps=20, clamp=True))
+    guided = ours.chain(of(job="guided", num_steps=2, clamp=False))
     name = "20 steps with clamp, other words"
     return {name: chain(), "guided step": guided()}
 

@@ -25,8 +25,8 @@ CONFIGS = {"e2e": "configs/e2e.py", "e2e:modern": "configs/e2e.py:modern"}
 # attention of both is without. The published recipe has no such estimate.
 CHANGE = {"e2e": (), "e2e:modern": ("model.dropout=0.0", "model.attention_dropout=0.0")}
 TINY = (
-    "model.width=32",
-    "model.ff=64",
+    "model.hidden_dim=32",
+    "model.mlp_dim=64",
     "model.layers=1",
     "model.heads=2",
     "model.dim=16",
@@ -44,7 +44,7 @@ class Plan:
         tiny = job.rehearse
         self.batches = (2,) if tiny else (64, 256)
         self.larger = (4,) if tiny else (512, 1024, 2048)
-        self.chain_batch, self.steps = (2, (3,)) if tiny else (50, (32, 200))
+        self.chain_batch, self.num_steps = (2, (3,)) if tiny else (50, (32, 200))
         self.change = TINY if tiny else ()
         self.dtype = "float32" if tiny else "bfloat16"
         self.repeats, self.turn = (2, 0.01) if tiny else (5, 0.3)
@@ -152,7 +152,7 @@ class Races:
         config = alternate.settings(case)
         forward = limit.operations(config, case.vocab)
         seconds = rows["ours"]["median"]
-        passes = case.steps
+        passes = case.num_steps
         if case.job == "train":
             passes = 4 if config.model.self_cond else 3
             row["tokens/s"] = config.train.batch * config.data.length / seconds
@@ -190,7 +190,7 @@ def run(job: Job, machine: dict[str, Any]) -> None:
     for batch in reversed(plan.batches):
         _beside(races, batch, fast)
     _beside(races, plan.batches[-1], slow)
-    _chains(races, plan.steps[:1], fast)  # a guided one takes minutes to compile
+    _chains(races, plan.num_steps[:1], fast)  # a guided one takes minutes to compile
     for name in CONFIGS:
         _largest(races, name, fast[name] + slow[name])
     _beside(races, plan.batches[0], slow)
@@ -219,7 +219,7 @@ def _ours_alone(races: Races) -> None:
     for batch in races.plan.batches:
         cases |= _training(races, batch)
     races.run(cases)
-    _chains(races, races.plan.steps, {})
+    _chains(races, races.plan.num_steps, {})
 
 
 def _beside(races: Races, batch: int, variants: dict[str, tuple[str, ...]]) -> None:
@@ -238,7 +238,7 @@ def _chains(
     for name in CONFIGS:
         for job, n in itertools.product(("chain", "guided"), steps):
             title = f"{name}, {job}, {n} steps, {plan.chain_batch} samples"
-            cases[title] = plan.case(name, plan.chain_batch, job=job, steps=n)
+            cases[title] = plan.case(name, plan.chain_batch, job=job, num_steps=n)
             variants[title] = beside.get(name, ())
     if not beside or any(variants.values()):
         races.run(cases, variants)

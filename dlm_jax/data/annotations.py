@@ -46,7 +46,7 @@ class LabelVocab(NamedTuple):
         head = HEADS[self.task]
         return HeadSpec(head, shape[head], max(map(len, self.classes.values())))
 
-    def index(self, field: str, name: str) -> int:
+    def class_index(self, field: str, name: str) -> int:
         """The class of a label; UserError where the classifier never saw it."""
         if field not in self.classes:
             known = ", ".join(self.classes)
@@ -58,7 +58,7 @@ class LabelVocab(NamedTuple):
 
     def index_or_missing(self, field: str, name: str) -> int:
         """`number`, or -1."""
-        return self.index(field, name) if name in self.classes[field] else -1
+        return self.class_index(field, name) if name in self.classes[field] else -1
 
     def to_dict(self) -> dict[str, Any]:
         """A record for JSON."""
@@ -81,66 +81,68 @@ def build_label_vocab(task: str, notes: Iterable[Any], length: int) -> LabelVoca
     return LabelVocab(task, classes, length)
 
 
-def encode(notes: Iterable[Any], names: LabelVocab) -> Int32[np.ndarray, "n m"]:
+def encode(notes: Iterable[Any], vocab: LabelVocab) -> Int32[np.ndarray, "n m"]:
     """The labels of texts [n m], flattened; -1 where nothing is asked, or unheard of."""
-    rows = [_ENCODE[HEADS[names.task]](note, names) for note in notes]
+    rows = [_ENCODE[HEADS[vocab.task]](note, vocab) for note in notes]
     return np.stack(rows).reshape(len(rows), -1).astype(np.int32)
 
 
-def _asked_fields(note: Any, names: LabelVocab) -> Int[np.ndarray, " f"]:
+def _asked_fields(note: Any, vocab: LabelVocab) -> Int[np.ndarray, " f"]:
     """Of some fields; the others are not asked."""
     if not isinstance(note, dict) or not note:
-        raise UserError(f"{names.task}={note!r}: give {{field: value}}")
-    row = dict.fromkeys(names.classes, -1)
+        raise UserError(f"{vocab.task}={note!r}: give {{field: value}}")
+    row = dict.fromkeys(vocab.classes, -1)
     for field, value in note.items():
-        row[field] = names.number(field, value)
+        row[field] = vocab.class_index(field, value)
     return np.array(list(row.values()))
 
 
-def _asked_tags(note: list[str], names: LabelVocab) -> Int[np.ndarray, " l"]:
+def _asked_tags(note: list[str], vocab: LabelVocab) -> Int[np.ndarray, " l"]:
     for tag in note:
         if tag in SPECIAL_TAGS:
             raise UserError(f"pos {tag!r}: give the tags of the words alone")
-        names.number("pos", tag)
-    _fits("pos", len(note), names)
-    return encode([note], names)[0]
+        vocab.class_index("pos", tag)
+    _fits("pos", len(note), vocab)
+    return encode([note], vocab)[0]
 
 
-def _asked_tree(note: Spans, names: LabelVocab) -> Int[np.ndarray, "l l"]:
-    _fits("tree", 1 + max((span[1] for span in note), default=-1), names)
+def _asked_tree(note: Spans, vocab: LabelVocab) -> Int[np.ndarray, "l l"]:
+    _fits("tree", 1 + max((span[1] for span in note), default=-1), vocab)
     for span in note:
-        _constituent(span, names)
+        _constituent(span, vocab)
     if len({span[:2] for span in note}) < len(note):
         raise UserError("tree: two labels for one constituent; join them by '::'")
     for a, b, _ in note:
         crossing = [s for s in note if a < s[0] <= b < s[1]]
         if crossing:
             raise UserError(f"tree: constituents {(a, b)} and {crossing[0][:2]} cross")
-    return encode([note], names).reshape(names.layout.shape)
+    return encode([note], vocab).reshape(vocab.head_spec.shape)
 
 
-def _asked_span(span: tuple[int, int, str], names: LabelVocab) -> Int[np.ndarray, "l l"]:
+def _asked_span(
+    span: tuple[int, int, str], vocab: LabelVocab
+) -> Int[np.ndarray, "l l"]:
     """The chart that asks for one constituent and no more."""
     first, last, _ = span
-    _fits("span", last + 1, names)
-    chart = np.full(names.layout.shape, -1)
-    chart[first + 1, last + 1] = _constituent(span, names)
+    _fits("span", last + 1, vocab)
+    chart = np.full(vocab.head_spec.shape, -1)
+    chart[first + 1, last + 1] = _constituent(span, vocab)
     return chart
 
 
-def _constituent(span: tuple[int, int, str], names: LabelVocab) -> int:
+def _constituent(span: tuple[int, int, str], vocab: LabelVocab) -> int:
     first, last, label = span
     if not 0 <= first <= last:
         raise UserError(f"constituent {span!r}: give (first, last, label), from 0")
     if label == NONE:
         raise UserError(f"constituent {span!r}: {NONE!r} is no label")
-    return names.number("tree", label)
+    return vocab.class_index("tree", label)
 
 
-def _fits(what: str, size: int, names: LabelVocab) -> None:
-    if not 1 <= size <= names.length - 2:
+def _fits(what: str, size: int, vocab: LabelVocab) -> None:
+    if not 1 <= size <= vocab.length - 2:
         raise UserError(
-            f"{what}: {size} words; the model has {names.length} positions with START "
+            f"{what}: {size} words; the model has {vocab.length} positions with START "
             "and END"
         )
 
@@ -156,25 +158,27 @@ TARGET_ENCODERS: dict[str, Callable[[Any, LabelVocab], np.ndarray]] = {
 }
 
 
-def _fields(note: Fields, names: LabelVocab) -> np.ndarray:
-    stated = dict.fromkeys(names.classes, NONE) | note
-    return np.array([names.seen(field, stated[field]) for field in names.classes])
+def _fields(note: Fields, vocab: LabelVocab) -> np.ndarray:
+    stated = dict.fromkeys(vocab.classes, NONE) | note
+    return np.array(
+        [vocab.index_or_missing(field, stated[field]) for field in vocab.classes]
+    )
 
 
-def _tags(note: list[str], names: LabelVocab) -> np.ndarray:
+def _tags(note: list[str], vocab: LabelVocab) -> np.ndarray:
     """START, the words' tags, END and PAD, as far as they fit."""
-    tags = ["START", *note, "END"][: names.length]
-    tags += ["PAD"] * (names.length - len(tags))
-    return np.array([names.seen("pos", tag) for tag in tags])
+    tags = ["START", *note, "END"][: vocab.length]
+    tags += ["PAD"] * (vocab.length - len(tags))
+    return np.array([vocab.index_or_missing("pos", tag) for tag in tags])
 
 
-def _chart(note: Spans, names: LabelVocab) -> np.ndarray:
+def _chart(note: Spans, vocab: LabelVocab) -> np.ndarray:
     """[i, j]: the constituent from i to j, START being position 0; "none" elsewhere."""
-    l = names.length
+    l = vocab.length
     chart = np.where(np.tri(l, k=-1), -1, 0)
     for first, last, label in note:
         if last + 1 < l:
-            chart[first + 1, last + 1] = names.seen("tree", label)
+            chart[first + 1, last + 1] = vocab.index_or_missing("tree", label)
     return chart
 
 

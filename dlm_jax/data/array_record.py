@@ -26,9 +26,9 @@ PAGE, SHARD = 64, 2**13  # rows of a record, records of a file
 class ArrayRecordDataset:
     """Ids [n l] on disk; rows[index] reads those rows, as an array does."""
 
-    def __init__(self, folder: Path, split: str, about: dict):
-        self.folder, self.split, self.about = folder, split, about
-        self.count, self.length = about["rows"][split], about["length"]
+    def __init__(self, folder: Path, split: str, metadata: dict):
+        self.folder, self.split, self.metadata = folder, split, metadata
+        self.count, self.length = metadata["rows"][split], metadata["length"]
         files = range(-(-self.count // (PAGE * SHARD)))
         paths = [str(_path(folder, split, number)) for number in files]
         missing = [path for path in paths if not Path(path).is_file()]
@@ -53,7 +53,7 @@ class ArrayRecordDataset:
         wanted, which = np.unique(pages, return_inverse=True)
         with _reading(self.folder):
             raw = self.source.__getitems__(wanted.tolist())
-            kind = np.dtype(self.about["dtype"])
+            kind = np.dtype(self.metadata["dtype"])
             found = [np.frombuffer(r, kind).reshape(PAGE, self.length) for r in raw]
         rows = [found[i][j] for i, j in zip(which.ravel(), place.ravel(), strict=True)]
         return np.stack(rows).astype(np.int32).reshape(*pages.shape, self.length)
@@ -74,27 +74,34 @@ def _path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.array_record"
 
 
-def load_prepared(path: str) -> tuple[ArrayRecordDataset, ArrayRecordDataset, Tokenizer, dict]:
+def load_prepared(
+    path: str,
+) -> tuple[ArrayRecordDataset, ArrayRecordDataset, Tokenizer, dict]:
     """(train, valid, tokenizer, {"corpus": checksum}) of a prepared folder."""
     folder = Path(path)
-    about = read_manifest(folder)
-    train, valid = (ArrayRecordDataset(folder, split, about) for split in ("train", "valid"))
-    return train, valid, from_dict(about["tokenizer"]), {"corpus": about["crc"]}
+    metadata = read_manifest(folder)
+    train, valid = (
+        ArrayRecordDataset(folder, split, metadata) for split in ("train", "valid")
+    )
+    return train, valid, from_dict(metadata["tokenizer"]), {"corpus": metadata["crc"]}
 
 
 def read_manifest(folder: Path) -> dict:
     """What data.json says; UserError where it is missing or not one."""
     try:
-        about = json.loads((folder / MANIFEST).read_text())
-        rows = about["rows"]
-        counts = [rows["train"], rows["valid"], about["length"], about["crc"]]
+        metadata = json.loads((folder / MANIFEST).read_text())
+        rows = metadata["rows"]
+        counts = [rows["train"], rows["valid"], metadata["length"], metadata["crc"]]
         if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError("its counts are no numbers")
         if counts[2] == 0 or max(counts[:2]) > PAGE * SHARD * 10**5:
             raise ValueError("its counts cannot be")
-        if about["dtype"] not in ("uint16", "int32") or about["mode"] not in MODES:
+        if (
+            metadata["dtype"] not in ("uint16", "int32")
+            or metadata["mode"] not in MODES
+        ):
             raise ValueError("of no known layout")
-        if not isinstance(about["tokenizer"], dict):
+        if not isinstance(metadata["tokenizer"], dict):
             raise ValueError("no tokenizer")
     except OSError as error:
         raise UserError(
@@ -105,7 +112,7 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(
             f"{folder / MANIFEST}: damaged ({error}); prepare again"
         ) from error
-    return about
+    return metadata
 
 
 def read_texts(path: str, split: str) -> list[str]:

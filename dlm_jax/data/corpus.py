@@ -14,19 +14,21 @@ from dlm_jax.errors import UserError
 
 
 class Corpus(NamedTuple):
-    """Token ids of both splits [n l], and what made them; about: more to record."""
+    """Token ids of both splits [n l], and the tokenizer that made them.
+
+    metadata: what else identifies the corpus, recorded in each checkpoint.
+    """
 
     train: np.ndarray | ArrayRecordDataset
     valid: np.ndarray | ArrayRecordDataset
     tokenizer: Tokenizer
-    about: dict | None = None
+    metadata: dict | None = None
 
-    def record(self) -> dict:
-        """The tokenizer's, and a checksum of what it was trained and used on."""
-        record = {**self.tokenizer.to_dict(), **(self.about or {})}
-        if isinstance(self.train, np.ndarray):
-            record["corpus"] = zlib.crc32(self.train.tobytes())
-        return record
+    def identity(self) -> dict:
+        """Returns the metadata with a checksum of the training ids, as `corpus`."""
+        if not isinstance(self.train, np.ndarray):
+            return dict(self.metadata or {})
+        return {"corpus": zlib.crc32(self.train.tobytes()), **(self.metadata or {})}
 
 
 def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -43,11 +45,11 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _prepared(cfg: Any) -> Corpus:
     """What --mode prepare_data wrote; UserError where the config has another layout."""
-    about = array_record.read_manifest(Path(cfg.path))
+    metadata = array_record.read_manifest(Path(cfg.path))
     for name in ("length", "mode"):
-        if cfg[name] != about[name]:
+        if cfg[name] != metadata[name]:
             raise UserError(
                 f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
-                f"{about[name]}; take that, or prepare it again"
+                f"{metadata[name]}; take that, or prepare it again"
             )
     return Corpus(*array_record.load_prepared(cfg.path))

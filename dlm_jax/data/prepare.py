@@ -37,7 +37,7 @@ def prepare_data(config: Any, workdir: str) -> None:
     counts = {split: sources.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
     folder.mkdir(parents=True, exist_ok=True)
-    about = {
+    metadata = {
         "rows": {},
         "texts": counts,
         "length": cfg.length,
@@ -47,7 +47,9 @@ def prepare_data(config: Any, workdir: str) -> None:
     }
     for split, texts in counts.items():
         bar = _bar(cfg, split, "encoding", texts)
-        writer = array_record.ArrayRecordWriter(folder, split, cfg.length, tokenizer.vocab_size)
+        writer = array_record.ArrayRecordWriter(
+            folder, split, cfg.length, tokenizer.vocab_size
+        )
         for rows in encode_stream(iter(bar), tokenizer, cfg):
             writer.add(rows)
         writer.close()
@@ -56,14 +58,14 @@ def prepare_data(config: Any, workdir: str) -> None:
                 f"{texts} texts give no row of config.data.length={cfg.length} in the "
                 f"{split} split: set a smaller length or give more text"
             )
-        about["rows"][split], about["dtype"] = writer.rows, str(writer.dtype)
-        about["crc"] = about.get("crc", 0) ^ writer.crc
+        metadata["rows"][split], metadata["dtype"] = writer.rows, str(writer.dtype)
+        metadata["crc"] = metadata.get("crc", 0) ^ writer.crc
     path = folder / array_record.MANIFEST
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(about, ensure_ascii=False))
+    part.write_text(json.dumps(metadata, ensure_ascii=False))
     part.replace(path)
     print(
-        f"{folder}: {about['rows']} rows of {cfg.length}; config.data.source=prepared"
+        f"{folder}: {metadata['rows']} rows of {cfg.length}; config.data.source=prepared"
     )
 
 
@@ -79,7 +81,9 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
     return sources.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
 
 
-def encode_stream(texts: Iterator[str], tok: Tokenizer, cfg: Any) -> Iterator[np.ndarray]:
+def encode_stream(
+    texts: Iterator[str], tok: Tokenizer, cfg: Any
+) -> Iterator[np.ndarray]:
     """The rows [n l] of `encoding.encode`, from some texts at a time."""
     left: list[int] = []
     arrange, fit = encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)

@@ -18,7 +18,7 @@ from dlm_jax.diffusion.schedule import Schedule, from_quantiles, gumbel
 from dlm_jax.types import Array, PerExample
 
 BINS, LOW, HIGH = 64, -9.0, 13.0  # of u
-ENOUGH = 0.5  # examples, as they fade, that a bin needs to be believed
+MIN_COUNT = 0.5  # examples, as they fade, that a bin needs to be believed
 FLOOR = 0.1  # share of times that stay with the start's law
 EVEN = 3e-4  # and of each bin, so that the bound is never blind to one
 
@@ -30,7 +30,7 @@ class AdaptiveState(NamedTuple):
     """
 
     loss: Float[Array, " bins"]
-    seen: Float[Array, " bins"]
+    counts: Float[Array, " bins"]
     start: Float[Array, " bins"]
 
 
@@ -58,7 +58,7 @@ def update(
     """The state with the losses [b] of examples at noise u [b]; rate: what is kept."""
     return state._replace(
         loss=rate * state.loss + _count(u, loss),
-        seen=rate * state.seen + _count(u, jnp.ones_like(u)),
+        counts=rate * state.counts + _count(u, jnp.ones_like(u)),
     )
 
 
@@ -68,11 +68,11 @@ def curve(state: AdaptiveState) -> Float[Array, " bins"]:
     A bin that was not seen, or too long ago, lies between its neighbours that were; if
     none was, the loss follows the start's law.
     """
-    seen, start = jnp.asarray(state.seen), jnp.asarray(state.start)
-    mean = state.loss / jnp.maximum(seen, 1e-6)
-    level = jnp.max(jnp.where(seen > ENOUGH, mean, 0.0))
-    up = jax.lax.cummax(jnp.where(seen > ENOUGH, mean, 0.0))
-    down = jax.lax.cummin(jnp.where(seen > ENOUGH, mean, level), reverse=True)
+    counts, start = jnp.asarray(state.counts), jnp.asarray(state.start)
+    mean = state.loss / jnp.maximum(counts, 1e-6)
+    level = jnp.max(jnp.where(counts > MIN_COUNT, mean, 0.0))
+    up = jax.lax.cummax(jnp.where(counts > MIN_COUNT, mean, 0.0))
+    down = jax.lax.cummin(jnp.where(counts > MIN_COUNT, mean, level), reverse=True)
     return jnp.where(level > 0, 0.5 * (up + down), jnp.cumsum(start) - 0.5 * start)
 
 

@@ -114,7 +114,9 @@ def beam_search(
     def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
         ids, nats = carry  # [b beams length], [b beams]
         last = ids[:, :, i - 1]
-        scores = trunk_output(params, cfg, ids.reshape(b * beams, -1), head=True)[:, i - 1]
+        scores = trunk_output(params, cfg, ids.reshape(b * beams, -1), head=True)[
+            :, i - 1
+        ]
         more = jax.nn.log_softmax(scores).reshape(b, beams, vocab)
         pad = jnp.where(jnp.arange(vocab) == PAD, 0.0, -jnp.inf)
         more = jnp.where(_over(last)[..., None], pad, more)

@@ -79,12 +79,12 @@ def _chart(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
 PAIR = 32  # width of a chart's pairs
 
 
-def _shapes(layout: HeadSpec, h: int) -> dict[str, tuple[int, ...]]:
-    k = layout.classes
-    if layout.head == "fields":
-        f = layout.shape[0]
+def _shapes(spec: HeadSpec, h: int) -> dict[str, tuple[int, ...]]:
+    k = spec.classes
+    if spec.head == "fields":
+        f = spec.shape[0]
         return {"query": (h, f), "kernel": (f, h, k), "bias": (f, k)}
-    if layout.head == "tags":
+    if spec.head == "tags":
         return {"kernel": (h, k), "bias": (k,)}
     pair = {"first": (h, PAIR), "last": (h, PAIR)}
     return pair | {"kernel": (PAIR, k), "bias": (k,)}
@@ -93,10 +93,10 @@ def _shapes(layout: HeadSpec, h: int) -> dict[str, tuple[int, ...]]:
 HEADS: dict[str, Callable] = {"fields": _fields, "tags": _tags, "chart": _chart}
 
 
-def init(key: PRNGKey, cfg: DenoiserConfig, layout: HeadSpec) -> Classifier:
+def init(key: PRNGKey, cfg: DenoiserConfig, spec: HeadSpec) -> Classifier:
     """Fresh parameters; biases start at 0."""
     k_trunk, k_head = jax.random.split(key)
-    shapes = _shapes(layout, cfg.width)
+    shapes = _shapes(spec, cfg.hidden_dim)
     keys = jax.random.split(k_head, len(shapes))
     head = {
         name: jnp.zeros(shape)
@@ -110,7 +110,7 @@ def init(key: PRNGKey, cfg: DenoiserConfig, layout: HeadSpec) -> Classifier:
 def logits(
     params: Classifier,
     cfg: DenoiserConfig,
-    layout: HeadSpec,
+    spec: HeadSpec,
     x_t: Latent,
     t: Time,
     schedule: Schedule,
@@ -118,18 +118,18 @@ def logits(
     key: PRNGKey | None = None,
 ) -> Float[Array, "b ... k"]:
     """Logits of every label; the network is told the noise, whatever the schedule."""
-    told = model.log_snr_time(schedule, t)
+    t_cond = model.log_snr_time(schedule, t)
     x = jnp.asarray(x_t)
     h = transformer.apply(
-        params.trunk, cfg, 1, x, told, jnp.zeros_like(x), key=key, head=False
+        params.trunk, cfg, 1, x, t_cond, jnp.zeros_like(x), key=key, head=False
     )
-    return HEADS[layout.head](params.head, h)
+    return HEADS[spec.head](params.head, h)
 
 
 def log_prob(
     params: Classifier,
     cfg: DenoiserConfig,
-    layout: HeadSpec,
+    spec: HeadSpec,
     labels: Int[Array, "b ..."],
     schedule: Schedule,
     *,
@@ -142,7 +142,7 @@ def log_prob(
     labels = jnp.asarray(labels)
 
     def of(x_t: Latent, t: Time) -> PerExample:
-        scores = logits(params, cfg, layout, x_t, t, schedule)
+        scores = logits(params, cfg, spec, x_t, t, schedule)
         nll = cross_entropy(scores, jnp.maximum(labels, 0))
         nll = jnp.where(labels < 0, 0.0, nll)
         total = jnp.sum(nll.reshape(len(nll), -1), -1)
@@ -159,15 +159,15 @@ def loss(
     draws: NoiseDraws,
     *,
     cfg: DenoiserConfig,
-    layout: HeadSpec,
+    spec: HeadSpec,
     table: Table,
     schedule: Schedule,
     key: PRNGKey | None = None,
 ) -> ClassifierTerms:
     """Cross-entropy of the asked labels, at random noise on frozen embeddings."""
     x_t = add_noise(embed(table, ids), draws.t, draws.eps_t, schedule)
-    scores = logits(params, cfg, layout, x_t, draws.t, schedule, key=key)
-    scores = scores.reshape(len(labels), layout.size, layout.classes)
+    scores = logits(params, cfg, spec, x_t, draws.t, schedule, key=key)
+    scores = scores.reshape(len(labels), spec.size, spec.classes)
     asked, labels = jnp.asarray(labels) >= 0, jnp.maximum(labels, 0)
     count = jnp.maximum(jnp.sum(asked, -1), 1)
     nll = jnp.sum(jnp.where(asked, cross_entropy(scores, labels), 0.0), -1) / count

@@ -18,7 +18,7 @@ from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Denoise, DenoiseLogits, insert_clean_tokens
 from dlm_jax.diffusion.rounding import Allowed, project
 from dlm_jax.diffusion.samplers import State, Step, Times, standard_normal
-from dlm_jax.diffusion.schedule import Schedule, expand_to, broadcast_to, posterior
+from dlm_jax.diffusion.schedule import Schedule, broadcast_to, expand_to, posterior
 from dlm_jax.types import (
     END,
     PAD,
@@ -64,17 +64,24 @@ def clamp(
     return clamped
 
 
-def condition_on_tokens(model: Denoise | DenoiseLogits, table: Table, ids: Ids, known: Known) -> Any:
+def condition_on_tokens(
+    denoise: Denoise | DenoiseLogits, table: Table, ids: Ids, known: Known
+) -> Any:
     """The model told the known tokens: clean vectors, at time 0.
 
-    For models trained on texts that are known in part: config.loss.known.
+    For models trained on texts that are known in part: config.loss.conditioning_prob.
     """
     clean = embed(table, ids)
-    return lambda x_t, t, x0_prev: model(*insert_clean_tokens(clean, known, x_t, t), x0_prev)
+    return lambda x_t, t, x0_prev: denoise(
+        *insert_clean_tokens(clean, known, x_t, t), x0_prev
+    )
 
 
 def classifier_free_guidance(
-    conditional: Denoise | DenoiseLogits, unconditional: Denoise | DenoiseLogits, *, weight: float
+    conditional: Denoise | DenoiseLogits,
+    unconditional: Denoise | DenoiseLogits,
+    *,
+    weight: float,
 ) -> Any:
     """x0 + weight (x0_conditional - x0), and so the log-probabilities of a Read.
 
@@ -89,7 +96,9 @@ def classifier_free_guidance(
     return lambda *x: jax.tree.map(mix, unconditional(*x), conditional(*x))
 
 
-def token_time_guidance(denoise: Denoise, log_prob: LogProb, *, share: float) -> Denoise:
+def token_time_guidance(
+    denoise: Denoise, log_prob: LogProb, *, floor: float
+) -> Denoise:
     """Tells the network that tokens which log p(c | x_t) hangs on are less noisy.
 
     Their time falls, by the size of their slope among those of the text, to share t at
@@ -97,17 +106,19 @@ def token_time_guidance(denoise: Denoise, log_prob: LogProb, *, share: float) ->
     changes nothing.
     """
 
-    def told(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+    def warped(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         each = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
         slope = jax.grad(lambda x: jnp.sum(log_prob(x, each)))(x_t)
         size = jnp.linalg.norm(slope, axis=-1)
         size = size / jnp.maximum(jnp.max(size, -1, keepdims=True), 1e-30)
-        return denoise(x_t, each[:, None] * (1 - (1 - share) * size), x0_prev)
+        return denoise(x_t, each[:, None] * (1 - (1 - floor) * size), x0_prev)
 
-    return told
+    return warped
 
 
-def restrict_tokens(read: DenoiseLogits, table: Table, allowed: Allowed) -> DenoiseLogits:
+def restrict_tokens(
+    denoise_logits: DenoiseLogits, table: Table, allowed: Allowed
+) -> DenoiseLogits:
     """The model's words given that each position's is an allowed one.
 
     Exact for one position, whose posterior is renormalised; the others hear of it at the
@@ -116,16 +127,16 @@ def restrict_tokens(read: DenoiseLogits, table: Table, allowed: Allowed) -> Deno
     barred = jnp.where(jnp.asarray(allowed), 0.0, -1e9)
 
     def restricted(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
-        log_p = jax.nn.log_softmax(read(x_t, t, x0_prev)[1] + barred)
+        log_p = jax.nn.log_softmax(denoise_logits(x_t, t, x0_prev)[1] + barred)
         mean = jnp.einsum("blv,vd->bld", jnp.exp(log_p), table, precision="highest")
         return mean, log_p
 
     return restricted
 
 
-def drop_logits(read: DenoiseLogits) -> Denoise:
+def drop_logits(denoise_logits: DenoiseLogits) -> Denoise:
     """The estimate alone."""
-    return lambda x_t, t, x0_prev: read(x_t, t, x0_prev)[0]
+    return lambda x_t, t, x0_prev: denoise_logits(x_t, t, x0_prev)[0]
 
 
 def classifier_guidance_x0(
@@ -136,47 +147,41 @@ def classifier_guidance_x0(
     Classifier guidance of arXiv:2105.05233: one backward pass of the classifier.
     """
 
-    def leaning(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+    def guided(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         each = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
         slope = jax.grad(lambda x: jnp.sum(log_prob(x, each)))(x_t)
         alpha, sigma = schedule.alpha_sigma(t)
         scale = weight * expand_to(sigma**2 / alpha, x_t)
         return denoise(x_t, t, x0_prev) + scale * slope
 
-    return leaning
+    return guided
 
 
 def token_guidance(
-    read: DenoiseLogits, wish: TokenLogProb, schedule: Schedule, *, weight: float = 1.0
+    denoise_logits: DenoiseLogits,
+    condition: TokenLogProb,
+    schedule: Schedule,
+    *,
+    weight: float = 1.0,
 ) -> Denoise:
     """`lean` to a condition that is read from the model's own words: no classifier.
 
     One backward pass of the model. Token guidance, arXiv:2305.18619.
     """
 
-    def steered(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
-        def of(x_t: Latent) -> tuple[Array, Latent]:
-            x0_hat, log_p = read(x_t, t, x0_prev)
-            return jnp.sum(wish(log_p)), x0_hat
+    def guided(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
+        def log_prob_and_x0(x_t: Latent) -> tuple[Array, Latent]:
+            x0_hat, log_p = denoise_logits(x_t, t, x0_prev)
+            return jnp.sum(condition(log_p)), x0_hat
 
-        slope, x0_hat = jax.grad(of, has_aux=True)(x_t)
+        slope, x0_hat = jax.grad(log_prob_and_x0, has_aux=True)(x_t)
         alpha, sigma = schedule.alpha_sigma(t)
         return x0_hat + weight * expand_to(sigma**2 / alpha, x_t) * slope
 
-    return steered
+    return guided
 
 
 # --- wishes about the words
-
-
-def spells(ids: Ids, known: Known) -> TokenLogProb:
-    """These tokens at the known positions: sum of log p(w_i)."""
-
-    def wish(log_p: Logits) -> PerExample:
-        own = jnp.take_along_axis(log_p, jnp.asarray(ids)[..., None], -1)[..., 0]
-        return jnp.sum(jnp.where(jnp.asarray(known), own, 0.0), -1)
-
-    return wish
 
 
 def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
@@ -188,7 +193,7 @@ def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
     phrase = jnp.asarray(phrase)
     real = phrase >= 0
 
-    def wish(log_p: Logits) -> PerExample:
+    def condition(log_p: Logits) -> PerExample:
         length, size = log_p.shape[1], phrase.shape[1]
         words = jnp.where(real, phrase, 0)[:, None]  # [b 1 k]
         own = jnp.take_along_axis(log_p, words.repeat(length, 1), -1)  # [b l k]
@@ -198,25 +203,25 @@ def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
         places = sum(padded[:, k : k + length, k] for k in range(size))
         return jnp.minimum(logsumexp(jnp.asarray(places), axis=-1), 0.0)
 
-    return wish
+    return condition
 
 
 def excludes_tokens(words: Int[Array, "b k"]) -> TokenLogProb:
     """None of these words anywhere: sum over positions of log(1 - p). Rows end in -1."""
     words = jnp.asarray(words)
 
-    def wish(log_p: Logits) -> PerExample:
+    def condition(log_p: Logits) -> PerExample:
         rows = jnp.where(words >= 0, words, 0)[:, None]
         p = jnp.exp(jnp.take_along_axis(log_p, rows.repeat(log_p.shape[1], 1), -1))
         p = jnp.sum(jnp.where(words[:, None] >= 0, p, 0.0), -1)
         return jnp.sum(jnp.log1p(-jnp.minimum(p, 1 - 1e-6)), -1)
 
-    return wish
+    return condition
 
 
-def weighted_sum(*wishes: tuple[Callable[..., PerExample], float]) -> Callable:
+def weighted_sum(*conditions: tuple[Callable[..., PerExample], float]) -> Callable:
     """Several conditions at once, each with its weight: the weighted sum."""
-    return lambda *x: jnp.asarray(sum(w * wish(*x) for wish, w in wishes))
+    return lambda *x: jnp.asarray(sum(w * condition(*x) for condition, w in conditions))
 
 
 # --- patterns of known tokens
@@ -253,7 +258,9 @@ def infill(
         if noised:
             alpha, sigma = schedule.alpha_sigma(times.next)
             own = jax.vmap(lambda k: jax.random.fold_in(k, 2))(keys)
-            x = broadcast_to(alpha, x) * x + broadcast_to(sigma, x) * standard_normal(own, x.shape[1:])
+            x = broadcast_to(alpha, x) * x + broadcast_to(sigma, x) * standard_normal(
+                own, x.shape[1:]
+            )
         x_t = jnp.where(keep, x, state.x_t)
         return State(x_t, jnp.where(keep, clean, state.x0_hat))
 
@@ -300,9 +307,9 @@ def gradient_guidance(
     *,
     rule: str = "sign",
     lr: float = 0.1,
-    updates: int = 3,
+    num_updates: int = 3,
     fluency: float = 0.01,
-    between: tuple[float, float] = (0.05, 1.0),
+    t_range: tuple[float, float] = (0.05, 1.0),
 ) -> Step:
     """Climbs log p(c | x) - fluency |x - mean|^2 / std after each step.
 
@@ -313,7 +320,7 @@ def gradient_guidance(
 
     def guided(keys: PRNGKeys, state: State, times: Times) -> State:
         after = step(keys, state, times)
-        near, far = between
+        near, far = t_range
         acts = (times.now >= near) & (times.now <= far) & (times.next >= 0)
         mean, std = posterior(
             after.x0_hat, state.x_t, times.now, schedule, t_next=times.next
@@ -329,7 +336,7 @@ def gradient_guidance(
                 update=update,
                 power=power,
                 lr=lr,
-                updates=updates,
+                num_updates=num_updates,
                 fluency=fluency,
             )
 
@@ -347,7 +354,7 @@ def gradient_updates(
     update: Callable,
     power: int,
     lr: float,
-    updates: int,
+    num_updates: int,
     fluency: float,
 ) -> Latent:
     """`guide`'s inner updates of one step."""
@@ -361,4 +368,4 @@ def gradient_updates(
         move, memory = update(jax.grad(objective)(x), memory, lr, std)
         return x + move, memory
 
-    return jax.lax.fori_loop(0, updates, one, (x, jnp.zeros_like(x)))[0]
+    return jax.lax.fori_loop(0, num_updates, one, (x, jnp.zeros_like(x)))[0]

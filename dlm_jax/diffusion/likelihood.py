@@ -85,8 +85,8 @@ def latent_predictor(
         alpha, sigma = schedule.alpha_sigma(t)
         noisy = (alpha * sigma_0) ** 2
         known = noisy / (noisy + sigma**2)
-        if schedule.steps is not None:  # at index 0 the losses compare with EMB(w)
-            known = jnp.where(t * schedule.steps < 0.5, 0.0, known)
+        if schedule.num_steps is not None:  # at index 0 the losses compare with EMB(w)
+            known = jnp.where(t * schedule.num_steps < 0.5, 0.0, known)
         x0_hat = x0_hat - expand_to(known / alpha, x_t) * x_t
         return x0_hat / expand_to(1 - known, x_t)
 
@@ -108,7 +108,7 @@ def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
     over the indices from 1, half in proportion to SNR(t - 1) - SNR(t): a published table
     has half of its drop in a few indices.
     """
-    steps = schedule.steps
+    steps = schedule.num_steps
     if steps is None:
         slope = jax.jvp(lambda t: schedule.snr(t, sigma_0), (u,), (jnp.ones_like(u),))
         return u, -slope[1]
@@ -128,7 +128,7 @@ def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
 
 def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> PerExample:
     """KL(q(x_1 | w) || N(0, 1)), nats an example [b]."""
-    steps = schedule.steps
+    steps = schedule.num_steps
     last = np.asarray(1.0 if steps is None else (steps - 1) / steps)
     alpha, _ = schedule.alpha_sigma(last)
     off = alpha**2 * (sigma_0**2 - 1)  # the variance less 1
@@ -177,7 +177,7 @@ class MeanStderr(NamedTuple):
     """A mean and its standard error over examples, in the unit its name says."""
 
     mean: float
-    standard_error: float
+    stderr: float
 
 
 def ratio_with_stderr(nats: Array, count: Array) -> MeanStderr:

@@ -22,8 +22,8 @@ from dlm_jax.diffusion.schedule import (
     add_noise,
     clipped_variance,
     expand_to,
-    require_num_steps,
     posterior,
+    require_num_steps,
 )
 from dlm_jax.diffusion.time_sampling import NoiseDraws
 from dlm_jax.errors import UserError, choose
@@ -73,7 +73,7 @@ class _ForwardPass(NamedTuple):
 
     def split(self, error: Array, at_zero: Array) -> tuple[PerExample, PerExample]:
         """(diffusion, t0): the second replaces the first where t is index 0."""
-        steps = self.schedule.steps
+        steps = self.schedule.num_steps
         zero = self.t < 0 if steps is None else self.t * steps < 0.5
         zero = expand_to(zero, error)
         return (
@@ -90,12 +90,14 @@ class _ForwardPass(NamedTuple):
         if weight is None:
             weight = self.draws.weight
         ones = jnp.ones_like(diffusion)
-        return LossTerms(diffusion, t0, rounding, prior, ones if weight is None else weight)
+        return LossTerms(
+            diffusion, t0, rounding, prior, ones if weight is None else weight
+        )
 
 
 def _prior_norm(p: _ForwardPass) -> PerExample:
     """mean((sqrt(alpha_bar_T) x_0)^2): the published tT term."""
-    steps = p.schedule.steps
+    steps = p.schedule.num_steps
     last = 1.0 if steps is None else (steps - 1) / steps
     alpha, _ = p.schedule.alpha_sigma(jnp.asarray(last))
     return p.mean((alpha * p.x_0) ** 2)
@@ -245,31 +247,31 @@ def end_to_end(
     x_t = add_noise(x_0, t, jnp.asarray(draws.eps_t), schedule)
     if objective == "ar":
         t, x_t = jnp.zeros_like(t), clean
-    told = t
+    t_cond = t
     if draws.known is not None:
-        x_t, told = model.insert_clean_tokens(clean, draws.known, x_t, t)
-    x0_prev = _first_estimate(params, cfg, schedule, x_t, told, draws)
+        x_t, t_cond = model.insert_clean_tokens(clean, draws.known, x_t, t)
+    x0_prev = _first_estimate(params, cfg, schedule, x_t, t_cond, draws)
     scored = jnp.asarray(ids)
     if objective == "ar":  # the next one
         scored = jnp.roll(scored, -1, 1)
 
-    def read(raw: Array, x_t: Latent, t: Time, ids: Ids) -> tuple:
+    def head_fn(raw: Array, x_t: Latent, t: Time, ids: Ids) -> tuple:
         x0_hat = model.TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
         if cfg.predicts == "logits":
             raw = rounding.nll(raw, ids)
         return x0_hat, raw
 
-    rows = (x_t, told, scored)
+    head_args = (x_t, t_cond, scored)
     x0_hat, raw = model.apply(
         params,
         cfg,
         x_t,
-        told,
+        t_cond,
         x0_prev,
         schedule=schedule,
         key=key,
-        read=read,
-        rows=rows,
+        head_fn=head_fn,
+        head_args=head_args,
     )
     mask = (
         jnp.where(jnp.asarray(ids) == PAD, 0.0, 1.0)
@@ -302,13 +304,15 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
             f"objective {objective!r} and causal={cfg.causal}: 'ar' is for causal=True, "
             "and no other is"
         )
-    if cfg.causal and (cfg.self_cond or cfg.output_prior or cfg.noise_time):
+    if cfg.causal and (
+        cfg.self_cond or cfg.token_posterior_input or cfg.time_input == "log_snr"
+    ):
         raise UserError(
-            "objective 'ar' takes neither self_cond nor output_prior nor noise_time"
+            "objective 'ar' takes neither self_cond nor token_posterior_input nor time_input='log_snr'"
         )
-    if objective == "nelbo" and schedule.steps is not None:
-        raise UserError("objective 'nelbo' needs a curve: config.schedule.steps=0")
-    if objective in DISCRETE and schedule.steps is None:
+    if objective == "nelbo" and schedule.num_steps is not None:
+        raise UserError("objective 'nelbo' needs a curve: config.schedule.num_steps=0")
+    if objective in DISCRETE and schedule.num_steps is None:
         raise UserError(f"objective {objective!r} needs schedule.discretize(., steps)")
 
 

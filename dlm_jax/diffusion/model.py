@@ -13,8 +13,8 @@ from dlm_jax.diffusion.embedding import init_table
 from dlm_jax.diffusion.schedule import (
     Schedule,
     expand_to,
-    require_num_steps,
     posterior_coefficients,
+    require_num_steps,
 )
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -61,45 +61,49 @@ def apply(
     *,
     schedule: Schedule | None = None,
     key: PRNGKey | None = None,
-    read: Callable[..., PyTree] = lambda raw, *rows: raw,
-    rows: tuple[Array, ...] = (),
+    head_fn: Callable[..., PyTree] = lambda raw, *args: raw,
+    head_args: tuple[Array, ...] = (),
 ) -> PyTree:
     """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on.
 
-    read(raw, *rows) is returned instead of raw, rows being arrays [b ...]. Logits of a
+    head_fn(raw, *head_args) is returned instead of raw; head_args are arrays [b ...]. Logits of a
     large vocabulary then exist for one example at a time, forward and backward.
     """
-    vocab, alone, told = params.table.shape[0], None, t
+    vocab, posterior_x0, t_cond = params.table.shape[0], None, t
     large = vocab > MAX_DENSE_VOCAB and cfg.predicts == "logits"
-    if cfg.noise_time:
-        told = log_snr_time(_require_schedule(schedule, cfg), t)
+    if cfg.time_input == "log_snr":
+        t_cond = log_snr_time(_require_schedule(schedule, cfg), t)
 
     def start(x_t: Latent, t: Time) -> Logits:
-        return token_posterior_logits(params.table, x_t, t, _require_schedule(schedule, cfg))
+        return token_posterior_logits(
+            params.table, x_t, t, _require_schedule(schedule, cfg)
+        )
 
-    if cfg.output_prior:
-        alone = _by_example(
-            lambda *x: expected_embedding(params.table, start(*x)), (x_t, t), large=large
+    if cfg.token_posterior_input:
+        posterior_x0 = _by_example(
+            lambda *x: expected_embedding(params.table, start(*x)),
+            (x_t, t),
+            large=large,
         )
     y = transformer.apply(
         params.denoiser,
         cfg,
         vocab,
         x_t,
-        told,
+        t_cond,
         x0_prev,
-        alone=alone,
+        posterior_x0=posterior_x0,
         key=key,
         head=False,
     )
 
-    def last(y: Array, x_t: Latent, t: Time, *rows: Array) -> PyTree:
+    def last(y: Array, x_t: Latent, t: Time, *head_args: Array) -> PyTree:
         raw = transformer.head(params.denoiser, y)
-        if cfg.output_prior and cfg.predicts == "logits":
+        if cfg.token_posterior_input and cfg.predicts == "logits":
             raw = raw + start(x_t, t)
-        return read(raw, *rows)
+        return head_fn(raw, *head_args)
 
-    return _by_example(last, (y, x_t, t, *rows), large=large)
+    return _by_example(last, (y, x_t, t, *head_args), large=large)
 
 
 def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree:
@@ -128,7 +132,9 @@ def log_snr_time(schedule: Schedule, t: Time) -> Time:
     return jnp.clip((10.0 - schedule.log_snr(jnp.asarray(t))) / 24.0, 0.0, 1.0)
 
 
-def token_posterior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedule) -> Logits:
+def token_posterior_logits(
+    table: Table, x_t: Latent, t: Time, schedule: Schedule
+) -> Logits:
     """log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2) [b l v].
 
     The posterior given one position alone: the network has only the context to add.
@@ -145,8 +151,8 @@ def token_posterior_logits(table: Table, x_t: Latent, t: Time, schedule: Schedul
 def _require_schedule(schedule: Schedule | None, cfg: DenoiserConfig) -> Schedule:
     if schedule is None:
         raise ValueError(
-            f"a model with predicts={cfg.predicts!r}, output_prior={cfg.output_prior}, "
-            f"noise_time={cfg.noise_time} needs schedule="
+            f"a model with predicts={cfg.predicts!r}, token_posterior_input={cfg.token_posterior_input}, "
+            f"time_input={cfg.time_input!r} needs schedule="
         )
     return schedule
 
@@ -190,17 +196,22 @@ def bind(
 
     t = index / steps in [0, 1). The schedule is needed unless the network predicts x0.
     """
-    if cfg.predicts != "x0" or cfg.output_prior or cfg.noise_time:
+    if cfg.predicts != "x0" or cfg.token_posterior_input or cfg.time_input == "log_snr":
         _require_schedule(schedule, cfg)
     params = _cast(params, cfg)
 
     def denoise(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
         t = jnp.asarray(t)
 
-        def read(raw: Array, x_t: Latent, t: Time) -> Latent:
+        def head_fn(raw: Array, x_t: Latent, t: Time) -> Latent:
             return TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
 
-        options = {"schedule": schedule, "key": key, "read": read, "rows": (x_t, t)}
+        options = {
+            "schedule": schedule,
+            "key": key,
+            "head_fn": head_fn,
+            "head_args": (x_t, t),
+        }
         return apply(params, cfg, x_t, t, x0_prev, **options)
 
     return denoise
@@ -220,11 +231,11 @@ def bind_logits(
     """
     params = _cast(params, cfg)
 
-    def read(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
+    def denoise_logits(x_t: Latent, t: Time, x0_prev: Latent) -> tuple[Latent, Logits]:
         raw = apply(params, cfg, x_t, jnp.asarray(t), x0_prev, schedule=schedule)
         x0_hat = TO_X0[cfg.predicts](raw, x_t, t, params.table, schedule)
         if cfg.predicts != "logits":
             raw = rounding.logits(params.table, params.bias, x0_hat)
         return x0_hat, jax.nn.log_softmax(raw)
 
-    return read
+    return denoise_logits

@@ -23,17 +23,6 @@ def logits(table: Table, bias: Bias, x: Latent) -> Logits:
     return jnp.einsum("bld,vd->blv", x, table, precision="highest") + bias
 
 
-def distance_logits(table: Table, x: Latent) -> Logits:
-    """-|x - E_v|: the published `logits_mode` 2, without its infinite slope at 0."""
-    square = (
-        jnp.sum(table**2, -1)
-        + jnp.sum(x**2, -1, keepdims=True)
-        - 2.0 * jnp.einsum("bld,vd->blv", x, table, precision="highest")
-    )
-    positive = square > 0
-    return -jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-
-
 def nll(logits: Logits, ids: Ids) -> Float[Array, "b l"]:
     """-log p(w | x) in nats, for each position."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(ids))

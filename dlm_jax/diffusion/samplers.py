@@ -4,6 +4,7 @@
 Times run from noise (t near 1) to data (t < 0 is clean). All solvers read x0_hat.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,14 @@ import numpy as np
 from jaxtyping import Float
 
 from dlm_jax.diffusion.model import Denoise
-from dlm_jax.diffusion.schedule import Schedule, expand_to, broadcast_to, posterior
+from dlm_jax.diffusion.schedule import (
+    VARIANCES,
+    Schedule,
+    broadcast_to,
+    expand_to,
+    posterior,
+)
+from dlm_jax.errors import UserError, choose
 from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree
 
 
@@ -35,27 +43,24 @@ class Times(NamedTuple):
 Step = Callable[[PRNGKeys, State, Times], State]
 
 
-def timesteps(steps: int, *, start: float | None = None, stop: float = 0.0) -> Times:
+def timesteps(
+    num_steps: int, *, start: float | None = None, stop: float = 0.0
+) -> Times:
     """n times (n-1)/n, ..., 1/n, 0 and the one after each; the last lands on x0_hat.
 
     On a schedule of T = 2000, grid(200) is the published "ddim200". start, stop: the
     first and the last time, evenly parted, for a curve or a part of the range.
     """
-    first = (steps - 1) / steps if start is None else start
-    now = np.linspace(first, stop, steps)
+    first = (num_steps - 1) / num_steps if start is None else start
+    now = np.linspace(first, stop, num_steps)
     return _times(now)
 
 
-def grid_of(kept: list[int], steps: int) -> Times:
-    """The grid of the indices `kept` (ascending) of a schedule of `steps`."""
-    return _times(np.asarray(kept[::-1]) / steps)
-
-
-def schedule_timesteps(schedule: Schedule, steps: int) -> Times:
+def schedule_timesteps(schedule: Schedule, num_steps: int) -> Times:
     """Indices of a table; on a curve, evenly from t = 1 to 1/steps, then clean."""
-    if schedule.steps is not None:
-        return timesteps(steps)
-    return timesteps(steps, start=1.0, stop=1.0 / steps)
+    if schedule.num_steps is not None:
+        return timesteps(num_steps)
+    return timesteps(num_steps, start=1.0, stop=1.0 / num_steps)
 
 
 def _times(now: np.ndarray) -> Times:
@@ -97,9 +102,10 @@ def ancestral(
     schedule: Schedule,
     *,
     sigma: str = "small",
-    top_p: float | None = None,
+    top_p: float = 0.0,
 ) -> Step:
-    """DDPM: x_next ~ q(x_next | x_t, x0_hat). top_p: |noise| stays below it."""
+    """DDPM: x_next ~ q(x_next | x_t, x0_hat). top_p > 0: |noise| stays below it."""
+    choose("sigma", VARIANCES, sigma)
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
         x0_hat = _predict(denoise, state, times.now)
@@ -107,7 +113,11 @@ def ancestral(
             x0_hat, state.x_t, times.now, schedule, t_next=times.next, sigma=sigma
         )
         shape = state.x_t.shape[1:]
-        n = standard_normal(keys, shape) if not top_p else truncated_normal(keys, shape, top_p)
+        n = (
+            standard_normal(keys, shape)
+            if not top_p
+            else truncated_normal(keys, shape, top_p)
+        )
         return State(mean + expand_to(std, n) * n, x0_hat)
 
     return step
@@ -120,13 +130,17 @@ def marginal(denoise: Denoise, schedule: Schedule) -> Step:
         x0_hat = _predict(denoise, state, times.now)
         alpha, sigma = schedule.alpha_sigma(times.next)
         n = standard_normal(keys, x0_hat.shape[1:])
-        return State(broadcast_to(alpha, n) * x0_hat + broadcast_to(sigma, n) * n, x0_hat)
+        return State(
+            broadcast_to(alpha, n) * x0_hat + broadcast_to(sigma, n) * n, x0_hat
+        )
 
     return step
 
 
 def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
     """DDIM, arXiv:2010.02502 eq. 12; eta = 1 is `ancestral` with sigma small."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta}: must be from 0 to 1")
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
         x_t, x0_hat = state.x_t, _predict(denoise, state, times.now)
@@ -136,9 +150,13 @@ def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
         share = schedule.beta(times.now, times.next) / sigma**2
         fresh = eta * sigma_next * share**0.5
         kept = (sigma_next**2 * (1 - eta**2 * share)) ** 0.5
-        x_next = broadcast_to(alpha_next, x_t) * x0_hat + broadcast_to(kept, x_t) * eps_hat
+        x_next = (
+            broadcast_to(alpha_next, x_t) * x0_hat + broadcast_to(kept, x_t) * eps_hat
+        )
         if eta:
-            x_next = x_next + broadcast_to(fresh, x_t) * standard_normal(keys, x_t.shape[1:])
+            x_next = x_next + broadcast_to(fresh, x_t) * standard_normal(
+                keys, x_t.shape[1:]
+            )
         return State(x_next, x0_hat)
 
     return step
@@ -160,7 +178,9 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
         gain = jnp.where(multi, 0.5 * h / jnp.where(h_before > 0, h_before, 1.0), 0.0)
         d = x0_hat + broadcast_to(gain, x_t) * (x0_hat - state.x0_hat)
         scale = -alpha_next * jnp.expm1(-h)
-        x_next = broadcast_to(sigma_next / sigma, x_t) * x_t + broadcast_to(scale, x_t) * d
+        x_next = (
+            broadcast_to(sigma_next / sigma, x_t) * x_t + broadcast_to(scale, x_t) * d
+        )
         return State(x_next, x0_hat)
 
     return step
@@ -189,7 +209,11 @@ def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
 
 
 def _last_time(schedule: Schedule) -> float:
-    return 1.0 if schedule.steps is None else (schedule.steps - 1) / schedule.steps
+    return (
+        1.0
+        if schedule.num_steps is None
+        else (schedule.num_steps - 1) / schedule.num_steps
+    )
 
 
 def temperature(
@@ -234,6 +258,13 @@ SOLVERS: dict[str, Callable[..., Step]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
 }
+ONE_STEP = ("ancestral", "ddim")  # read only x_t: they take `churn` and `temperature`
+
+
+def solver_options(name: str) -> dict[str, Any]:
+    """Returns the keyword arguments of a solver and their defaults."""
+    parameters = inspect.signature(SOLVERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def sample(

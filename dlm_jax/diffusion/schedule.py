@@ -35,12 +35,16 @@ class Schedule(NamedTuple):
 
     curve: Partial | None
     betas: Partial
-    table: Array | None = None
+    log_alpha_bar_table: Array | None = None
 
     @property
-    def steps(self) -> int | None:
+    def num_steps(self) -> int | None:
         """T of a discretised schedule; None for a curve."""
-        return None if self.table is None else self.table.shape[0]
+        return (
+            None
+            if self.log_alpha_bar_table is None
+            else self.log_alpha_bar_table.shape[0]
+        )
 
     @property
     def sigma_0(self) -> Any:
@@ -52,7 +56,7 @@ class Schedule(NamedTuple):
         """L(t) as (high, low): float32 pairs keep the differences of table entries."""
         xp = _numpy(t, *jax.tree.leaves(self.curve))
         t = xp.asarray(t)
-        if self.table is None:
+        if self.log_alpha_bar_table is None:
             if self.curve is None:
                 raise UserError(
                     "this schedule exists only discretised: call "
@@ -60,9 +64,11 @@ class Schedule(NamedTuple):
                 )
             value = xp.where(t < 0, 0.0, self.curve(xp.maximum(t, 0.0)))
             return value, xp.zeros_like(value)
-        steps = self.table.shape[0]
+        steps = self.log_alpha_bar_table.shape[0]
         index = xp.clip(xp.round(t * steps).astype(int), -1, steps - 1) + 1
-        table = np.concatenate([[0.0], np.asarray(self.table, np.float64)])
+        table = np.concatenate(
+            [[0.0], np.asarray(self.log_alpha_bar_table, np.float64)]
+        )
         if xp is np:
             return table[index], np.zeros(np.shape(t))
         high = table.astype(np.float32)
@@ -125,7 +131,10 @@ def broadcast_to(value: Any, x: Latent) -> Any:
 def add_noise(x_0: Latent, t: Time, eps: Latent, schedule: Schedule) -> Latent:
     """q(x_t | x_0): sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
     alpha, sigma = schedule.alpha_sigma(t)
-    return expand_to(jnp.asarray(alpha), x_0) * x_0 + expand_to(jnp.asarray(sigma), eps) * eps
+    return (
+        expand_to(jnp.asarray(alpha), x_0) * x_0
+        + expand_to(jnp.asarray(sigma), eps) * eps
+    )
 
 
 # --- one reverse step
@@ -175,9 +184,9 @@ def posterior(
 
 def require_num_steps(schedule: Schedule) -> int:
     """T of a discretised schedule; an error on a curve."""
-    if schedule.steps is None:
+    if schedule.num_steps is None:
         raise UserError("this needs a discretised schedule: schedule.discretize(., T)")
-    return schedule.steps
+    return schedule.num_steps
 
 
 def clipped_variance(t: Time, schedule: Schedule, *, sigma: str = "small") -> Any:
@@ -336,74 +345,41 @@ def betas(schedule: Schedule, steps: int) -> np.ndarray:
 
 def discretize(schedule: Schedule, steps: int) -> Schedule:
     """The published table of `steps` noise levels; index i is t = i / steps."""
-    return schedule._replace(table=np.cumsum(np.log1p(-betas(schedule, steps))))
-
-
-def respace(steps: int, spec: str) -> list[int]:
-    """The indices kept of `steps`: "10,15,20" in equal sections, or "ddim200".
-
-    Within a section the stride is fractional and rounds half to even; "ddimN" takes the
-    first integer stride with N indices. Source: the published `space_timesteps`.
-    """
-    whole = spec.startswith("ddim")
-    parts = [spec[4:]] if whole else spec.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"respacing {spec!r}: give counts as '10,15,20', or 'ddim200'")
-    if whole:
-        count = int(spec[4:])
-        for stride in range(1, steps):
-            kept = range(0, steps, stride)
-            if len(kept) == count:
-                return list(kept)
-        raise UserError(
-            f"respacing {spec!r}: no integer stride gives {count} of {steps}"
-        )
-    counts = [int(part) for part in parts]
-    kept, start = [], 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
-        if count > size:
-            raise UserError(f"respacing {spec!r}: a section of {size} has not {count}")
-        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
-        kept += [start + round(stride * k) for k in range(count)]
-        start += size
-    return kept
-
-
-def respaced_betas(schedule: Schedule, kept: list[int]) -> np.ndarray:
-    """betas' = 1 - alpha_bar_k / alpha_bar_(previous kept), float64."""
-    log = np.asarray(schedule.table, np.float64)[np.asarray(kept)]
-    return -np.expm1(np.diff(log, prepend=0.0))
+    return schedule._replace(
+        log_alpha_bar_table=np.cumsum(np.log1p(-betas(schedule, steps)))
+    )
 
 
 def make_schedule(
     name: str,
-    steps: int = 0,
+    num_steps: int = 0,
     *,
     mean: float = 0.0,
     scale: float = 0.0,
     noise_factor: float = 1.0,
     adaptive: str = "",
 ) -> Schedule:
-    """SCHEDULES[name], discretised if steps > 0; scale > 0 sets a quantile curve.
+    """SCHEDULES[name], discretised if num_steps > 0; scale > 0 sets a quantile curve.
 
     noise_factor: `rescale`. adaptive: the start of a schedule that training adapts, a
     quantile curve (see `adaptive`).
     """
     choose("config.schedule.name", SCHEDULES, name)
-    if steps < 0 or 0 < steps < 20:
+    if num_steps < 0 or 0 < num_steps < 20:
         raise UserError(
-            f"config.schedule.steps={steps}: take 20 or more, or 0 (a curve)"
+            f"config.schedule.num_steps={num_steps}: take 20 or more, or 0 (a curve)"
         )
     if scale and name not in QUANTILE_SCHEDULES:
-        raise UserError(f"config.schedule.scale is for {QUANTILE_SCHEDULES}, not {name!r}")
-    if adaptive and (steps or name not in QUANTILE_SCHEDULES or noise_factor != 1):
         raise UserError(
-            f"config.schedule.adaptive={adaptive!r} needs steps=0, noise_factor=1 and "
+            f"config.schedule.scale is for {QUANTILE_SCHEDULES}, not {name!r}"
+        )
+    if adaptive and (num_steps or name not in QUANTILE_SCHEDULES or noise_factor != 1):
+        raise UserError(
+            f"config.schedule.adaptive={adaptive!r} needs num_steps=0, noise_factor=1 and "
             f"a name of {QUANTILE_SCHEDULES}"
         )
     if noise_factor <= 0:
         raise UserError(f"config.schedule.noise_factor={noise_factor}: must be over 0")
     schedule = SCHEDULES[name](mean, scale) if scale else SCHEDULES[name]()
     schedule = schedule if noise_factor == 1 else rescale(schedule, noise_factor)
-    return discretize(schedule, steps) if steps else schedule
+    return discretize(schedule, num_steps) if num_steps else schedule

@@ -60,40 +60,42 @@ def draw_noise(
     *,
     first: int | Array = 0,
     total: int | None = None,
-    times: str = "uniform",
-    steps: int | None = None,
-    self_cond: float = 0.0,
-    known: float = 0.0,
+    time_sampler: str = "uniform",
+    num_steps: int | None = None,
+    self_cond_prob: float = 0.0,
+    conditioning_prob: float = 0.0,
     moments: LossMoments | None = None,
 ) -> NoiseDraws:
     """Draws for rows first .. first + b - 1 of a global batch of `total` rows.
 
     Keyed by the row's global number, so that devices and processes do not matter.
-    steps: T of a discretised schedule (times then fall on indices), None for a curve.
-    self_cond: the probability that this batch feeds its first estimate back. known: the
-    share of rows some of whose tokens are given.
+    num_steps: T of a discretised schedule (times then fall on indices), None for a curve.
+    self_cond_prob: the probability that this batch feeds its first estimate back.
+    conditioning_prob: the probability that a row is given some of its tokens.
     """
     b, l, d = shape
     k_time, k_noise, k_self = jax.random.split(key, 3)
     index = first + jnp.arange(b)
-    u = TIME_SAMPLERS[times](k_time, index, b if total is None else total)
+    u = TIME_SAMPLERS[time_sampler](k_time, index, b if total is None else total)
     weight = None
     if moments is not None:
         t, weight = _importance(u, moments)
     else:
-        t = u if steps is None else jnp.floor(u * steps) / steps
+        t = u if num_steps is None else jnp.floor(u * num_steps) / num_steps
 
     def noise(i):
         return jax.random.normal(jax.random.fold_in(k_noise, i), (2, l, d))
 
     eps = jax.vmap(noise)(index)
-    feed = jax.random.uniform(k_self) < self_cond
+    feed = jax.random.uniform(k_self) < self_cond_prob
     feed = jnp.full(b, feed, jnp.float32)
-    told = _draw_known(jax.random.fold_in(key, 3), index, l, known) if known else None
-    return NoiseDraws(t, eps[:, 0], eps[:, 1], weight, feed, told)
+    known = None
+    if conditioning_prob:
+        known = _draw_known(jax.random.fold_in(key, 3), index, l, conditioning_prob)
+    return NoiseDraws(t, eps[:, 0], eps[:, 1], weight, feed, known)
 
 
-def _draw_known(key: PRNGKey, index: Array, length: int, share: float) -> Array:
+def _draw_known(key: PRNGKey, index: Array, length: int, prob: float) -> Array:
     """Tokens given [b l]: all but an interval, or each at a rate of its row's own.
 
     Half of the intervals reach the end: a prefix. Source: RECIPES T8, arXiv:2211.15089.
@@ -108,7 +110,7 @@ def _draw_known(key: PRNGKey, index: Array, length: int, share: float) -> Array:
         apart = (place < first) | (place >= last)
         rate, kind = jax.random.uniform(keys[1], (2,))
         scattered = jax.random.uniform(keys[2], (length,)) < rate
-        return (u[0] < share) & jnp.where(kind < 0.5, apart, scattered)
+        return (u[0] < prob) & jnp.where(kind < 0.5, apart, scattered)
 
     return jax.vmap(one)(index)
 
@@ -134,7 +136,9 @@ def _importance(u: PerExample, moments: LossMoments) -> tuple[PerExample, PerExa
     return index / steps, 1.0 / (steps * p[index])
 
 
-def update_moments(moments: LossMoments, t: PerExample, loss: PerExample) -> LossMoments:
+def update_moments(
+    moments: LossMoments, t: PerExample, loss: PerExample
+) -> LossMoments:
     """Appends each loss to its index's history, dropping the oldest of ten."""
 
     def append(m, pair):
@@ -150,7 +154,7 @@ def update_moments(moments: LossMoments, t: PerExample, loss: PerExample) -> Los
     return jax.lax.scan(append, moments, (index, loss))[0]
 
 
-def truncate(key: PRNGKey, ids: Ids, share: float, *, first: int | Array = 0) -> Ids:
+def truncate(key: PRNGKey, ids: Ids, prob: float, *, first: int | Array = 0) -> Ids:
     """A share of the rows cut at a random length, PAD after it (arXiv:2305.18619).
 
     So a model also knows texts that end where training texts do not. Keyed like `draw`.
@@ -160,7 +164,7 @@ def truncate(key: PRNGKey, ids: Ids, share: float, *, first: int | Array = 0) ->
     def one(i: Array, row: Array) -> Array:
         k_cut, k_size = jax.random.split(jax.random.fold_in(key, i))
         size = jax.random.randint(k_size, (), 1, length + 1)
-        cut = jax.random.uniform(k_cut) < share
+        cut = jax.random.uniform(k_cut) < prob
         return jnp.where(cut & (jnp.arange(length) >= size), PAD, row)
 
     return jax.vmap(one)(first + jnp.arange(ids.shape[0]), jnp.asarray(ids))

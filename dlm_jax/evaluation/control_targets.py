@@ -139,13 +139,13 @@ def _published(row: Any) -> Sentence:
 # --- the judge
 
 
-def make_scorer(config: Any, task: str, teacher: DiffusionLM | None) -> Scorer:
+def make_scorer(config: Any, task: str, ar_model: DiffusionLM | None) -> Scorer:
     """The grammar; or the tagger and the parser, where the task asks, and the teacher."""
     if config.data.source == "grammar":
         return Scorer(_word_tags, _parsed, grammar.derivable_spans, _exact_nats, True)
     tags = _tagger(config) if "pos" in task else lambda text: []
     spans = _parser(config) if task in TREES else lambda text: []
-    return Scorer(tags, spans, lambda text: set(spans(text)), _teacher_nats(teacher))
+    return Scorer(tags, spans, lambda text: set(spans(text)), _teacher_nats(ar_model))
 
 
 def _word_tags(text: str) -> list[str]:
@@ -170,7 +170,7 @@ def _parser(config: Any) -> Callable[[str], Spans]:
     return lambda text: annotations.parse_spans(parser, text) if text else []
 
 
-def _teacher_nats(teacher: DiffusionLM | None) -> Callable[[list[str]], np.ndarray]:
-    if teacher is None:
+def _teacher_nats(ar_model: DiffusionLM | None) -> Callable[[list[str]], np.ndarray]:
+    if ar_model is None:
         return lambda texts: np.full(len(texts), math.nan)
-    return lambda texts: np.asarray(teacher.nll(teacher.encode(texts)).total())
+    return lambda texts: np.asarray(ar_model.nll(ar_model.encode(texts)).total())

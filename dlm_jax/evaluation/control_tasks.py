@@ -5,6 +5,7 @@ Scores are those of arXiv:2205.14217 section 6 (REFERENCE 1.9); beside each stan
 fluency. Targets come from `control_targets`.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -24,13 +25,23 @@ from dlm_jax.evaluation import text_metrics
 from dlm_jax.evaluation.control_targets import (
     Scorer,
     Sentence,
-    has_phrase,
-    make_scorer,
-    load_targets,
     fields_in_text,
+    has_phrase,
+    load_targets,
+    make_scorer,
 )
-from dlm_jax.inference import constraints, loading
-from dlm_jax.inference.constraints import GuidanceConfig, Constraints
+from dlm_jax.inference import loading
+from dlm_jax.inference.constraints import (
+    BLANK,
+    UNCONSTRAINED,
+    Constraints,
+    batch_constraints,
+    pad_to_power_of_two,
+    parse_constraints,
+    parse_template,
+    template_constraints,
+)
+from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import checkpoint, hosts
 from dlm_jax.types import UNK
@@ -44,7 +55,7 @@ class ControlTask(NamedTuple):
     """
 
     target: Callable[[Sentence, Any], Any]
-    wish: Callable[[Any, DiffusionLM], Constraints]
+    constrain: Callable[[Any, DiffusionLM], Constraints]
     score: Callable[[str, Any, Scorer], dict[str, float]]
     needs: tuple[str, ...] = ()
 
@@ -81,26 +92,24 @@ def _middle(sentence: Sentence, rng: Any) -> str:
 # --- wishes: (target, bundle) -> a row
 
 
-def _asked(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
-    def wish(target: Any, lm: DiffusionLM) -> Constraints:
+def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
+    def constrain(target: Any, lm: DiffusionLM) -> Constraints:
         tok, classifiers = lm.tokenizer, lm.classifiers
-        return constraints.parse_constraints(tok, lm.length, classifiers, **{name: target})
+        return parse_constraints(tok, lm.length, classifiers, **{name: target})
 
-    return wish
+    return constrain
 
 
-def _said(target: Fields, lm: DiffusionLM) -> Constraints:
+def _semantic(target: Fields, lm: DiffusionLM) -> Constraints:
     """The fields, by the classifier; and their words, by the model's own."""
     words = [lm.tokenizer.encode(value) for value in target.values()]
-    phrases = [constraints.pad_to_power_of_two([-1] if UNK in ids else ids) for ids in words]
-    return _asked("semantic")(target, lm)._replace(phrases=tuple(phrases))
+    phrases = [pad_to_power_of_two([-1] if UNK in ids else ids) for ids in words]
+    return _from_target("semantic")(target, lm)._replace(phrases=tuple(phrases))
 
 
 def _template(target: str, lm: DiffusionLM) -> Constraints:
-    parts = constraints.parse_template(lm.tokenizer, target)
-    return constraints.template_constraints(
-        parts, lm.length, lm.tokenizer.vocab_size, 1, 0
-    )
+    parts = parse_template(lm.tokenizer, target)
+    return template_constraints(parts, lm.length, lm.tokenizer.vocab_size, 1, 0)
 
 
 # --- scores
@@ -142,15 +151,15 @@ def _length(text: str, target: int, scorer: Scorer) -> dict[str, float]:
 def _kept(text: str, target: str, scorer: Scorer) -> dict[str, float]:
     """The known words in their places, and an end where the template ends."""
     words, wanted = text.split(), target.split()
-    same = [w in (constraints.BLANK, x) for w, x in zip(wanted, words, strict=False)]
+    same = [w in (BLANK, x) for w, x in zip(wanted, words, strict=False)]
     return {"known kept": float(len(words) == len(wanted) and all(same))}
 
 
 def _both(first: ControlTask, second: ControlTask) -> ControlTask:
     """Two classifiers at once, their targets from one sentence."""
 
-    def wish(target: Any, lm: DiffusionLM) -> Constraints:
-        one, two = first.wish(target[0], lm), second.wish(target[1], lm)
+    def constrain(target: Any, lm: DiffusionLM) -> Constraints:
+        one, two = first.constrain(target[0], lm), second.constrain(target[1], lm)
         labels = {**one.labels, **two.labels}
         return Constraints(phrases=one.phrases + two.phrases, labels=labels)
 
@@ -160,41 +169,31 @@ def _both(first: ControlTask, second: ControlTask) -> ControlTask:
 
     return ControlTask(
         lambda s, rng: (first.target(s, rng), second.target(s, rng)),
-        wish,
+        constrain,
         score,
         first.needs + second.needs,
     )
 
 
 CONTROL_TASKS: dict[str, ControlTask] = {
-    "semantic": ControlTask(_one_field, _said, _value, ("semantic",)),
-    "pos": ControlTask(lambda s, rng: s.tags, _asked("pos"), _tags, ("pos",)),
-    "tree": ControlTask(lambda s, rng: s.spans, _asked("tree"), _tree, ("tree",)),
-    "span": ControlTask(_one_span, _asked("span"), _has_span, ("tree",)),
-    "length": ControlTask(lambda s, rng: len(s.text.split()), _asked("length"), _length),
+    "semantic": ControlTask(_one_field, _semantic, _value, ("semantic",)),
+    "pos": ControlTask(lambda s, rng: s.tags, _from_target("pos"), _tags, ("pos",)),
+    "tree": ControlTask(lambda s, rng: s.spans, _from_target("tree"), _tree, ("tree",)),
+    "span": ControlTask(_one_span, _from_target("span"), _has_span, ("tree",)),
+    "length": ControlTask(
+        lambda s, rng: len(s.text.split()), _from_target("length"), _length
+    ),
     "infilling": ControlTask(_middle, _template, _kept),
 }
 CONTROL_TASKS["semantic+tree"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS["tree"])
 CONTROL_TASKS["semantic+pos"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS["pos"])
 
-# how strongly: tried on targets of other seeds than the tables' (docs/control.md)
-GUIDANCE_PRESETS = {
-    "tuned": {
-        **dict.fromkeys(["unguided", *CONTROL_TASKS], GuidanceConfig()),
-        "span": GuidanceConfig(fluency=0.001),
-    },
-    "published": {  # REFERENCE 1.7: coefficient and step of the code, no push at t < .05
-        "unguided": GuidanceConfig(),
-        "semantic": GuidanceConfig(lr=0.1, fluency=0.01, weight=0.0, mean=True),
-        "pos": GuidanceConfig(lr=0.1, fluency=0.0001, mean=True),
-        "tree": GuidanceConfig(lr=0.1, fluency=0.0005, mean=True),
-        "span": GuidanceConfig(lr=0.1, fluency=0.1, mean=True),
-        "length": GuidanceConfig(noised=False),
-        "infilling": GuidanceConfig(noised=False),
-        "semantic+tree": GuidanceConfig(lr=0.1, fluency=0.0005, weight=0.0, mean=True),
-        "semantic+pos": GuidanceConfig(lr=0.1, fluency=0.0001, weight=0.0, mean=True),
-    },
-}
+
+def guidance_of(config: Any, task: str) -> GuidanceConfig:
+    """Returns the guidance settings of a task, from config.control.presets."""
+    presets = config.control.presets
+    preset = choose("config.control.preset", presets, config.control.preset)
+    return GuidanceConfig(**preset[task])
 
 
 # --- the command
@@ -205,7 +204,7 @@ def run_task(
     task: ControlTask | None,
     targets: list,
     scorer: Scorer,
-    plan: GuidanceConfig,
+    guidance: GuidanceConfig,
     tick: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -215,17 +214,25 @@ def run_task(
     error over seeds; of one seed, over targets. Seconds are of the fastest seed:
     of one seed alone, compilation is among them. tick: called after every seed.
     """
-    samples, seeds, calls = (options[name] for name in ("samples", "seeds", "calls"))
-    n, wishes = len(targets) * samples, constraints.UNCONSTRAINED
+    samples, seeds, num_steps = (
+        options[name] for name in ("samples", "seeds", "num_steps")
+    )
+    n, constraints = len(targets) * samples, UNCONSTRAINED
     if task is not None:
-        rows = [task.wish(target, lm) for target in targets]
-        wishes = jax.tree.map(
-            lambda x: np.repeat(x, samples, 0), constraints.batch_constraints(rows)
+        rows = [task.constrain(target, lm) for target in targets]
+        constraints = jax.tree.map(
+            lambda x: np.repeat(x, samples, 0), batch_constraints(rows)
         )
     scores, texts, seconds = [], [], []
     for seed in range(seeds):
         began = time.monotonic()
-        drawn = lm.draw(n, seed=seed, steps=calls, wishes=wishes, plan=plan).texts
+        drawn = lm.generate(
+            n,
+            seed=seed,
+            num_steps=num_steps,
+            constraints=constraints,
+            guidance=guidance,
+        ).texts
         seconds.append(time.monotonic() - began)
         texts += drawn
         if task is not None:
@@ -236,8 +243,10 @@ def run_task(
         "success": summaries(scores, samples),
         **fluency(texts, scorer),
         "seconds per 50": min(seconds) / n * 50,
-        "denoiser calls": calls,
-        "classifier calls": calls * plan.updates * len(task.needs if task else ()),
+        "denoiser calls": num_steps,
+        "classifier calls": num_steps
+        * guidance.num_updates
+        * len(task.needs if task else ()),
         "texts": texts[:: max(1, samples)][:8],
     }
 
@@ -287,54 +296,67 @@ def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     options = config.control
     names = ["unguided", *CONTROL_TASKS] if options.task == "all" else [options.task]
     lm = _equipped(lm, options, names)
-    teacher = loading.load_ar_model("config.control.teacher", options.teacher, lm)
-    pairs, rows = [(name, calls) for name in names for calls in options.calls], []
+    ar_model = loading.load_ar_model("config.control.ar_model", options.ar_model, lm)
+    pairs, rows = (
+        [(name, num_steps) for name in names for num_steps in options.num_steps],
+        [],
+    )
     main = (
         hosts.process_index_and_count()[0] == 0
     )  # all hosts draw and score, the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
-        for name, calls in pairs:
-            bar.set_description(f"{name}, {calls} calls")
-            about = _about(lm, name, calls, teacher)
-            path = Path(workdir) / "control" / f"{name}_{calls}_{_crc(about)}.json"
+        for name, num_steps in pairs:
+            bar.set_description(f"{name}, {num_steps} calls")
+            identity = _identity(lm, config, name, num_steps, ar_model)
+            path = (
+                Path(workdir) / "control" / f"{name}_{num_steps}_{_crc(identity)}.json"
+            )
             if hosts.broadcast_from_host0(path.exists()):
                 bar.update(options.seeds)
             else:
-                row = _row(lm, config, name, calls, teacher, bar.update)
+                row = _row(lm, config, name, num_steps, ar_model, bar.update)
                 path.parent.mkdir(exist_ok=True)
                 if main:
-                    checkpoint.write_json(path, about | row)
+                    checkpoint.write_json(path, identity | row)
             rows += [json.loads(path.read_text())] if main else []
     if main:
         print(markdown_table(rows))
     return rows
 
 
-def _about(
-    lm: DiffusionLM, name: str, calls: int, teacher: DiffusionLM | None
+def _identity(
+    lm: DiffusionLM,
+    config: Any,
+    name: str,
+    num_steps: int,
+    ar_model: DiffusionLM | None,
 ) -> dict[str, Any]:
     """All that a row depends on: another model, classifier or setting is another row."""
     used = CONTROL_TASKS[name].needs if name in CONTROL_TASKS else ()
     weights = {task: lm.classifiers[task].params for task in used}
     options = {
-        k: v for k, v in lm.config["control"].items() if k not in ("task", "calls")
+        k: v
+        for k, v in lm.config["control"].items()
+        if k not in ("task", "num_steps", "presets")
     }
-    about = {
+    identity = {
         "task": name,
-        "calls": calls,
+        "num_steps": num_steps,
         "step": lm.step,
         "model": checkpoint.checksum(lm.ema),
-        "classifiers in use": {task: checkpoint.checksum(w) for task, w in weights.items()},
+        "classifiers in use": {
+            task: checkpoint.checksum(w) for task, w in weights.items()
+        },
         "control": options,
         "sample": lm.config["sample"],
         "data": lm.config["data"],
-        "plan": GUIDANCE_PRESETS[options["preset"]][name]._asdict(),
-        "teacher weights": checkpoint.checksum(teacher.ema) if teacher else None,
+        "guidance": dataclasses.asdict(guidance_of(config, name)),
+        "autoregressive model": checkpoint.checksum(ar_model.ema) if ar_model else None,
         "target files": _files(options["targets"]),
     }
     if "pos" in name and lm.config["data"]["source"] != "grammar":
-        about["tagger's text"] = _files(lm.config["classifier"]["conllu"])
-    return json.loads(json.dumps(about))
+        identity["tagger's text"] = _files(lm.config["classifier"]["conllu"])
+    return json.loads(json.dumps(identity))
 
 
 def _files(path: str) -> int:
@@ -354,8 +376,8 @@ def _row(
     lm: DiffusionLM,
     config: Any,
     name: str,
-    calls: int,
-    teacher: DiffusionLM | None,
+    num_steps: int,
+    ar_model: DiffusionLM | None,
     tick: Callable[[], Any],
 ) -> dict[str, Any]:
     """Targets drawn, texts steered, texts scored."""
@@ -371,10 +393,10 @@ def _row(
         raise UserError(
             f"config.control.task={name}: no target; raise config.control.n"
         )
-    sizes = {"samples": options.samples, "seeds": options.seeds, "calls": calls}
-    plan = GUIDANCE_PRESETS[options.preset][name]
-    scorer = make_scorer(config, name, teacher)
-    row = run_task(lm, task, targets, scorer, plan, tick, **sizes)
+    sizes = {"samples": options.samples, "seeds": options.seeds, "num_steps": num_steps}
+    guidance = guidance_of(config, name)
+    scorer = make_scorer(config, name, ar_model)
+    row = run_task(lm, task, targets, scorer, guidance, tick, **sizes)
     left_out = len(all_found) - len(found)
     return {
         "targets": len(targets),
@@ -401,16 +423,21 @@ def _equipped(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
                 f"config.control.task={name!r}: choose all, unguided or one of "
                 f"{', '.join(CONTROL_TASKS)}"
             )
-    choose("config.control.preset", GUIDANCE_PRESETS, options.preset)
+    choose("config.control.preset", options.presets, options.preset)
     for name in ("n", "samples", "seeds"):
         if options[name] < 1:
             raise UserError(f"config.control.{name}={options[name]}: must be 1 or more")
-    for calls in options.calls:
-        if calls < 1:
-            raise UserError(f"config.control.calls: {calls} must be 1 or more")
-        lm.settings(steps=calls)
+    for num_steps in options.num_steps:
+        if num_steps < 1:
+            raise UserError(f"config.control.num_steps: {num_steps} must be 1 or more")
+        lm.sampling_config(num_steps=num_steps)
     lm = lm.with_classifier(*options.classifiers.split())
-    needed = {need for name in names if name in CONTROL_TASKS for need in CONTROL_TASKS[name].needs}
+    needed = {
+        need
+        for name in names
+        if name in CONTROL_TASKS
+        for need in CONTROL_TASKS[name].needs
+    }
     for need in sorted(needed - set(lm.classifiers)):
         raise UserError(
             f"config.control.classifiers: none of task {need}; train one, --mode "
@@ -421,14 +448,14 @@ def _equipped(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
 
 def markdown_table(rows: list[dict]) -> str:
     """Markdown: a line a row."""
-    head = ("task", "calls", "success", "accepted", "nats/token", "s per 50")
+    head = ("task", "num_steps", "success", "accepted", "nats/token", "s per 50")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         shares = [
             f"{name} {100 * mean:.1f} ± {100 * error:.1f}"
             for name, (mean, error) in row["success"].items()
         ]
-        cells = [row["task"], str(row["calls"]), ", ".join(shares)]
+        cells = [row["task"], str(row["num_steps"]), ", ".join(shares)]
         share, nats = row["accepted"], row["nats/token"]
         cells.append("-" if share is None else f"{100 * share:.1f}")
         cells.append("-" if nats is None else f"{nats:.3f}")

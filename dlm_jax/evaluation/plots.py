@@ -108,7 +108,7 @@ def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     calls, by_entropy = figure.subplots(1, 2, sharey=True)
     quality = [p["quality"] for p in points]
-    calls.semilogx([p["calls"] for p in points], quality, "o-", color=BLUE, base=2)
+    calls.semilogx([p["num_steps"] for p in points], quality, "o-", color=BLUE, base=2)
     calls.set(xlabel="denoiser calls", ylabel=points[0]["measure"])
     by_entropy.plot([p["entropy"] for p in points], quality, "o", color=BLUE)
     for p in points:
@@ -153,7 +153,9 @@ def principal(rows: Float[np.ndarray, "v d"]) -> tuple[Float[np.ndarray, "v 2"],
     return u[:, :2] * s[:2], float(np.sum(power[:2]))
 
 
-def _chosen(lm: DiffusionLM, held_out: Ids | None) -> tuple[list[int], list[str] | None]:
+def _chosen(
+    lm: DiffusionLM, held_out: Ids | None
+) -> tuple[list[int], list[str] | None]:
     """(ids of the words shown, their tags): of the grammar, tagged; else the frequent."""
     tokens = lm.tokenizer.tokens()
     known = grammar.word_tags()
@@ -247,7 +249,7 @@ class Frame(NamedTuple):
 
 def frames(lm: DiffusionLM, *, seed: int | None = None) -> list[Frame]:
     """FRAMES moments of one sample, from noise to text; the last is the text."""
-    trace = np.asarray(lm.draw(1, seed=seed, trace=True).trace)[0]
+    trace = np.asarray(lm.generate(1, seed=seed, trace=True).trace)[0]
     steps = len(trace)
     grid = samplers.schedule_timesteps(lm.schedule, steps)
     picked = np.unique(np.round(np.linspace(0, steps - 1, FRAMES)).astype(int))
@@ -357,7 +359,7 @@ def loss_curve(lm: DiffusionLM, ids: Ids, *, feed: bool = False) -> Curve:
             normalize=config["embedding"]["normalize"],
         ).diffusion
 
-    t = times(lm.schedule.steps)
+    t = times(lm.schedule.num_steps)
     values = np.stack([np.asarray(at(lm.ema, ids, now)) for now in t])
     error = np.std(values, -1, ddof=1) / np.sqrt(values.shape[-1])
     return Curve(t, np.mean(values, -1), error)

@@ -31,7 +31,7 @@ class Reference(NamedTuple):
     train: frozenset[str]
     train_grams: frozenset[tuple[str, ...]]
     held_out: list[str]
-    teacher: DiffusionLM | None
+    ar_model: DiffusionLM | None
     grammatical: bool
 
 
@@ -48,21 +48,21 @@ class Row(NamedTuple):
 
 
 def _ar_model(reference: Reference) -> DiffusionLM:
-    if reference.teacher is None:
-        raise UserError("needs config.evaluate.teacher, a run of objective 'ar'")
-    return reference.teacher
+    if reference.ar_model is None:
+        raise UserError("needs config.evaluate.ar_model, a run of objective 'ar'")
+    return reference.ar_model
 
 
 def _ar_nll(texts: list[str], reference: Reference) -> float:
-    teacher = _ar_model(reference)
-    ids = teacher.encode(texts)
-    return float(teacher.nll(ids).total().sum() / tokens(ids).sum())
+    ar_model = _ar_model(reference)
+    ids = ar_model.encode(texts)
+    return float(ar_model.nll(ids).total().sum() / tokens(ids).sum())
 
 
 def _energy(texts: list[str], reference: Reference) -> float:
-    teacher = _ar_model(reference)
+    ar_model = _ar_model(reference)
     mine, real = (
-        teacher.features(teacher.encode(t)) for t in (texts, reference.held_out)
+        ar_model.features(ar_model.encode(t)) for t in (texts, reference.held_out)
     )
     return text_metrics.energy_distance(mine, real)
 
@@ -142,12 +142,14 @@ def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
     if math.isnan(mine.mean) or math.isnan(real.mean):
         return Row(mine, real, False, "needs longer texts")
     worse = measure.worse * (mine.mean - real.mean)
-    errors = (mine.standard_error, real.standard_error)
+    errors = (mine.stderr, real.stderr)
     noise = math.hypot(*(0.0 if math.isnan(e) else e for e in errors))
     return Row(mine, real, worse > max(measure.margin, 5 * noise))
 
 
-def compare(samples: list[list[str]], held_out: list[str], reference: Reference) -> dict:
+def compare(
+    samples: list[list[str]], held_out: list[str], reference: Reference
+) -> dict:
     """Every measure of the samples, a list of texts a seed, against held-out text.
 
     held_out: as many other texts as all samples, taken in turn; sizes agree, since
@@ -167,20 +169,26 @@ def compare(samples: list[list[str]], held_out: list[str], reference: Reference)
 # --- likelihood
 
 
-def likelihood_rows(lm: DiffusionLM, texts: list[str], draws: int) -> dict[str, MeanStderr]:
+def likelihood_rows(
+    lm: DiffusionLM, texts: list[str], draws: int
+) -> dict[str, MeanStderr]:
     """The bound on held-out texts, per token and per position; exact for a teacher."""
     ids = lm.encode(texts)
     terms, count = lm.nll(ids, draws=draws), tokens(ids)
     total = terms.total()
     rows = {"nats/token": likelihood.ratio_with_stderr(total, count)}
     rows["bits/token"] = MeanStderr(*(x / math.log(2) for x in rows["nats/token"]))
-    rows["nats/position"] = likelihood.ratio_with_stderr(total, np.full(len(ids), ids.shape[1]))
+    rows["nats/position"] = likelihood.ratio_with_stderr(
+        total, np.full(len(ids), ids.shape[1])
+    )
     if not lm.cfg.causal:
         for name, term in terms._asdict().items():
             rows[f"{name}, nats/token"] = likelihood.ratio_with_stderr(term, count)
     if lm.config["data"]["source"] == "grammar" and len(ids) == len(texts):
         exact = -np.array([grammar.log_prob(text) for text in texts])
-        rows["above the language, nats/token"] = likelihood.ratio_with_stderr(total - exact, count)
+        rows["above the language, nats/token"] = likelihood.ratio_with_stderr(
+            total - exact, count
+        )
     return rows
 
 
@@ -189,15 +197,17 @@ def likelihood_rows(lm: DiffusionLM, texts: list[str], draws: int) -> dict[str, 
 
 def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
     """What the run's data give, and the held-out texts that stand beside the samples."""
-    teacher = loading.load_ar_model(
-        "config.evaluate.teacher", config.evaluate.teacher, lm
+    ar_model = loading.load_ar_model(
+        "config.evaluate.ar_model", config.evaluate.ar_model, lm
     )
     train = sources.load_texts(config.data, "train")
     held_out = sources.load_texts(config.data, "valid")
     half = len(held_out) // 2
     seen = frozenset(text_metrics.all_grams(train))
     grammatical = config.data.source == "grammar"
-    reference = Reference(frozenset(train), seen, held_out[half:], teacher, grammatical)
+    reference = Reference(
+        frozenset(train), seen, held_out[half:], ar_model, grammatical
+    )
     return reference, held_out[:half]
 
 
@@ -209,8 +219,8 @@ def _check(options: Any, lm: DiffusionLM) -> None:
                 f"config.evaluate.{name}={options[name]}: must be {least} or more"
             )
     if not lm.cfg.causal:
-        for calls in options.calls:
-            lm.settings(steps=calls)
+        for calls in options.num_steps:
+            lm.sampling_config(num_steps=calls)
 
 
 def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
@@ -239,14 +249,14 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     )
     if lm.cfg.causal or options.texts:
         return []
-    if not reference.grammatical and reference.teacher is None:
+    if not reference.grammatical and reference.ar_model is None:
         return []
     points = []
-    for calls in options.calls:
-        texts = lm.sample(options.n, seed=0, steps=calls)
+    for calls in options.num_steps:
+        texts = lm.sample(options.n, seed=0, num_steps=calls)
         points.append(
             {
-                "calls": calls,
+                "num_steps": calls,
                 "quality": METRICS[quality].value(texts, reference),
                 "entropy": text_metrics.unigram_entropy(texts),
                 "measure": quality,
@@ -272,8 +282,8 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     size = min(len(samples[0]), len(held_out) // len(samples))
     rows = compare([texts[:size] for texts in samples], held_out, reference)
     bounds = likelihood_rows(lm, held_out[: options.nll_texts], options.draws)
-    if reference.teacher is not None:
-        theirs = likelihood_rows(reference.teacher, held_out[: options.nll_texts], 1)
+    if reference.ar_model is not None:
+        theirs = likelihood_rows(reference.ar_model, held_out[: options.nll_texts], 1)
         bounds["teacher, nats/token"] = theirs["nats/token"]
     points = frontier(lm, reference, options)
     _show(rows, bounds, points, samples[0][:8])
@@ -299,7 +309,7 @@ def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
         tail = "  worse than text" if row.flag else ""
         print(f"{name:32s}" + (f"  {row.note}" if row.note else values + tail))
     for name, value in bounds.items():
-        print(f"{name:32s}{value.mean:10.3f} ±{value.standard_error:6.3f}")
+        print(f"{name:32s}{value.mean:10.3f} ±{value.stderr:6.3f}")
     for point in points:
         print(
             f"{point['calls']:5d} calls: {point['measure']} {point['quality']:.3f}, "

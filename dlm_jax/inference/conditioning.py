@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints applied to a chain: wrappers of the denoiser and of the step."""
+"""Constraints applied to a reverse chain, as wrappers of the denoiser and the step."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,56 +13,59 @@ from dlm_jax.diffusion.model import Denoise, Params
 from dlm_jax.diffusion.samplers import Step
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
-from dlm_jax.inference.constraints import GuidanceClassifier, GuidanceConfig, Constraints
+from dlm_jax.inference.constraints import Constraints, GuidanceClassifier
+from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint, sharding
 from dlm_jax.types import Array, Table
 
 
 def load_classifier(workdir: str | Path, table: Table) -> GuidanceClassifier:
-    """A classifier's newest checkpoint; UserError where it is of another table."""
+    """Loads a classifier's newest checkpoint; UserError if it is of another table."""
     step = checkpoint.latest_step(workdir)
-    config, words = checkpoint.read_json(workdir, step)
-    if not {"names", "table"} <= words.keys():
+    record = checkpoint.read_records(workdir, step)
+    if record.run["kind"] != "classifier":
         raise UserError(
-            f"{workdir} is no classifier: train one, --mode train_classifier"
+            f"{workdir} holds a {record.run['kind']} model: train a classifier with "
+            "--mode train_classifier"
         )
-    if words["table"] != checkpoint.checksum(table):
+    if record.run.get("table") != checkpoint.checksum(table):
         raise UserError(
             f"{workdir} was trained on another embedding table than this model's: "
             "train a classifier with config.classifier.model set to this run"
         )
     try:
-        names, cfg = LabelVocab(**words["names"]), DenoiserConfig(**config["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{workdir}: not one of this version: {error}") from error
-    like = jax.eval_shape(lambda: classifier.init(jax.random.key(0), cfg, names.head_spec))
-    found = checkpoint.restore_part(workdir, step, sharding.global_like({"ema": like}))
-    return GuidanceClassifier(found["ema"], cfg, names)
+        vocab = LabelVocab(**record.run["labels"])
+        cfg = DenoiserConfig(**record.config["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{workdir}: saved by another version of dlm_jax ({error}); train it again"
+        ) from error
+    like = jax.eval_shape(
+        lambda: classifier.init(jax.random.key(0), cfg, vocab.head_spec)
+    )
+    state = checkpoint.restore_part(workdir, step, sharding.global_like({"ema": like}))
+    return GuidanceClassifier(state["ema"], cfg, vocab)
 
 
 def label_log_prob(
-    wishes: Constraints,
+    constraints: Constraints,
     classifiers: Mapping[str, GuidanceClassifier],
     schedule: Schedule,
     *,
     mean: bool = False,
 ) -> guidance.LogProb:
-    """log p of all labels that are asked, nats; mean: over a classifier's labels."""
-    terms = [
-        (
-            classifier.log_prob(
-                classifiers[task].params,
-                classifiers[task].cfg,
-                classifiers[task].names.layout,
-                asked,
-                schedule,
-                mean=mean,
-            ),
-            1.0,
+    """Returns log p(all target labels | x_t) in nats.
+
+    mean: average over the labels of each classifier instead of summing.
+    """
+    terms = []
+    for task, labels in constraints.labels.items():
+        params, cfg, vocab = classifiers[task]
+        log_prob = classifier.log_prob(
+            params, cfg, vocab.head_spec, labels, schedule, mean=mean
         )
-        for task, asked in wishes.labels.items()
-    ]
+        terms.append((log_prob, 1.0))
     return guidance.weighted_sum(*terms)
 
 
@@ -70,78 +73,118 @@ def constrain_denoiser(
     params: Params,
     cfg: DenoiserConfig,
     schedule: Schedule,
-    wishes: Constraints,
+    constraints: Constraints,
     classifiers: Mapping[str, GuidanceClassifier],
-    plan: GuidanceConfig,
+    config: GuidanceConfig,
     *,
-    given: bool = False,
+    supports_conditioning: bool = False,
 ) -> Denoise:
-    """The model's estimate given the wishes about words, and leaning to the labels.
+    """Returns the model's denoiser, wrapped for every constraint on x0_hat.
 
-    given: it learned to be given tokens.
+    supports_conditioning: the model was trained with tokens given at time 0.
     """
-    denoise = model.bind(params, cfg, schedule=schedule)
-    about_words = [(guidance.contains_phrase(phrase), 1.0) for phrase in wishes.phrases]
-    if wishes.excluded is not None:
-        about_words.append((guidance.excludes_tokens(wishes.excluded), 1.0))
-    tells = given and wishes.known is not None
-    if tells or wishes.allowed is not None or about_words:
-        read = model.bind_logits(params, cfg, schedule=schedule)
-        if tells:
-            read = _condition_on_known(read, params.table, wishes, plan)
-        if wishes.allowed is not None:
-            read = guidance.restrict_tokens(read, params.table, wishes.allowed)
-        denoise = guidance.drop_logits(read)
-        if about_words:
-            wish = guidance.weighted_sum(*about_words)
-            denoise = guidance.token_guidance(read, wish, schedule, weight=plan.weight)
-    of = label_log_prob(wishes, classifiers, schedule)
-    if wishes.labels and plan.share < 1:
-        denoise = guidance.token_time_guidance(denoise, of, share=plan.share)
-    if wishes.labels and plan.lean:
-        denoise = guidance.classifier_guidance_x0(denoise, of, schedule, weight=plan.lean)
+    denoise = _constrain_tokens(
+        params, cfg, schedule, constraints, config, supports_conditioning
+    )
+    if not constraints.labels:
+        return denoise
+    log_prob = label_log_prob(constraints, classifiers, schedule)
+    if config.token_time_floor < 1:
+        denoise = guidance.token_time_guidance(
+            denoise, log_prob, floor=config.token_time_floor
+        )
+    if config.x0_weight:
+        denoise = guidance.classifier_guidance_x0(
+            denoise, log_prob, schedule, weight=config.x0_weight
+        )
     return denoise
 
 
-def _condition_on_known(read: model.DenoiseLogits, table: Table, wishes: Constraints, plan: GuidanceConfig) -> model.DenoiseLogits:
-    """The model told the known tokens, plan.scale times as much as it makes of them."""
-    told = guidance.condition_on_tokens(read, table, wishes.ids, wishes.known)
-    if plan.scale == 1:
-        return told
-    return guidance.classifier_free_guidance(told, read, weight=plan.scale)
+def _constrain_tokens(
+    params: Params,
+    cfg: DenoiserConfig,
+    schedule: Schedule,
+    constraints: Constraints,
+    config: GuidanceConfig,
+    supports_conditioning: bool,
+) -> Denoise:
+    """Returns the denoiser under the constraints on tokens: known, allowed, phrases."""
+    conditions = [(guidance.contains_phrase(ids), 1.0) for ids in constraints.phrases]
+    if constraints.excluded is not None:
+        conditions.append((guidance.excludes_tokens(constraints.excluded), 1.0))
+    condition_on_known = supports_conditioning and constraints.known is not None
+    if not (condition_on_known or constraints.allowed is not None or conditions):
+        return model.bind(params, cfg, schedule=schedule)
+    denoise_logits = model.bind_logits(params, cfg, schedule=schedule)
+    if condition_on_known:
+        denoise_logits = _condition_on_known(
+            denoise_logits, params.table, constraints, config
+        )
+    if constraints.allowed is not None:
+        denoise_logits = guidance.restrict_tokens(
+            denoise_logits, params.table, constraints.allowed
+        )
+    if not conditions:
+        return guidance.drop_logits(denoise_logits)
+    return guidance.token_guidance(
+        denoise_logits,
+        guidance.weighted_sum(*conditions),
+        schedule,
+        weight=config.token_weight,
+    )
+
+
+def _condition_on_known(
+    denoise_logits: model.DenoiseLogits,
+    table: Table,
+    constraints: Constraints,
+    config: GuidanceConfig,
+) -> model.DenoiseLogits:
+    """Conditions on known tokens, with classifier-free guidance of weight cfg_weight."""
+    conditional = guidance.condition_on_tokens(
+        denoise_logits, table, constraints.ids, constraints.known
+    )
+    if config.cfg_weight == 1:
+        return conditional
+    return guidance.classifier_free_guidance(
+        conditional, denoise_logits, weight=config.cfg_weight
+    )
 
 
 def constrain_step(
     step: Step,
     table: Table,
     schedule: Schedule,
-    wishes: Constraints,
+    constraints: Constraints,
     classifiers: Mapping[str, GuidanceClassifier],
-    plan: GuidanceConfig,
+    config: GuidanceConfig,
 ) -> Step:
-    """The step, then the classifiers' push, then the known tokens."""
-    if wishes.labels and plan.updates:
+    """Returns the step, followed by classifier guidance, then by the known tokens."""
+    if constraints.labels and config.num_updates:
+        log_prob = label_log_prob(
+            constraints, classifiers, schedule, mean=config.mean_over_labels
+        )
         step = guidance.gradient_guidance(
             step,
-            label_log_prob(wishes, classifiers, schedule, mean=plan.mean),
+            log_prob,
             schedule,
-            rule=plan.rule,
-            lr=plan.lr,
-            updates=plan.updates,
-            fluency=plan.fluency,
-            between=plan.between,
+            rule=config.rule,
+            lr=config.lr,
+            num_updates=config.num_updates,
+            fluency=config.fluency,
+            t_range=config.t_range,
         )
-    if wishes.known is None:
+    if constraints.known is None:
         return step
-    # where a free reading is compared with one that is told, it may not see them clean
-    noised = plan.noised or plan.scale != 1
+    # the unconditional half of classifier-free guidance must not see clean known tokens
+    noised = config.noise_known or config.cfg_weight != 1
     return guidance.infill(
-        step, table, wishes.ids, wishes.known, schedule, noised=noised
+        step, table, constraints.ids, constraints.known, schedule, noised=noised
     )
 
 
-def apply_known(ids: Array, wishes: Constraints) -> Array:
-    """The ids with the known tokens in their places [n l]."""
-    if wishes.known is None:
+def apply_known(ids: Array, constraints: Constraints) -> Array:
+    """Returns the ids with the known tokens in their places [n l]."""
+    if constraints.known is None:
         return ids
-    return jnp.where(wishes.known, wishes.ids, ids)
+    return jnp.where(constraints.known, constraints.ids, ids)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints on a batch of texts, as arrays: templates, lengths, words, labels.
+"""Constraints on generated texts, as arrays: templates, lengths, phrases, labels.
 
-A constraint is an array with a row for each text, so one compilation serves every target.
+A constraint is an array with one row per text, so one compilation serves every target.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,19 +21,20 @@ from dlm_jax.types import END, PAD, START, UNK
 
 
 class GuidanceClassifier(NamedTuple):
-    """A trained classifier: its parameters, its network, what its labels are called."""
+    """A trained classifier: its parameters, its network and the names of its labels."""
 
     params: Classifier
     cfg: DenoiserConfig
-    names: LabelVocab
+    vocab: LabelVocab
 
 
 class Constraints(NamedTuple):
-    """What each text shall be, as arrays of n rows; None: free.
+    """What each of n texts must satisfy, as arrays with a row per text; None: no limit.
 
-    ids, known [n l]: tokens that are known. allowed [n l v]: words that a position may
-    have. phrases, each [n k]: ids that must occur; lacking [n k]: that must not; rows
-    end in -1. labels: of the classifiers, by task [n ...]; -1 is not asked.
+    ids, known [n l]: token ids, and a mask of the positions where they are fixed.
+    allowed [n l v]: the tokens that each position may take. phrases, each [n k]: ids
+    that must occur in this order; excluded [n k]: ids that must not occur; rows are
+    padded with -1. labels: classifier targets by task [n ...]; -1 sets no target.
     """
 
     ids: Any = None
@@ -44,29 +45,7 @@ class Constraints(NamedTuple):
     labels: Mapping[str, Any] = {}
 
 
-class GuidanceConfig(NamedTuple):
-    """How wishes are granted, the same for all texts: see `guidance`.
-
-    lean: weight of the classifiers on the estimate; weight: of the model's own words;
-    scale: of the known tokens, for a model that learned to be given some; share: of the
-    time that tokens under guidance keep. mean: of the labels' log-probabilities, as
-    published, not their sum.
-    """
-
-    rule: str = "sign"
-    lr: float = 0.2
-    updates: int = 3
-    fluency: float = 0.01
-    between: tuple[float, float] = (0.05, 1.0)
-    lean: float = 0.0
-    weight: float = 1.0
-    scale: float = 1.0
-    share: float = 1.0
-    noised: bool = False
-    mean: bool = False
-
-
-UNCONSTRAINED, DEFAULT_GUIDANCE = Constraints(), GuidanceConfig()
+UNCONSTRAINED = Constraints()
 
 
 def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
@@ -97,7 +76,7 @@ def require_word_tokens(tok: Tokenizer, what: str) -> None:
 
 
 def batch_constraints(rows: Iterable[Constraints]) -> Constraints:
-    """Wishes of the same kinds as one batch; phrases are filled up to the widest."""
+    """Stacks constraints of the same kinds; phrases are padded to the longest."""
     rows = list(rows)
 
     def together(*phrases: np.ndarray) -> np.ndarray:
@@ -137,7 +116,7 @@ class Template(NamedTuple):
 def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Template:
     """A template such as "The ___ is a pub [...]"; UserError if it has no blank.
 
-    lacking: ids that must not occur, so that it may not hold them.
+    excluded: ids that must not occur, so the template may not hold them either.
     """
     if not {BLANK, GAP} & set(template.split()):
         raise UserError(
@@ -163,7 +142,7 @@ def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Templ
     held = {i for part in parts if isinstance(part, list) for i in part}
     if excluded is not None and (clash := held & set(excluded.ravel().tolist())):
         word = tok.decode([clash.pop()])
-        raise UserError(f"{word!r} is both in the template and to be lacked")
+        raise UserError(f"{word!r} is in the template and must not occur")
     return Template(parts)
 
 
@@ -195,7 +174,7 @@ def template_constraints(
     seed: int,
     words: int | None = None,
 ) -> Constraints:
-    """n rows of wishes, the widths of the gaps drawn for each.
+    """Builds the constraints of n texts, with random gap widths for each.
 
     words: of the whole text; else a gap has 1 to WIDEST, and the last is left open.
     """
@@ -213,7 +192,8 @@ def template_constraints(
         most = min(MAX_GAP_WORDS, 1 + spare // max(drawn, 1))
         widths = [rng.integers(1, most + 1, drawn).tolist() for rng in numbers]
     ids, known = map(
-        np.stack, zip(*(fill_template(template, length, w) for w in widths), strict=True)
+        np.stack,
+        zip(*(fill_template(template, length, w) for w in widths), strict=True),
     )
     return Constraints(ids, known, allowed_tokens(ids, known, vocab))
 
@@ -245,69 +225,89 @@ def allowed_tokens(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray
     return np.where(known[..., None], ids[..., None] == np.arange(vocab), allowed)
 
 
-CONSTRAINTS = ("length", "contains", "lacks", "semantic", "label", "pos", "tree", "span")
+CONSTRAINTS = (
+    "length",
+    "contains",
+    "lacks",
+    "semantic",
+    "label",
+    "pos",
+    "tree",
+    "span",
+)
 POSITIONAL = {"length", "pos", "tree", "span"}  # of words counted from the text's start
 
 
 def parse_constraints(
-    tok: Tokenizer, positions: int, classifiers: Mapping[str, GuidanceClassifier], **asked: Any
+    tok: Tokenizer,
+    positions: int,
+    classifiers: Mapping[str, GuidanceClassifier],
+    **wanted: Any,
 ) -> Constraints:
-    """One row of wishes; names and values:
+    """Builds the constraints of one text (n = 1) from names and values:
 
-    length: words of the text. contains: a phrase, or several. lacks: words. semantic:
-    {field: value}; label: {column: label}; pos: tags of the words; tree: (first, last,
-    label) of all constituents, counted in words; span: of one. These by a classifier;
-    without one, a semantic value is a phrase to contain, and with one `contains` asks
-    for its words too. Raises UserError.
+    length: number of words. contains: a phrase, or a list of phrases. lacks: words that
+    must not occur. semantic: {field: value}; label: {column: label}; pos: the tag of
+    each word; tree: (first, last, label) of every constituent, counted in words; span:
+    the same for one constituent. The last five need a classifier; without one, a
+    semantic value becomes a phrase that must occur. Raises UserError.
     """
-    if {"tree", "span"} <= asked.keys():
-        raise UserError("span: a tree says all constituents; ask one of the two")
-    words = asked.pop("length", None)
-    phrases = _as_list(asked.pop("contains", []))
-    lacks = _as_list(asked.pop("lacks", []))
-    if "semantic" in asked and "semantic" not in classifiers:
-        phrases += _fields(asked.pop("semantic")).values()
+    if {"tree", "span"} <= wanted.keys():
+        raise UserError(
+            "span: tree already gives every constituent; set one of the two"
+        )
+    words = wanted.pop("length", None)
+    phrases = _as_list(wanted.pop("contains", []))
+    lacks = _as_list(wanted.pop("lacks", []))
+    if "semantic" in wanted and "semantic" not in classifiers:
+        phrases += _fields(wanted.pop("semantic")).values()
     by_task = {}
-    for name, value in asked.items():
-        guide = _classifier_for(name, classifiers)
-        by_task[guide.names.task] = annotations.TARGET_ENCODERS[name](value, guide.names)[None]
-    found = [phrase_ids(tok, phrase, "contains") for phrase in phrases]
+    for name, value in wanted.items():
+        classifier = _classifier_for(name, classifiers)
+        by_task[classifier.vocab.task] = annotations.TARGET_ENCODERS[name](
+            value, classifier.vocab
+        )[None]
+    phrase_rows = [phrase_ids(tok, phrase, "contains") for phrase in phrases]
     excluded = [i for word in lacks for i in phrase_ids(tok, word, "lacks")]
-    _check(tok, positions, words, found, excluded, asked)
+    _check(tok, positions, words, phrase_rows, excluded, wanted)
     ids = known = allowed = None
     if words is not None:
-        ids, known = map(np.asarray, guidance.length_template(np.array([words]), positions))
+        ids, known = map(
+            np.asarray, guidance.length_template(np.array([words]), positions)
+        )
         allowed = allowed_tokens(ids, known, tok.vocab_size)
     return Constraints(
         ids,
         known,
         allowed,
-        tuple(map(pad_to_power_of_two, found)),
+        tuple(map(pad_to_power_of_two, phrase_rows)),
         pad_to_power_of_two(excluded) if excluded else None,
         by_task,
     )
 
 
-def num_words(asked: Mapping[str, Any]) -> int | None:
-    """How many words are wished, by number, by their tags or by the tree."""
-    return next(iter(_sizes(asked).values()), None)
+def num_words(wanted: Mapping[str, Any]) -> int | None:
+    """Returns the number of words that length, pos or tree implies; None if none does."""
+    return next(iter(_sizes(wanted).values()), None)
 
 
-def _sizes(asked: Mapping[str, Any]) -> dict[str, int]:
-    """How many words each wish says there are."""
+def _sizes(wanted: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the number of words that each constraint implies."""
     sizes = {
-        "length": asked.get("length"),
-        "pos": len(asked.get("pos", ())),
-        "tree": 1 + max((s[1] for s in asked.get("tree", ())), default=-1),
+        "length": wanted.get("length"),
+        "pos": len(wanted.get("pos", ())),
+        "tree": 1 + max((s[1] for s in wanted.get("tree", ())), default=-1),
     }
     return {name: size for name, size in sizes.items() if size}
 
 
-def _classifier_for(name: str, classifiers: Mapping[str, GuidanceClassifier]) -> GuidanceClassifier:
+def _classifier_for(
+    name: str, classifiers: Mapping[str, GuidanceClassifier]
+) -> GuidanceClassifier:
     task = "tree" if name == "span" else name
     if task not in classifiers:
         raise UserError(
-            f"{name}: needs a classifier, bundle.with_classifier(WORKDIR), trained by "
+            f"{name}: needs a classifier, lm.with_classifier(WORKDIR), trained by "
             f"--mode train_classifier --config configs/classifier.py:{task}"
         )
     return classifiers[task]
@@ -319,34 +319,36 @@ def _check(
     words: Any,
     phrases: list[list[int]],
     excluded: list[int],
-    asked: dict,
+    wanted: dict,
 ) -> None:
-    """UserError where no text can grant all wishes."""
+    """Raises UserError if no text can satisfy all constraints."""
     most = positions - 2
     if words is not None:
         require_word_tokens(tok, "length")
         if not isinstance(words, int | np.integer) or not 1 <= words <= most:
             raise UserError(f"length={words}: must be from 1 to {most} words")
-    said = _sizes(asked | {"length": words})
-    if len(set(said.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in said.items())
-        raise UserError(f"wishes disagree on how many words there are: {told}")
-    room = max(said.values(), default=most)
+    sizes = _sizes(wanted | {"length": words})
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"the constraints imply different numbers of words: {listed}")
+    room = max(sizes.values(), default=most)
     longest = max(map(len, phrases), default=0)
     if longest > room:
-        raise UserError(f"a phrase of {longest} words, and room for {room}")
+        raise UserError(
+            f"contains: a phrase of {longest} words does not fit into {room}"
+        )
     others = len({i for phrase in phrases for i in phrase})
     if others > room:
-        raise UserError(f"phrases of {others} different words, and room for {room}")
-    if "span" in asked and asked["span"][1] >= room:
-        raise UserError(f"span={asked['span']}: its last word is beyond the {room}")
-    values = _as_list(_fields(asked.get("semantic", {})).values())
+        raise UserError(
+            f"contains: phrases of {others} different words do not fit into {room}"
+        )
+    if "span" in wanted and wanted["span"][1] >= room:
+        raise UserError(f"span={wanted['span']}: its last word is beyond the {room}")
+    values = _as_list(_fields(wanted.get("semantic", {})).values())
     inside = {i for phrase in phrases for i in phrase}
     inside |= {i for value in values for i in tok.encode(value)}
     if clash := set(excluded) & inside:
-        raise UserError(
-            f"{tok.decode([clash.pop()])!r} is both wished and to be lacked"
-        )
+        raise UserError(f"{tok.decode([clash.pop()])!r} must both occur and not occur")
 
 
 def _fields(value: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ from dlm_jax.diffusion import schedule
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import QUANTILE_SCHEDULES, SCHEDULES, Schedule
 from dlm_jax.errors import UserError
+from dlm_jax.inference.sampling_config import default_section
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PyTree
 
@@ -73,10 +74,10 @@ def from_reference(
     up = read(LAYER.format(0) + "intermediate.dense.weight")
     cfg = DenoiserConfig(
         dim=table.shape[1],
-        width=up.shape[1],
+        hidden_dim=up.shape[1],
         layers=layers,
         heads=heads,
-        ff=up.shape[0],
+        mlp_dim=up.shape[0],
         positions=read("position_embeddings.weight").shape[0],
         time_dim=read("time_embed.0.weight").shape[1],
     )
@@ -104,8 +105,10 @@ def _check_widths(cfg: DenoiserConfig, *, out: int) -> None:
             f"output_down_proj.2.weight: {out} outputs for embeddings of {cfg.dim}; a "
             "network that learns its variance (learn_sigma) is not read"
         )
-    if cfg.width % cfg.heads:
-        raise UserError(f"a width of {cfg.width} does not divide by {cfg.heads} heads")
+    if cfg.hidden_dim % cfg.heads:
+        raise UserError(
+            f"a width of {cfg.hidden_dim} does not divide by {cfg.heads} heads"
+        )
 
 
 def _to_jax(tree: PyTree) -> PyTree:
@@ -274,23 +277,13 @@ def _config(args: dict) -> dict:
         "data": {"length": args["image_size"] ** 2, "mode": "pad"},
         "schedule": {
             "name": args["noise_schedule"],
-            "steps": args["diffusion_steps"],
+            "num_steps": args["diffusion_steps"],
             "adaptive": "",
         },
         "loss": {"objective": "x0"},  # all published objectives know one sigma_0
-        "sample": {
-            "n": 50,
-            "batch": 50,
-            "steps": min(200, args["diffusion_steps"]),
-            "solver": "ddim",
-            "eta": 1.0,
-            "sigma": "small",
-            "top_p": 0.0,
-            "churn": 0.0,
-            "temperature": 1.0,
-            "asymmetry": 0.0,
-            "clamp": 1.0,
+        "sample": default_section()
+        | {
+            "num_steps": min(200, args["diffusion_steps"]),
             "rounding": "nearest" if distance else "logits",
-            "seed": 101,
         },
     }

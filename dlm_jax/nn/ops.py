@@ -92,7 +92,9 @@ def dropout(x: Float[Array, "*s"], seed: UInt32[Array, "2"], rate: float) -> Arr
     return jnp.where(dropout_mask(seed, x.shape, rate), x / (1 - rate), 0)
 
 
-def dropout_mask(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Array:
+def dropout_mask(
+    seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float
+) -> Array:
     """True with probability 1 - rate: a hash of the place and the seed.
 
     murmur3's finaliser, in place of random bits by threefry, which took up to a sixth of
@@ -113,11 +115,15 @@ dropout.defvjp(
 FUSED_ATTENTION: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
 
 
-def fused_attention(q: Array, k: Array, v: Array, causal: bool) -> Float[Array, "b n l k"]:
+def fused_attention(
+    q: Array, k: Array, v: Array, causal: bool
+) -> Float[Array, "b n l k"]:
     """softmax(q k^T / sqrt k) v of [b n l k]."""
     by_place = (x.swapaxes(1, 2) for x in (q, k, v))
     mixed = jax.nn.dot_product_attention(
-        *by_place, is_causal=causal, implementation=FUSED_ATTENTION[jax.default_backend()]
+        *by_place,
+        is_causal=causal,
+        implementation=FUSED_ATTENTION[jax.default_backend()],
     )
     return mixed.swapaxes(1, 2)
 

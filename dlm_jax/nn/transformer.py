@@ -19,14 +19,14 @@ from jaxtyping import Float
 
 from dlm_jax.nn.ops import (
     FUSED_ATTENTION,
-    matmul_nt,
-    normal_cdf_tanh,
+    apply_rope,
     dropout,
-    normal_cdf,
     fused_attention,
     gelu,
-    apply_rope,
     matmul,
+    matmul_nt,
+    normal_cdf,
+    normal_cdf_tanh,
 )
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
 
@@ -45,7 +45,7 @@ class DenoiserConfig:
 
     predicts: what the output means: "x0", "eps", "mu" (the mean of x_{t-1}), or
     "logits" over the vocabulary, whose softmax averages the embeddings. self_cond: the
-    last estimate is an input. output_prior: each position's own posterior is an input
+    last estimate is an input. token_posterior_input: each position's own posterior is an input
     too, and the logits start from it (`model.prior_logits`). causal: a position sees
     none after it (`autoregressive`). noise_time: the time input is log-SNR, so that it keeps its
     meaning while the schedule adapts. remat: the backward pass computes each layer anew
@@ -53,35 +53,35 @@ class DenoiserConfig:
     """
 
     dim: int = 16
-    width: int = 768
+    hidden_dim: int = 768
     layers: int = 12
     heads: int = 12
-    ff: int = 3072
+    mlp_dim: int = 3072
     positions: int = 512
     time_dim: int = 128
     trunk: str = "post_ln"
     predicts: str = "x0"
     self_cond: bool = False
-    output_prior: bool = False
+    token_posterior_input: bool = False
     causal: bool = False
-    noise_time: bool = False
+    time_input: str = "t"
     dropout: float = 0.1
     attention_dropout: float = 0.1
     dtype: str = "float32"
     remat: bool = False
 
     @property
-    def precision(self) -> tuple[str, str]:
+    def dtypes(self) -> tuple[str, str]:
         """The precision of the trunk's products, and of what flows between them."""
         return DTYPES[self.dtype]
 
     @property
-    def products(self) -> str:
+    def matmul_dtype(self) -> str:
         """The precision of the trunk's products."""
         return DTYPES[self.dtype][0]
 
     @property
-    def stream(self) -> str:
+    def activation_dtype(self) -> str:
         """The precision of what flows between them."""
         return DTYPES[self.dtype][1]
 
@@ -113,7 +113,7 @@ class Dense(nn.Module):
 
     features: int
     dtype: str
-    stream: str = "float32"
+    activation_dtype: str = "float32"
     zero: bool = False
     out: str = ""
 
@@ -123,7 +123,7 @@ class Dense(nn.Module):
         init = nn.initializers.zeros if self.zero else _uniform(k)
         w = self.param("kernel", init, (k, self.features))
         b = self.param("bias", init, (self.features,))
-        y: Any = matmul(x.reshape(-1, k), w, self.dtype, self.stream)
+        y: Any = matmul(x.reshape(-1, k), w, self.dtype, self.activation_dtype)
         return (y + b.astype(y.dtype)).astype(out).reshape(*x.shape[:-1], self.features)
 
 
@@ -151,30 +151,34 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         cfg, (b, l, h) = self.cfg, x.shape
-        qkv = Dense(3 * h, *cfg.precision, name="qkv")(x)
+        qkv = Dense(3 * h, *cfg.dtypes, name="qkv")(x)
         heads = qkv.reshape(b, l, 3 * cfg.heads, -1).swapaxes(1, 2)
         q, k, v = jnp.split(heads, 3, 1)  # [b heads l k]
         if self.rotary:
             q, k = apply_rope(q), apply_rope(k)
         drops = not deterministic and cfg.attention_dropout > 0
-        if can_fuse_attention(cfg) and not drops and l > 1:  # cuDNN has none of one position
+        if (
+            can_fuse_attention(cfg) and not drops and l > 1
+        ):  # cuDNN has none of one position
             mixed: Any = fused_attention(q, k, v, cfg.causal)
         else:
-            scores: Any = matmul_nt(q, k, cfg.products, "float32")
+            scores: Any = matmul_nt(q, k, cfg.matmul_dtype, "float32")
             scores = scores / math.sqrt(h // cfg.heads)
             if cfg.causal:
                 scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
             weights = jax.nn.softmax(scores, -1)
             weights = Dropout(cfg.attention_dropout)(weights, deterministic)
-            mixed = matmul(weights, v, *cfg.precision)
+            mixed = matmul(weights, v, *cfg.dtypes)
         mixed = mixed.astype(x.dtype).swapaxes(1, 2).reshape(b, l, h)
-        return Dense(h, *cfg.precision, name="out")(mixed)
+        return Dense(h, *cfg.dtypes, name="out")(mixed)
 
 
 def can_fuse_attention(cfg: DenoiserConfig) -> bool:
     """Whether this backend has such attention for these heads."""
-    head = cfg.width // cfg.heads
-    known = jax.default_backend() in FUSED_ATTENTION and cfg.stream == "bfloat16"
+    head = cfg.hidden_dim // cfg.heads
+    known = (
+        jax.default_backend() in FUSED_ATTENTION and cfg.activation_dtype == "bfloat16"
+    )
     return known and head % 8 == 0 and head <= 128
 
 
@@ -204,26 +208,28 @@ class AdaLNBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
         cfg, h = self.cfg, x.shape[-1]
-        six = Dense(6 * h, *cfg.precision, zero=True, name="modulation")(time)
+        six = Dense(6 * h, *cfg.dtypes, zero=True, name="modulation")(time)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = jnp.split(six, 6, -1)
-        y = _norm_without_affine(cfg.stream)(x) * (1 + scale) + shift
+        y = _norm_without_affine(cfg.activation_dtype)(x) * (1 + scale) + shift
         y = Attention(cfg, rotary=True, name="attention")(y, deterministic)
         x = x + gate * Dropout(cfg.dropout)(y, deterministic)
-        y = _norm_without_affine(cfg.stream)(x) * (1 + scale_ff) + shift_ff
+        y = _norm_without_affine(cfg.activation_dtype)(x) * (1 + scale_ff) + shift_ff
         y = _feed_forward(cfg, normal_cdf_tanh)(y)
         return x + gate_ff * Dropout(cfg.dropout)(y, deterministic)
 
 
 def _feed_forward(cfg: DenoiserConfig, phi: Callable) -> Callable[[Array], Array]:
     """up, GELU, down: modules of the block that calls it."""
-    up = Dense(cfg.ff, *cfg.precision, name="up")
-    down = Dense(cfg.width, *cfg.precision, out=cfg.stream, name="down")
-    return lambda x: down(gelu(up(x.astype(cfg.products)), phi))
+    up = Dense(cfg.mlp_dim, *cfg.dtypes, name="up")
+    down = Dense(cfg.hidden_dim, *cfg.dtypes, out=cfg.activation_dtype, name="down")
+    return lambda x: down(gelu(up(x.astype(cfg.matmul_dtype)), phi))
 
 
 def _layer_norm(name: str, cfg: DenoiserConfig, x: Array) -> Array:
     """BERT's; over rows [m h], as its gradient must sum over one axis."""
-    norm = nn.LayerNorm(1e-12, name=name, dtype=cfg.stream, use_fast_variance=False)
+    norm = nn.LayerNorm(
+        1e-12, name=name, dtype=cfg.activation_dtype, use_fast_variance=False
+    )
     return norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
@@ -260,10 +266,10 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
-        cfg, h, post = self.cfg, self.cfg.width, self.cfg.trunk == "post_ln"
-        x = Dense(h, *cfg.precision, name="in")(x.astype(cfg.stream))
+        cfg, h, post = self.cfg, self.cfg.hidden_dim, self.cfg.trunk == "post_ln"
+        x = Dense(h, *cfg.dtypes, name="in")(x.astype(cfg.activation_dtype))
         if post:
-            x = Dense(h, *cfg.precision, name="in_2")(jnp.tanh(x))
+            x = Dense(h, *cfg.dtypes, name="in_2")(jnp.tanh(x))
         table = self.param("positions", _positions(post), (cfg.positions, h))
         x = x + table[: x.shape[1]].astype(x.dtype)
         if post:
@@ -275,10 +281,10 @@ class Trunk(nn.Module):
         for i in range(cfg.layers):
             x = layer(block(cfg, name=f"layer_{i}"), x)
         if post:
-            return jnp.tanh(Dense(h, *cfg.precision, name="out")(x))
-        two = Dense(2 * h, *cfg.precision, zero=True, name="modulation")(time)
+            return jnp.tanh(Dense(h, *cfg.dtypes, name="out")(x))
+        two = Dense(2 * h, *cfg.dtypes, zero=True, name="modulation")(time)
         shift, scale = jnp.split(two, 2, -1)
-        return _norm_without_affine(cfg.stream)(x) * (1 + scale) + shift
+        return _norm_without_affine(cfg.activation_dtype)(x) * (1 + scale) + shift
 
 
 def _positions(post: bool) -> Callable:
@@ -289,7 +295,7 @@ def _positions(post: bool) -> Callable:
 class Denoiser(nn.Module):
     """(x_t, t, x0_prev) -> raw output [b l out], float32 outside the trunk.
 
-    alone: the estimate of x_0 from each position alone, where cfg.output_prior asks for
+    alone: the estimate of x_0 from each position alone, where cfg.token_posterior_input asks for
     it. Without the head, the trunk's output [b l h].
     """
 
@@ -302,19 +308,19 @@ class Denoiser(nn.Module):
         x_t: Latent,
         t: Time,
         x0_prev: Latent,
-        alone: Latent | None = None,
+        posterior_x0: Latent | None = None,
         deterministic: bool = True,
         head: bool = True,
     ) -> Array:
-        cfg, h = self.cfg, self.cfg.width
+        cfg, h = self.cfg, self.cfg.hidden_dim
         features = time_features(t, cfg.time_dim)
         time = Dense(4 * cfg.time_dim, "float32", name="time")(features)
         time = Dense(h, "float32", name="time_2")(jax.nn.silu(time))
-        time = (time if time.ndim == 3 else time[:, None]).astype(cfg.stream)
+        time = (time if time.ndim == 3 else time[:, None]).astype(cfg.activation_dtype)
         if cfg.trunk == "adaln":
             time = jax.nn.silu(time)
         x = jnp.concatenate([x_t, x0_prev], -1) if cfg.self_cond else x_t
-        x = x if alone is None else jnp.concatenate([x, alone], -1)
+        x = x if posterior_x0 is None else jnp.concatenate([x, posterior_x0], -1)
         y = Trunk(cfg, name="trunk")(x, time, deterministic).astype(jnp.float32)
         return Dense(self.out, "float32", name="head")(y) if head else y
 
@@ -334,8 +340,8 @@ def init(key: PRNGKey, cfg: DenoiserConfig, vocab: int) -> PyTree:
     """Parameters of the denoiser; the positions set the longest text."""
     x = jnp.zeros((1, 1, cfg.dim))
     module = Denoiser(cfg, output_width(cfg, vocab))
-    alone = x if cfg.output_prior else None
-    return module.init(key, x, jnp.zeros(1), x, alone)["params"]
+    posterior_x0 = x if cfg.token_posterior_input else None
+    return module.init(key, x, jnp.zeros(1), x, posterior_x0)["params"]
 
 
 def cast_kernels(params: PyTree, cfg: DenoiserConfig) -> PyTree:
@@ -343,12 +349,12 @@ def cast_kernels(params: PyTree, cfg: DenoiserConfig) -> PyTree:
 
     For a chain: so they are cast once, and not in every step.
     """
-    if cfg.products == "float32":
+    if cfg.matmul_dtype == "float32":
         return params
 
     def cast(path: tuple, leaf: Array) -> Array:
         kernel = path[0].key == "trunk" and path[-1].key == "kernel"
-        return leaf.astype(cfg.products) if kernel else leaf
+        return leaf.astype(cfg.matmul_dtype) if kernel else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -361,12 +367,12 @@ def apply(
     t: Time,
     x0_prev: Latent,
     *,
-    alone: Latent | None = None,
+    posterior_x0: Latent | None = None,
     key: PRNGKey | None = None,
     head: bool = True,
 ) -> Float[Array, "b l out"]:
     """The raw output, or the trunk's without the head; a key turns dropout on."""
     module = Denoiser(cfg, output_width(cfg, vocab))
     rngs = None if key is None else {"dropout": key}
-    args = (x_t, t, x0_prev, alone, key is None, head)
+    args = (x_t, t, x0_prev, posterior_x0, key is None, head)
     return jnp.asarray(module.apply({"params": params}, *args, rngs=rngs))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by Orbax: <workdir>/checkpoints/<step>/{state, config, tokenizer, sums}.
+"""Checkpoints by Orbax: <workdir>/checkpoints/<step>/{state,config,tokenizer,run,sums}.
 
 Saves are asynchronous and atomic: a step directory appears under its plain integer when
-it is complete. config and tokenizer are JSON; nothing here is ever unpickled. sums are
-checksums of all that is saved, as Orbax's compression does not notice a flipped bit.
+it is complete. config, tokenizer and run are JSON; nothing here is ever unpickled. sums
+holds checksums of everything saved, because Orbax's compression does not notice a
+flipped bit.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,20 @@ from etils import epath
 
 from dlm_jax.errors import UserError
 from dlm_jax.types import PyTree
+
+
+class Records(NamedTuple):
+    """The JSON records of a checkpoint.
+
+    config: the resolved config; tokenizer: `tokenizer.from_dict` reads it; run: the
+    kind of model ("diffusion", "autoregressive" or "classifier"), checksums of the
+    corpus and, for a classifier, of the embedding table and its labels, and the
+    training batches that rollbacks skipped.
+    """
+
+    config: dict
+    tokenizer: dict
+    run: dict
 
 
 class CorruptCheckpointError(UserError):
@@ -40,7 +55,6 @@ class CorruptCheckpointError(UserError):
 
 PathLike = str | os.PathLike  # a run's directory; also gs://...
 FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
-SUMMED = {"sums of": 2}  # what `sums` holds: `_positioned`'s; without this, CRC-32s
 # a run may be resumed with these changed: they do not touch the training itself
 RESUMABLE_CHANGES = {
     f"train.{name}"
@@ -98,19 +112,17 @@ def save(
     writer: ocp.CheckpointManager,
     step: int,
     state: PyTree,
-    config: dict,
-    tokenizer: dict,
+    records: Records,
 ) -> None:
     """Starts an asynchronous save of `step`; UserError if nothing would be written.
 
     state: global arrays where there are several hosts (`sharding.Layout.whole`).
     """
-    sums = SUMMED | _sums(state) | _json_sums(config, tokenizer)
+    sums = _sums(state) | _json_sums(records)
     parts = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        config=ocp.args.JsonSave(config),
-        tokenizer=ocp.args.JsonSave(tokenizer),
         sums=ocp.args.JsonSave(sums),
+        **{name: ocp.args.JsonSave(r) for name, r in records._asdict().items()},
     )
     with _saving(writer, step):
         done = writer.save(step, args=parts)
@@ -203,21 +215,25 @@ def _state(workdir: PathLike, step: int, args: Any) -> PyTree:
     found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
     if not isinstance(found.sums, dict):
         raise _damaged(workdir, step, "its checksums are no object")
-    sums = _sums if SUMMED.items() <= found.sums.items() else _crcs
-    _compare(workdir, step, sums(found.state), found.sums)
+    _compare(workdir, step, _sums(found.state), found.sums)
     return found.state
 
 
-def read_json(workdir: PathLike, step: int) -> tuple[dict, dict]:
-    """(resolved config, tokenizer record) of a checkpoint."""
+def read_records(workdir: PathLike, step: int) -> Records:
+    """Returns the records of a checkpoint. Raises UserError."""
+    path = folder(workdir) / str(step)
+    if path.is_dir() and not (path / "run").exists():
+        raise UserError(
+            f"{path}: saved by an older version of dlm_jax, or incomplete; use that "
+            "version, or train again"
+        )
     json_args = ocp.args.JsonRestore()
-    parts = dict.fromkeys(("config", "tokenizer", "sums"), json_args)
-    found = _read(workdir, step, **parts)
-    if not all(isinstance(found[name], dict) for name in parts):
+    parts = _read(workdir, step, **dict.fromkeys((*Records._fields, "sums"), json_args))
+    if not all(isinstance(parts[name], dict) for name in (*Records._fields, "sums")):
         raise _damaged(workdir, step, "its records are no objects")
-    sums = _json_sums(found.config, found.tokenizer)
-    _compare(workdir, step, sums, found.sums)
-    return found.config, found.tokenizer
+    records = Records(*(parts[name] for name in Records._fields))
+    _compare(workdir, step, _json_sums(records), parts.sums)
+    return records
 
 
 def _sums(state: PyTree) -> dict[str, int]:
@@ -243,20 +259,14 @@ def _positioned(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def _crcs(state: PyTree) -> dict[str, int]:
-    """The checksums of version 0.1.0: CRC-32 of every leaf."""
-    return _by_path(jax.tree.map(lambda x: zlib.crc32(np.asarray(x).tobytes()), state))
-
-
 def _by_path(tree: PyTree) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = jax.tree_util.keystr
     return {name(path, simple=True, separator="/"): int(x) for path, x in leaves}
 
 
-def _json_sums(config: dict, tokenizer: dict) -> dict[str, int]:
-    records = {"config": config, "tokenizer": tokenizer}
-    text = {k: json.dumps(v, sort_keys=True) for k, v in records.items()}
+def _json_sums(records: Records) -> dict[str, int]:
+    text = {k: json.dumps(v, sort_keys=True) for k, v in records._asdict().items()}
     return {name: zlib.crc32(value.encode()) for name, value in text.items()}
 
 
@@ -275,7 +285,10 @@ def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
 
     Raises the error itself where that is another run's or there is no other step.
     """
-    step, path = damaged.path.name, resolve_workdir(workdir) / "damaged" / damaged.path.name
+    step, path = (
+        damaged.path.name,
+        resolve_workdir(workdir) / "damaged" / damaged.path.name,
+    )
     if damaged.path.parent != folder(workdir) or all_steps(workdir)[1:] == []:
         raise damaged
     while path.exists():
@@ -379,7 +392,11 @@ def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
         section = name.partition(".")[0]
         if section not in old or (name not in a and not b[name]):
             continue
-        if a.get(name) == b.get(name) or name in RESUMABLE_CHANGES or section in RESUMABLE_CHANGES:
+        if (
+            a.get(name) == b.get(name)
+            or name in RESUMABLE_CHANGES
+            or section in RESUMABLE_CHANGES
+        ):
             continue
         grows = name == "train.total_steps" and b.get("optim.decay") == "constant"
         if grows and b[name] >= a[name]:

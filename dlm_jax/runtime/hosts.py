@@ -102,7 +102,9 @@ def fail_all_hosts(line: str) -> NoReturn:
     if jax.distributed.is_initialized():
         text = line.encode("utf-8", "replace").decode()
         with contextlib.suppress(Exception):  # another was first, or all are gone
-            _key_value_store().key_value_set(MISTAKE, f"process {_process_index_and_count()[0]}: {text}")
+            _key_value_store().key_value_set(
+                MISTAKE, f"process {_process_index_and_count()[0]}: {text}"
+            )
         _linger()
     exit_process(2)
 

@@ -1,83 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a classifier on a model's frozen embeddings, by the loop of `trainer`."""
+"""Training of a guidance classifier on a model's frozen embeddings."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.data import annotations, corpus
+from dlm_jax.data import annotations
 from dlm_jax.data.annotations import LabelVocab
-from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
+from dlm_jax.data.corpus import Corpus
+from dlm_jax.data.tokenizer import WordTokenizer
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
-from dlm_jax.inference import loading, pipeline
+from dlm_jax.inference import loading
+from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import train_step, trainer, validate
-from dlm_jax.training.train_step import TrainingTask
+from dlm_jax.training import loop
+from dlm_jax.training.config import resolve_config
+from dlm_jax.training.train_step import StepConfig, TrainingTask
+from dlm_jax.training.trainer import Job
 
 
-def work(names: LabelVocab, table: np.ndarray) -> TrainingTask:
-    """Labels to learn, at the noise of the recipe's schedule, on the frozen table."""
-    layout, size = names.layout, names.layout.size
+def train_classifier(
+    config: Any, workdir: str, *, allow_fallback: bool = False
+) -> None:
+    """Trains a classifier; arguments and errors are those of `loop.train`."""
+    loop.run(classifier_job(config), workdir, allow_fallback=allow_fallback)
 
-    def init(key: Any, step_cfg: train_step.StepConfig, vocab: int) -> classifier.Classifier:
-        return classifier.init(key, step_cfg.cfg, layout)
 
-    def terms(key, params, rows, draws, step_cfg: train_step.StepConfig) -> classifier.ClassifierTerms:
-        ids, asked = rows[:, :-size], rows[:, -size:]
-        known = {"cfg": step_cfg.cfg, "layout": layout, "schedule": step_cfg.schedule}
-        frozen = jnp.asarray(table)
+def classifier_job(config: Any) -> Job:
+    """Returns the job of training a classifier for the run config.classifier.model.
+
+    Text, noise schedule, vocabulary and embedding table are those of that run. It has
+    no preview, because classifiers generate no text.
+    """
+    if not config.classifier.model:
+        raise UserError("config.classifier.model: name the run that is to be steered")
+    base = loading.load(config.classifier.model)
+    config = with_base_settings(config, base)
+    vocab, corpus = labelled_corpus(config, base)
+    task = classifier_task(vocab, np.asarray(base.ema.table))
+    step_cfg = resolve_config(config)._replace(schedule=base.schedule, task=task)
+    return Job(config, step_cfg, "classifier", lambda tokenizer: corpus)
+
+
+def classifier_task(vocab: LabelVocab, table: np.ndarray) -> TrainingTask:
+    """Returns the task of predicting labels from noisy latents of a frozen table."""
+    spec = vocab.head_spec
+
+    def init(key: Any, step_cfg: StepConfig, vocab: int) -> classifier.Classifier:
+        return classifier.init(key, step_cfg.cfg, spec)
+
+    def terms(
+        key: Any, params: Any, rows: Any, draws: Any, step_cfg: StepConfig
+    ) -> classifier.ClassifierTerms:
+        ids, labels = rows[:, : -spec.size], rows[:, -spec.size :]
         return classifier.loss(
-            params, ids, asked, draws, **known, table=frozen, key=key
+            params,
+            ids,
+            labels,
+            draws,
+            cfg=step_cfg.cfg,
+            spec=spec,
+            schedule=step_cfg.schedule,
+            table=jnp.asarray(table),
+            key=key,
         )
 
-    return TrainingTask(init, terms, size)
+    return TrainingTask(init, terms, spec.size)
 
 
-class ClassifierTrainer(trainer.Trainer):
-    """A classifier's run: text, noise, words and table are those of the model."""
+def with_base_settings(config: Any, base: DiffusionLM) -> Any:
+    """Returns the config with the model's data, schedule, length and embedding width.
 
-    def __init__(self, config: Any, workdir: str):
-        if not config.classifier.model:
-            raise UserError(
-                "config.classifier.model: name the run that is to be steered"
-            )
-        self.base = loading.load(config.classifier.model)
-        config = with_base_settings(config, self.base)
-        self.task, self.labelled = labelled_corpus(config, self.base)
-        super().__init__(config, workdir)
-
-    def _recipe(self) -> train_step.StepConfig:
-        table = np.asarray(self.base.ema.table)
-        step_cfg = validate.resolve_config(self.config)
-        return step_cfg._replace(schedule=self.base.schedule, work=work(self.task, table))
-
-    def _corpus(self, tokenizer: Tokenizer | None) -> corpus.Corpus:
-        return self.labelled
-
-    def _bundle(self) -> None:
-        """No text comes of a classifier."""
-
-    def show(self, progress: Any, step: int) -> None:
-        """The validation says it all."""
-
-
-def with_base_settings(config: Any, base: pipeline.DiffusionLM) -> Any:
-    """The config with the model's data, noise, length and width of embedding.
-
-    The text is the model's own, unless config.data.path names another; UserError.
+    The text is the model's own unless config.data.path names another. Raises UserError.
     """
     if not config.classifier.task or config.model.causal or config.model.self_cond:
         raise UserError("--config: take configs/classifier.py, or one like it")
-    if config.loss.times == "importance" or config.loss.known:
+    if config.loss.time_sampler == "importance" or config.loss.conditioning_prob:
         raise UserError(
-            "config.loss.times='importance', config.loss.known: a classifier takes neither"
+            "config.loss: a classifier takes neither time_sampler='importance' nor "
+            "conditioning_prob"
         )
-    theirs = base.config["data"]
-    if theirs["mode"] != "pad":
+    data = base.config["data"]
+    if data["mode"] != "pad":
         raise UserError(
-            f"config.classifier.model: its texts are packed (mode {theirs['mode']!r}); "
+            f"config.classifier.model: its texts are packed (mode {data['mode']!r}); "
             "a label needs a row for each text, config.data.mode=pad"
         )
     own = {}
@@ -85,34 +93,31 @@ def with_base_settings(config: Any, base: pipeline.DiffusionLM) -> Any:
         names = ("source", "path", "valid_path", "valid_fraction", "column")
         own = {name: config.data[name] for name in names}
     with config.unlocked():
-        config.data.update(theirs, **own)
+        config.data.update(data, **own)
         config.schedule.update(base.config["schedule"], adaptive="")
     config.model.update(dim=base.cfg.dim, positions=base.length)
     return config
 
 
-def labelled_corpus(config: Any, base: pipeline.DiffusionLM) -> tuple[LabelVocab, corpus.Corpus]:
-    """The labels' names, and rows of ids and labels of both splits."""
+def labelled_corpus(config: Any, base: DiffusionLM) -> tuple[LabelVocab, Corpus]:
+    """Returns the label vocabulary, and rows of ids and labels of both splits."""
     task, tok = config.classifier.task, base.tokenizer
     if task in ("pos", "tree") and not isinstance(tok, WordTokenizer):
         raise UserError(
             f"config.classifier.task={task}: its labels are of words, and the model's "
             "tokens are sentencepiece pieces; train it with config.data.tokenizer=word"
         )
-    train_part, valid_part = (
+    train, valid = (
         annotations.load_annotated(config, task, split) for split in ("train", "valid")
     )
-    names = annotations.build_label_vocab(task, train_part[1], base.length)
+    vocab = annotations.build_label_vocab(task, train[1], base.length)
 
     def rows(texts: list[str], notes: list) -> np.ndarray:
-        return np.concatenate(
-            [base.encode(texts), annotations.encode(notes, names)], -1
-        )
+        labels = annotations.encode(notes, vocab)
+        return np.concatenate([base.encode(texts), labels], -1)
 
-    about = {"names": names.to_dict(), "table": checkpoint.checksum(base.ema.table)}
-    return names, corpus.Corpus(rows(*train_part), rows(*valid_part), tok, about)
-
-
-def train_classifier(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
-    """Trains a classifier, resuming what lies in workdir."""
-    trainer.train(config, workdir, ClassifierTrainer, allow_fallback=allow_fallback)
+    metadata = {
+        "labels": vocab.to_dict(),
+        "table": checkpoint.checksum(base.ema.table),
+    }
+    return vocab, Corpus(rows(*train), rows(*valid), tok, metadata)

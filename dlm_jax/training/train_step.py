@@ -73,18 +73,18 @@ class StepConfig(NamedTuple):
     optimizer: optax.GradientTransformation
     objective: str
     batch: int  # global
-    times: str = "uniform"
+    time_sampler: str = "uniform"
     mask_pad: bool = False
-    self_cond: float = 0.0
-    truncate: float = 0.0
-    known: float = 0.0
+    self_cond_prob: float = 0.0
+    truncate_prob: float = 0.0
+    conditioning_prob: float = 0.0
     adaptive: str = ""
     normalize: bool = False
     frozen: bool = False
     ema: float = 0.9999
     accumulate: int = 1
     skip: bool = False  # an update whose loss or gradient is no number
-    work: TrainingTask = DIFFUSION_LM
+    task: TrainingTask = DIFFUSION_LM
 
     def at(self, noise: Any) -> "StepConfig":
         """The recipe with the schedule that the state's `noise` gives."""
@@ -97,7 +97,7 @@ def init_state(
     key: PRNGKey, step_cfg: StepConfig, vocab: int, table: Any = None
 ) -> TrainState:
     """Step 0; table: a fixed start for the embedding [v d]."""
-    params = step_cfg.work.init(key, step_cfg, vocab)
+    params = step_cfg.task.init(key, step_cfg, vocab)
     if table is not None:
         table = (
             unit_rows(jnp.asarray(table)) if step_cfg.normalize else jnp.asarray(table)
@@ -105,8 +105,8 @@ def init_state(
         params = params._replace(table=table)
     opt = step_cfg.optimizer.init(params)
     moments = ()
-    if step_cfg.times == "importance":
-        moments = time_sampling.init_moments(step_cfg.schedule.steps or 0)
+    if step_cfg.time_sampler == "importance":
+        moments = time_sampling.init_moments(step_cfg.schedule.num_steps or 0)
     noise = adaptive.init(step_cfg.schedule) if step_cfg.adaptive else ()
     copy = jax.tree.map(jnp.copy, params)  # a donated buffer may not appear twice
     return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, noise)
@@ -116,16 +116,16 @@ def make_draws(
     key: PRNGKey, ids: Ids, step_cfg: StepConfig, first: Any, moments: Any
 ) -> time_sampling.NoiseDraws:
     """The draws of rows first ... of the recipe's batch."""
-    importance = step_cfg.times == "importance"
+    importance = step_cfg.time_sampler == "importance"
     return time_sampling.draw_noise(
         key,
-        (ids.shape[0], ids.shape[1] - step_cfg.work.labels, step_cfg.cfg.dim),
+        (ids.shape[0], ids.shape[1] - step_cfg.task.labels, step_cfg.cfg.dim),
         first=first,
         total=step_cfg.batch,
-        times="uniform" if importance else step_cfg.times,
-        steps=step_cfg.schedule.steps,
-        self_cond=step_cfg.self_cond,
-        known=step_cfg.known,
+        time_sampler="uniform" if importance else step_cfg.time_sampler,
+        num_steps=step_cfg.schedule.num_steps,
+        self_cond_prob=step_cfg.self_cond_prob,
+        conditioning_prob=step_cfg.conditioning_prob,
         moments=moments if importance else None,
     )
 
@@ -139,7 +139,7 @@ def loss_fn(
     key: PRNGKey | None = None,
 ) -> tuple[Array, Any]:
     """The batch's mean loss, and its terms; a key turns dropout on."""
-    terms = step_cfg.work.terms(key, params, ids, draws, step_cfg)
+    terms = step_cfg.task.terms(key, params, ids, draws, step_cfg)
     return jnp.mean(terms.total()), terms
 
 
@@ -153,10 +153,10 @@ def _gradients(key, state, ids, step_cfg, first):
     def one(carry, inputs):
         i, rows = inputs
         start = first + i * rows.shape[0]
-        if step_cfg.truncate:
-            size = rows.shape[1] - step_cfg.work.labels
+        if step_cfg.truncate_prob:
+            size = rows.shape[1] - step_cfg.task.labels
             cut = time_sampling.truncate(
-                k_cut, rows[:, :size], step_cfg.truncate, first=start
+                k_cut, rows[:, :size], step_cfg.truncate_prob, first=start
             )
             rows = jnp.concatenate([cut, rows[:, size:]], -1)
         draws = make_draws(k_draw, rows, step_cfg, start, state.moments)
@@ -187,7 +187,10 @@ def train_step(
 
     Metrics (means over the global batch): the loss, its named terms, the gradient norm.
     """
-    key, step_cfg = jax.random.fold_in(key, state.step), step_cfg.at(state.noise)
+    key, step_cfg = (
+        jax.random.fold_in(key, state.step),
+        step_cfg.at(state.schedule_state),
+    )
     first = 0 if axis is None else jax.lax.axis_index(axis) * ids.shape[0]
     grads, (terms, t, weight) = _gradients(key, state, ids, step_cfg, first)
     metrics = {"loss": terms.total(), **terms._asdict()}
@@ -205,7 +208,7 @@ def train_step(
         optimizer.average(state.ema, params, step_cfg.ema), state.ema, step_cfg
     )
     moments = _update_moments(state.moments, terms, t, weight, axis)
-    noise = _update_schedule_state(state.noise, terms, t, step_cfg, axis)
+    noise = _update_schedule_state(state.schedule_state, terms, t, step_cfg, axis)
     new = TrainState(state.step + 1, params, ema, opt, moments, noise)
     return _skip_nonfinite(new, state, metrics) if step_cfg.skip else new, metrics
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resolved config, checked, as what a step needs."""
+"""The config of a run, checked, as the static choices of a training step."""
 
 import math
 from typing import Any
@@ -19,23 +19,31 @@ def resolve_config(config: Any) -> StepConfig:
     cfg, noise = network(config), schedule.make_schedule(**config.schedule)
     choose("config.loss.objective", losses.OBJECTIVES, config.loss.objective)
     times = {**time_sampling.TIME_SAMPLERS, "importance": None}
-    choose("config.loss.times", times, config.loss.times)
+    choose("config.loss.time_sampler", times, config.loss.time_sampler)
     losses.check_compatible(config.loss.objective, cfg, noise)
     if config.schedule.adaptive:
-        choose("config.schedule.adaptive", adaptive.ADAPTIVE_SCHEDULES, config.schedule.adaptive)
+        choose(
+            "config.schedule.adaptive",
+            adaptive.ADAPTIVE_SCHEDULES,
+            config.schedule.adaptive,
+        )
         if config.loss.objective in ("nelbo", "ar"):
             raise UserError(
                 f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
                 f"{config.loss.objective!r} is no function of the noise alone; set ''"
             )
-    if config.loss.times == "importance" and noise.steps is None:
+    if config.loss.time_sampler == "importance" and noise.num_steps is None:
         raise UserError(
-            "config.loss.times='importance' needs config.schedule.steps > 0"
+            "config.loss.time_sampler='importance' needs config.schedule.num_steps > 0"
         )
-    if config.loss.self_cond and not cfg.self_cond:
-        raise UserError("config.loss.self_cond > 0 needs config.model.self_cond=True")
-    if config.loss.known and cfg.causal:
-        raise UserError("config.loss.known > 0: a teacher is given what stands before")
+    if config.loss.self_cond_prob and not cfg.self_cond:
+        raise UserError(
+            "config.loss.self_cond_prob > 0 needs config.model.self_cond=True"
+        )
+    if config.loss.conditioning_prob and cfg.causal:
+        raise UserError(
+            "config.loss.conditioning_prob > 0: a teacher is given what stands before"
+        )
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
     return StepConfig(
@@ -63,7 +71,9 @@ RANGES = {
         "valid_batches": COUNT,
     },
     "model": {
-        **dict.fromkeys(("dim", "width", "layers", "heads", "ff", "positions"), COUNT),
+        **dict.fromkeys(
+            ("dim", "hidden_dim", "layers", "heads", "mlp_dim", "positions"), COUNT
+        ),
         **dict.fromkeys(("dropout", "attention_dropout"), BELOW_ONE),
         "time_dim": COUNT,
     },
@@ -73,7 +83,9 @@ RANGES = {
         "ema": RATE,
         "accumulate": COUNT,
     },
-    "loss": dict.fromkeys(("self_cond", "truncate", "known"), RATE),
+    "loss": dict.fromkeys(
+        ("self_cond_prob", "truncate_prob", "conditioning_prob"), RATE
+    ),
     "data": {"seed": ZERO_OR_MORE, "valid_fraction": RATE},
 }
 
@@ -100,13 +112,13 @@ def network(config: Any) -> DenoiserConfig:
             f"config.data.length={config.data.length} exceeds "
             f"config.model.positions={cfg.positions}: raise the latter"
         )
-    if cfg.width % cfg.heads:
+    if cfg.hidden_dim % cfg.heads:
         raise UserError(
-            f"config.model.heads={cfg.heads} does not divide width={cfg.width}"
+            f"config.model.heads={cfg.heads} does not divide hidden_dim={cfg.hidden_dim}"
         )
-    if cfg.trunk == "adaln" and cfg.width % (2 * cfg.heads):
+    if cfg.trunk == "adaln" and cfg.hidden_dim % (2 * cfg.heads):
         raise UserError(
-            f"config.model.width={cfg.width}: rotary positions need a multiple of 2 x "
+            f"config.model.hidden_dim={cfg.hidden_dim}: rotary positions need a multiple of 2 x "
             f"config.model.heads={cfg.heads}"
         )
     return cfg

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reverse chain of a model, under its constraints, run in batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax.diffusion import autoregressive, guidance, samplers
+from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.model import Params
+from dlm_jax.errors import UserError
+from dlm_jax.inference import conditioning
+from dlm_jax.inference.constraints import Constraints
+from dlm_jax.inference.guidance_config import GuidanceConfig
+from dlm_jax.inference.sampling_config import ROUNDINGS, SamplingConfig
+from dlm_jax.inference.trained_model import TrainedModel
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.runtime import sharding
+from dlm_jax.types import Ids, Latent, PyTree
+
+# (key, params, schedule_state, index [b], constraints, classifier parameters by task)
+# -> (x0_hat [b l d], ids [b l], trajectory [b n l] or None)
+Chain = Callable[..., tuple[Latent, Ids, Ids | None]]
+
+
+def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
+    """Returns the reverse chain of these settings as a pure function; see `Chain`."""
+    if lm.cfg.causal:
+        return _autoregressive_chain(lm.cfg, lm.length)
+
+    def chain(
+        key: jax.Array,
+        params: Params,
+        schedule_state: PyTree,
+        index: jax.Array,
+        constraints: Constraints,
+        heads: dict[str, Any],
+    ) -> tuple[Latent, Ids, Ids | None]:
+        cfg, table = lm.cfg, params.table
+        classifiers = {
+            task: lm.classifiers[task]._replace(params=p) for task, p in heads.items()
+        }
+        schedule = lm.schedule_from(schedule_state)
+        keys = _keys_by_index(key, index)
+        k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
+        given = lm.supports_conditioning
+        denoise = conditioning.constrain_denoiser(
+            params,
+            cfg,
+            schedule,
+            constraints,
+            classifiers,
+            g,
+            supports_conditioning=given,
+        )
+        if s.clamp >= 0:
+            options = {"below": s.clamp, "allowed": constraints.allowed}
+            denoise = guidance.clamp(denoise, table, **options)
+        step = s.step(denoise, schedule)
+        step = conditioning.constrain_step(
+            step, table, schedule, constraints, classifiers, g
+        )
+        if s.churn:
+            step = samplers.churn(step, schedule, rate=s.churn)
+
+        def to_ids(x: Latent) -> Ids:
+            ids = ROUNDINGS[s.rounding](params, x, constraints.allowed)
+            return conditioning.apply_known(ids, constraints)
+
+        x_T = samplers.standard_normal(k_start, (lm.length, cfg.dim))
+        times = samplers.schedule_timesteps(schedule, s.num_steps)
+        times = samplers.shift_timesteps(times, s.asymmetry)
+        trace = (lambda state: to_ids(state.x0_hat)) if s.trajectory else None
+        state, trajectory = samplers.sample(k_steps, step, x_T, times, trace=trace)
+        if trajectory is not None:
+            trajectory = jnp.swapaxes(trajectory, 0, 1)
+        return state.x0_hat, to_ids(state.x0_hat), trajectory
+
+    return chain
+
+
+def _autoregressive_chain(cfg: DenoiserConfig, length: int) -> Chain:
+    """Returns ancestral sampling token by token; it has no steps and no trajectory."""
+
+    def chain(key: jax.Array, params: Params, schedule_state: PyTree, index, *_):
+        keys = _keys_by_index(key, index)
+        ids = autoregressive.sample(keys, params, cfg, length)
+        return embed(params.table, ids), ids, None
+
+    return chain
+
+
+def _keys_by_index(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key per sample: sample i depends only on (key, i)."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def run_chain(
+    lm: TrainedModel,
+    n: int,
+    seed: int,
+    batch: int,
+    constraints: Constraints,
+    s: SamplingConfig,
+    g: GuidanceConfig,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Runs the chain for samples 0 .. n - 1 in batches: (x0_hat, ids, trajectory)."""
+    size = min(batch, 1 << (n - 1).bit_length())  # few batch sizes, few compilations
+    run = lm.cached((s, g, size), lambda: make_chain(lm, s, g))
+    heads = {task: lm.classifiers[task].params for task in constraints.labels}
+    key, parts = jax.random.key(seed), []
+    for first in range(0, n, size):
+        index = first + np.arange(size)
+        last = np.minimum(index, n - 1)
+        rows = jax.tree.map(lambda x, i=last: np.asarray(x)[i], constraints)
+        index, rows = sharding.shard_rows((index, rows))
+        out = run(key, lm.ema, lm.schedule_state, index, rows, heads)
+        parts.append(sharding.gather_to_host(out))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+
+
+def check_support(
+    lm: TrainedModel, constraints: Constraints, s: SamplingConfig, g: GuidanceConfig
+) -> None:
+    """Raises UserError for a setting that this model cannot follow."""
+    most = lm.schedule.num_steps
+    if most is not None and s.num_steps > most:
+        raise UserError(
+            f"num_steps={s.num_steps}: this model's schedule has {most} steps at most"
+        )
+    if lm.cfg.causal and jax.tree.leaves(constraints):
+        raise UserError("an autoregressive model takes no constraints")
+    if lm.cfg.causal and s.trajectory:
+        raise UserError("trajectory: an autoregressive model has no denoising steps")
+    if g.cfg_weight != 1 and not lm.supports_conditioning:
+        raise UserError(
+            f"guidance.cfg_weight={g.cfg_weight}: this model was not trained with given "
+            "tokens; train one with config.loss.conditioning_prob > 0"
+        )

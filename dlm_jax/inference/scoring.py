@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of texts: the bound on -log p, and an autoregressive model's features."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax.data import batching
+from dlm_jax.diffusion import autoregressive, likelihood, losses
+from dlm_jax.diffusion.model import Params
+from dlm_jax.inference.trained_model import TrainedModel
+from dlm_jax.runtime import sharding
+from dlm_jax.types import Array, Ids, PyTree
+
+BATCH = 256  # rows scored at once
+
+Score = Callable[
+    [jax.Array, Params, Ids], PyTree
+]  # (key, params, ids [b l]) -> [b ...]
+
+
+def make_nll(lm: TrainedModel, draws: int) -> Score:
+    """Returns the bound on -log p of each row, nats; exact if autoregressive."""
+
+    def exact(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
+        nats = jnp.sum(autoregressive.nll(params, lm.cfg, ids), -1)
+        return likelihood.Bound(0.0 * nats, 0.0 * nats, nats)
+
+    def bound(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
+        sigma_0 = losses.sigma_0(lm.config["loss"]["objective"], lm.schedule)
+        predict = likelihood.latent_predictor(
+            params, lm.cfg, lm.schedule, sigma_0=sigma_0
+        )
+        return likelihood.bound(
+            key, ids, params.table, predict, lm.schedule, draws=draws
+        )[0]
+
+    return exact if lm.cfg.causal else bound
+
+
+def make_features(lm: TrainedModel) -> Score:
+    """Returns an autoregressive model's mean hidden state of each row [b h]."""
+
+    def features(key: jax.Array, params: Params, ids: Ids) -> Array:
+        return autoregressive.features(params, lm.cfg, ids)
+
+    return features
+
+
+def by_batches(score: Score, params: Params, ids: Ids, key: jax.Array) -> PyTree:
+    """Scores all rows of ids [n l], BATCH at a time, each batch with its own key."""
+    parts = []
+    for i, (rows, mask) in enumerate(
+        batching.batches(np.asarray(ids), min(len(ids), BATCH))
+    ):
+        out = score(jax.random.fold_in(key, i), params, sharding.shard_rows(rows))
+        out = sharding.gather_to_host(out)
+        parts.append(jax.tree.map(lambda x, m=mask: x[m > 0], out))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a trained model: everything that sampling and scoring read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from dlm_jax.data.tokenizer import Tokenizer
+from dlm_jax.diffusion import adaptive, model
+from dlm_jax.diffusion.model import Params
+from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.inference.constraints import GuidanceClassifier
+from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TrainedModel:
+    """A trained model: parameters, network, noise schedule, tokenizer and config.
+
+    params: the parameters as trained; ema: their moving average, which samples.
+    schedule_state: the statistics of an adaptive schedule, or (). classifiers: those
+    that can guide it, by task.
+    """
+
+    params: Params
+    ema: Params
+    cfg: DenoiserConfig
+    schedule: Schedule
+    tokenizer: Tokenizer
+    config: dict
+    step: int
+    schedule_state: PyTree = ()
+    classifiers: Mapping[str, GuidanceClassifier] = dataclasses.field(
+        default_factory=dict
+    )
+    compiled: dict = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({model.count(self.params):,} parameters, "
+            f"vocabulary {self.tokenizer.vocab_size}, length {self.length}, "
+            f"step {self.step}, schedule {self.config['schedule']['name']!r})"
+        )
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence, START and END included."""
+        return self.config["data"]["length"]
+
+    @property
+    def supports_conditioning(self) -> bool:
+        """Whether it was trained with given tokens (config.loss.conditioning_prob)."""
+        return self.config["loss"].get("conditioning_prob", 0) > 0
+
+    def schedule_from(self, schedule_state: PyTree) -> Schedule:
+        """Returns the noise schedule, adapted to the statistics if there are any."""
+        if not jax.tree.leaves(schedule_state):
+            return self.schedule
+        return adapted_schedule(self.config, schedule_state)
+
+    def cached(self, name: Any, make: Callable[[], Callable]) -> Callable:
+        """Returns the compiled function of that name, made on first use."""
+        if name not in self.compiled:
+            self.compiled[name] = jax.jit(make())
+        return self.compiled[name]
+
+
+def adapted_schedule(config: dict, schedule_state: PyTree) -> Schedule:
+    """Returns the adaptive schedule that follows from its statistics."""
+    return adaptive.ADAPTIVE_SCHEDULES[config["schedule"]["adaptive"]](schedule_state)

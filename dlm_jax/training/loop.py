@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: steps, checkpoints, validation, previews, and how a run ends."""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlm_jax.data import batching
+from dlm_jax.diffusion import model
+from dlm_jax.errors import PreemptedError, UserError
+from dlm_jax.runtime import checkpoint, hosts
+from dlm_jax.runtime.logging import Progress
+from dlm_jax.training.train_step import train_step
+from dlm_jax.training.trainer import Job, NonFiniteError, Trainer, language_job
+from dlm_jax.types import PyTree
+
+MAX_SKIPPED = 10  # updates in a row
+
+
+def train(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
+    """Trains a language model to config.train.total_steps; see `run`."""
+    run(language_job(config), workdir, allow_fallback=allow_fallback)
+
+
+def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
+    """Trains to config.train.total_steps, resuming from the checkpoints in workdir.
+
+    allow_fallback: if the newest checkpoint is damaged, move it away and resume from
+    the one before. Raises UserError; PreemptedError after SIGTERM, once all is saved.
+    """
+    try:
+        trainer = Trainer(job, workdir)
+    except checkpoint.CorruptCheckpointError as error:
+        if not allow_fallback or hosts.host_loss_reason(error):
+            raise
+        # several hosts would have to agree, and one of them may be waiting
+        if hosts.process_index_and_count()[1] > 1:
+            raise UserError(
+                f"{error.path} is damaged: on several hosts nobody sets it aside, move "
+                "it out of its folder and start again"
+            ) from error
+        print(f"{error}: moved to {checkpoint.quarantine(error, workdir)}", flush=True)
+        return run(job, workdir, allow_fallback=True)
+    start, total = int(trainer.state.step), job.config.train.total_steps
+    if start >= total:
+        print(f"{workdir}: finished already, at step {start} of {total}")
+        return
+    print(hosts.describe(), flush=True)
+    path, main = trainer.workdir / "metrics.jsonl", trainer.host == 0
+    progress = Progress(path, total=total, start=start, main=main)
+    size = model.count(trainer.state.params)
+    progress.say(f"{size:,} parameters; from step {start}")
+    _run_and_close(trainer, progress, total)
+
+
+def _run_and_close(trainer: Trainer, progress: Progress, total: int) -> None:
+    keep, workdir = trainer.config.train.keep, trainer.workdir
+    writer = checkpoint.manager(workdir, keep=keep)
+    preemption = hosts.Preemption()
+    try:
+        _loop(trainer, progress, writer, preemption, total)
+        checkpoint.wait(writer)
+    except OSError as error:
+        last = checkpoint.all_steps(workdir)[-1:] or "none"
+        raise UserError(
+            f"--workdir {workdir}: {error}; the last checkpoint is {last}, start again "
+            "to go on from it"
+        ) from error
+    finally:
+        preemption.close()
+        progress.close()
+        with contextlib.suppress(Exception):  # its errors were reported above
+            writer.close()
+
+
+def _loop(
+    trainer: Trainer,
+    progress: Progress,
+    writer: Any,
+    preemption: hosts.Preemption,
+    total: int,
+) -> None:
+    one = functools.partial(
+        train_step, step_cfg=trainer.step_cfg, axis=trainer.layout.axis
+    )
+    step_fn = trainer.layout.step(one, trainer.state)
+    while True:
+        try:
+            return _steps(trainer, step_fn, progress, writer, preemption, total)
+        except NonFiniteError as error:
+            if trainer.config.train.on_nonfinite != "rollback":
+                raise
+            where = trainer.roll_back(error, writer)
+            progress.say(f"{error}; going back to {where}")
+
+
+def _steps(
+    trainer: Trainer, step_fn, progress: Progress, writer, preemption, total: int
+) -> None:
+    key, every = jax.random.key(trainer.config.seed), trainer.config.train
+    steps = range(int(trainer.state.step), total)
+    batches = batching.Prefetcher(trainer.batch, steps)
+    report = _Report(trainer, progress)
+    with contextlib.closing(batches):
+        for step in steps:
+            trainer.state, metrics = step_fn(key, trainer.state, batches())
+            done = step + 1
+            report(done, metrics)
+            if done % every.log_steps == 0:
+                checkpoint.check_saves(writer)
+            due = {n: every[n] and done % every[n] == 0 for n in every if "_steps" in n}
+            last, stop = done == total, preemption(done)
+            if due["ckpt_steps"] or last or stop:
+                report.flush()  # a state that is not finite is never saved
+                trainer.save(writer)
+            if stop and not last:
+                checkpoint.wait(writer)
+                raise PreemptedError(
+                    f"stopped by SIGTERM at step {done} of {total}, which is saved in "
+                    f"{trainer.workdir}: rerun the same command to resume"
+                )
+            if due["valid_steps"] or last:
+                values = trainer.valid(trainer.layout.whole(trainer.state.ema))
+                progress.record(done, values, kind="valid")
+            if due["sample_steps"] or last:
+                trainer.show_preview(progress, done)
+
+
+class _Report:
+    """Checks and records the metrics of a step one step later, so it never waits."""
+
+    def __init__(self, trainer: Trainer, progress: Progress):
+        self.trainer, self.progress = trainer, progress
+        self.skipped, self.pending = 0, None
+
+    def __call__(self, step: int, metrics: PyTree) -> None:
+        self.flush()
+        self.pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Handles the pending metrics; raises NonFiniteError."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self.progress.advance(step)
+        bad = [n for n in ("loss", "grad_norm") if not np.isfinite(values[n])]
+        self.skipped = self.skipped + 1 if bad else 0
+        config = self.trainer.config.train
+        if bad:
+            error = NonFiniteError(self.trainer, step, bad[0], values[bad[0]])
+            if config.on_nonfinite != "skip" or self.skipped > MAX_SKIPPED:
+                raise error
+            self.progress.say(f"{error}; the update was skipped")
+        if step % config.log_steps == 0 or step == 1:
+            self.progress.record(step, values, kind="train")
