@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sentence infilling as in arXiv:2205.14217 section 6.3, on stories: the middle of three.
 
-    python benchmarks/anlg.py --data tinystories.lower.4MB.txt --out docs/anlg.json
+    python benchmarks/anlg.py --data tinystories.lower.4MB.txt --out benchmarks/results/anlg.json
 
 A model is trained on windows of three sentences, nine of ten with some words known; it
 writes the middle sentence of held-out stories from its neighbours, candidates of several
@@ -23,7 +23,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
 import dlm_jax
-from configs import stories as stories_config
+from dlm_jax.configs import stories as stories_config
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.inference import constraints, loading, mbr
 from dlm_jax.inference.pipeline import DiffusionLM
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--num_steps", type=int, default=32)
-    parser.add_argument("--out", default="docs/anlg.json")
+    parser.add_argument("--out", default="benchmarks/results/anlg.json")
     args = parser.parse_args()
     train_rows, valid_rows = windows(args.data)
     lm = trained(args.workdir, args.train_steps, train_rows, valid_rows)

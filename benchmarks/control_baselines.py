@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Control without diffusion, as in arXiv:2205.14217 section 6, on the grammar.
 
-    python benchmarks/control_baselines.py --out docs/control_baselines.json
+    python benchmarks/control_baselines.py --out benchmarks/results/control_baselines.json
 
 FT-sample, FT-search: the same blocks, causal, trained from scratch by the same command
 for as many steps as the quickstart, on the control's words, a bar, and the text. FUDGE:
@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from lib import fudge
 from nltk import Tree
 
 import dlm_jax
-from configs import grammar as grammar_config
+from dlm_jax.configs import grammar as grammar_config
 from dlm_jax.data import grammar
 from dlm_jax.diffusion import autoregressive, classifier
 from dlm_jax.diffusion.embedding import embed
@@ -171,7 +172,7 @@ def by_fudge(
             return of(embed(lm.ema.table, ids), jnp.zeros(len(ids)))
 
         keys = jax.random.split(key, len(asked))
-        return autoregressive.fudge(
+        return fudge.fudge(
             keys,
             lm.ema,
             lm.cfg,
@@ -247,7 +248,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="*", default=list(WORDS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--out", default="docs/control_baselines.json")
+    parser.add_argument("--out", default="benchmarks/results/control_baselines.json")
     args = parser.parse_args()
     out = Path(args.out)
     rows = json.loads(out.read_text()) if out.exists() else []

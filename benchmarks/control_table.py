@@ -4,7 +4,7 @@
 From the rows of `--mode control`:
 
     python benchmarks/control_table.py --rows runs/quickstart/control \\
-        --baselines docs/control_baselines.json --out docs/control.json
+        --baselines benchmarks/results/control_baselines.json --out benchmarks/results/control.json
 
 Rows that --out holds and --rows does not are kept.
 """
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="runs/quickstart/control")
     parser.add_argument("--baselines", default="")
-    parser.add_argument("--out", default="docs/control.json")
+    parser.add_argument("--out", default="benchmarks/results/control.json")
     args = parser.parse_args()
     out, peers = Path(args.out), Path(args.baselines)
     rows = gather(Path(args.rows), out)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the cost of a training step and of a chain grows, a picture and an exponent each.
 
-    python benchmarks/growth.py --out docs/growth.json
+    python benchmarks/growth.py --out benchmarks/results/growth.json
 
 Along batch, length, vocabulary, steps of a chain and devices (virtual ones on a CPU,
 which share its cores: what is seen is what splitting costs). The published architecture
@@ -11,9 +11,9 @@ at the size of `configs/e2e_small.py:faithful`.
 from pathlib import Path
 from typing import Any
 
-import alternate
 import numpy as np
-from alternate import Case, Contender
+from lib import alternate
+from lib.alternate import Case, Contender
 from matplotlib.figure import Figure
 
 BASE = Case("configs/e2e_small.py:faithful", batch=16, num_steps=5)
@@ -97,7 +97,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """All axes, one measurement at a time."""
-    parser = alternate.options(__doc__, "docs/growth.json")
+    parser = alternate.options(__doc__, "benchmarks/results/growth.json")
     parser.add_argument("--axes", nargs="*", default=list(AXES))
     parser.add_argument("--dtype", default="mixed")
     parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")

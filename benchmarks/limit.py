@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How near the machine's limit a step comes, and where the rest of its time goes.
 
-    python benchmarks/limit.py --out docs/limit.json
+    python benchmarks/limit.py --out benchmarks/results/limit.json
     python benchmarks/limit.py --cases e2e --batch 512 --dtype bfloat16   # on a GPU
 
 The limit is measured: the rate of the products of the model's own shapes, by JAX or by
@@ -19,11 +19,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import alternate
 import jax
 import jax.numpy as jnp
-import ours
-from alternate import Case
+from lib import alternate, ours
+from lib.alternate import Case
 
 from dlm_jax.main import large_pages
 from dlm_jax.nn.ops import matmul
@@ -210,7 +209,7 @@ def row(name: str, dtype: str, batch: int) -> dict[str, Any]:
 
 def main() -> None:
     """All cases, one after the other, with nothing else running."""
-    parser = alternate.options(__doc__, "docs/limit.json")
+    parser = alternate.options(__doc__, "benchmarks/results/limit.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--dtype", default="mixed")
     parser.add_argument("--batch", type=int, default=0)

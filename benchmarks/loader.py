@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import e2e_small
+from dlm_jax.configs import e2e_small
 from dlm_jax.data import batching, grammar, prepare
 from dlm_jax.runtime import hosts
 from dlm_jax.training import train_step, trainer
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=0.0)
     parser.add_argument("--folder", default="")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default="docs/loader.json")
+    parser.add_argument("--out", default="benchmarks/results/loader.json")
     args = parser.parse_args()
     out = Path(args.out)
     record = json.loads(out.read_text()) if out.exists() else {}

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from configs import e2e
+from dlm_jax.configs import e2e
 from dlm_jax.diffusion import model
 from dlm_jax.runtime import sharding
 from dlm_jax.training import train_step
@@ -106,7 +106,7 @@ def main() -> None:
     """Prints and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", default="docs/memory.json")
+    parser.add_argument("--out", default="benchmarks/results/memory.json")
     args = parser.parse_args()
     record: dict[str, Any] = {"devices": jax.device_count(), "unit": "MB a device"}
     record |= {size: by_shapes(size) for size in SIZES}

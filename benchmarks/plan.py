@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--links", type=float, default=600e9, help="bytes/s, a chip")
     parser.add_argument("--share", type=float, default=0.5, help="of the peak, reached")
     parser.add_argument("--tokens", type=int, default=4096, help="a chip and step")
-    parser.add_argument("--out", default="docs/plan.json")
+    parser.add_argument("--out", default="benchmarks/results/plan.json")
     args = parser.parse_args()
     out = Path(args.out)
     known = measured() if args.measure else json.loads(out.read_text())["measured"]

@@ -15,12 +15,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import alternate
 import jax
 import jax.numpy as jnp
 import limit
-import ours
-from alternate import Case
+from lib import alternate, ours
+from lib.alternate import Case
 
 from dlm_jax.main import large_pages
 from dlm_jax.nn import ops

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import e2e
+from dlm_jax.configs import e2e
 from dlm_jax.diffusion import model
 from dlm_jax.runtime import checkpoint, hosts, sharding
 from dlm_jax.training import train_step
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="used by itself: compile this size")
-    parser.add_argument("--out", default="docs/restart.json")
+    parser.add_argument("--out", default="benchmarks/results/restart.json")
     args = parser.parse_args()
     if args.only:
         print(compiling(args.only))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the same weights sample otherwise: solver, clamp, churn and calls, on the grammar.
 
-    python benchmarks/samplers.py --workdir runs/quickstart --out docs/samplers.json
+    python benchmarks/samplers.py --workdir runs/quickstart --out benchmarks/results/samplers.json
 
 A row a setting: the share of samples that the grammar accepts, their unigram entropy
 (nats) and length (words), beside those of held-out text; standard errors over seeds.
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, nargs="*", default=[16, 64, 200])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--n", type=int, default=256)
-    parser.add_argument("--out", default="docs/samplers.json")
+    parser.add_argument("--out", default="benchmarks/results/samplers.json")
     args = parser.parse_args()
     lm = dlm_jax.load(args.workdir)
     seeds = range(args.seeds)

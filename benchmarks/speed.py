@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import alternate
-import torch_peer
-from alternate import Case, Contender
+from lib import alternate, torch_peer
+from lib.alternate import Case, Contender
 
 E2E, SMALL, GRAMMAR = "configs/e2e.py", "configs/e2e_small.py", "configs/grammar.py"
 WIDE = ("model.hidden_dim=256", "model.mlp_dim=1024")  # 4 layers x 256: between the two
@@ -94,7 +93,7 @@ def keep(path: Path, new: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures the cases asked for; a row is printed and kept as soon as it is there."""
-    parser = alternate.options(__doc__, "docs/speed.json")
+    parser = alternate.options(__doc__, "benchmarks/results/speed.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--jobs", nargs="*", default=USUAL)
     parser.add_argument("--variants", nargs="*", default=list(torch_peer.VARIANTS))

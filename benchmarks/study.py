@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faithful against modern, and one ablation a piece, at equal floating-point operations.
 
-    python benchmarks/study.py --steps 1000 --seeds 3 --out docs/study.json
-    python benchmarks/study.py --plot docs/study.json
+    python benchmarks/study.py --steps 1000 --seeds 3 --out benchmarks/results/study.json
+    python benchmarks/study.py --plot benchmarks/results/study.json
 
 Each run trains by the command into runs/study, then a row of figures is added to the
 JSON; rows that are there are skipped, and a killed run resumes. Equal operations: every
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ablation-seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--out", default="docs/study.json")
+    parser.add_argument("--out", default="benchmarks/results/study.json")
     parser.add_argument("--plot", default="")
     args = parser.parse_args()
     if not args.plot:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a preset trains until its samples are grammatical.
 
-    python benchmarks/time_to_language.py --variant modern --out docs/time_modern.json
+    python benchmarks/time_to_language.py --variant modern --out benchmarks/results/time_modern.json
 
 Trains configs/grammar.py by the command with a checkpoint every --every steps, all kept,
 then draws 256 samples from each; prints the seconds of training and the operations at

@@ -7,7 +7,7 @@
 
 from typing import Any
 
-from configs import default, grammar
+from dlm_jax.configs import default, grammar
 
 TASKS = ("semantic", "pos", "tree", "label")
 

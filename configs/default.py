@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import guidance
+from dlm_jax.configs import guidance
 from dlm_jax.inference import sampling_config
 from dlm_jax.nn.transformer import DenoiserConfig
 

@@ -12,7 +12,7 @@ Published hardware and time: one A100, 5 hours. Not yet run here to the end.
 
 from typing import Any
 
-from configs import default, grammar
+from dlm_jax.configs import default, grammar
 
 
 def get_config(variant: str = "pad") -> Any:

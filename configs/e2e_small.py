@@ -12,7 +12,7 @@ located in the riverside .", "The Phoenix is a cheap restaurant called The Ranch
 
 from typing import Any
 
-from configs import grammar
+from dlm_jax.configs import grammar
 
 
 def get_config(variant: str = "modern") -> Any:

@@ -10,7 +10,7 @@ docs/results.md and docs/study.md hold the figures, each with its command.
 
 from typing import Any
 
-from configs import default
+from dlm_jax.configs import default
 
 MUON = {
     "name": "muon",

@@ -6,7 +6,7 @@ python -m dlm_jax.main --config configs/smoke.py --workdir runs/smoke
 
 from typing import Any
 
-from configs import grammar
+from dlm_jax.configs import grammar
 
 
 def get_config() -> Any:

@@ -10,7 +10,7 @@ Not yet run to the end.
 
 from typing import Any
 
-from configs import grammar
+from dlm_jax.configs import grammar
 
 
 def get_config(variant: str = "modern") -> Any:

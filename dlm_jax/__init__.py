@@ -1,11 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dlm_jax: continuous text diffusion in JAX."""
+"""dlm_jax: continuous text diffusion in JAX.
+
+`load` opens a trained model; `schedule`, `losses`, `samplers` and the other modules of
+the method are attributes of the package, each imported on first use.
+"""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["UserError", "load"]
-_OBJECTS = {"load": "inference.loading", "UserError": "errors"}
+if TYPE_CHECKING:
+    from dlm_jax.data import grammar as grammar
+    from dlm_jax.data import tokenizer as tokenizer
+    from dlm_jax.diffusion import adaptive as adaptive
+    from dlm_jax.diffusion import autoregressive as autoregressive
+    from dlm_jax.diffusion import classifier as classifier
+    from dlm_jax.diffusion import embedding as embedding
+    from dlm_jax.diffusion import guidance as guidance
+    from dlm_jax.diffusion import likelihood as likelihood
+    from dlm_jax.diffusion import losses as losses
+    from dlm_jax.diffusion import model as model
+    from dlm_jax.diffusion import rounding as rounding
+    from dlm_jax.diffusion import samplers as samplers
+    from dlm_jax.diffusion import schedule as schedule
+    from dlm_jax.errors import UserError as UserError
+    from dlm_jax.inference import mbr as mbr
+    from dlm_jax.inference import published as published
+    from dlm_jax.inference.guidance_config import GuidanceConfig as GuidanceConfig
+    from dlm_jax.inference.loading import load as load
+    from dlm_jax.inference.pipeline import DiffusionLM as DiffusionLM
+    from dlm_jax.nn import transformer as transformer
+
+__version__ = "0.1.0"
+_OBJECTS = {
+    "load": "inference.loading",
+    "DiffusionLM": "inference.pipeline",
+    "GuidanceConfig": "inference.guidance_config",
+    "UserError": "errors",
+}
 _MODULES = {
     "nn": ("transformer",),
     "diffusion": (
@@ -25,11 +56,12 @@ _MODULES = {
     "inference": ("mbr", "published"),
 }
 _HOMES = {name: package for package, names in _MODULES.items() for name in names}
-_PACKAGES = (*_MODULES, "runtime", "training", "evaluation")
+_PACKAGES = (*_MODULES, "configs", "evaluation", "runtime", "training")
+__all__ = ["DiffusionLM", "GuidanceConfig", "UserError", "__version__", "load"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads on first use: `dlm_jax.schedule` loads no Orbax."""
+    """Imports on first use, so that `dlm_jax.schedule` does not import Orbax."""
     if name in _OBJECTS:
         return getattr(importlib.import_module(f"dlm_jax.{_OBJECTS[name]}"), name)
     if name in _HOMES:
@@ -40,4 +72,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted((*__all__, *_HOMES, *_PACKAGES, "errors", "types"))
+    return sorted({*__all__, *_HOMES, *_PACKAGES, "errors", "types"})

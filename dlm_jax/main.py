@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: python -m dlm_jax.main --config configs/grammar.py --workdir runs/x."""
+"""The command: `dlm` or `python -m dlm_jax.main`, --config grammar --workdir runs/x."""
 
 import contextlib
 import io
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,9 @@ FLAGS, RESTART = flags.FLAGS, 75
 # Memory in large pages: a step on a CPU takes and frees hundreds of MB, and a third of
 # its time went into pages of 4 kB (docs/performance.md).
 MALLOC = "glibc.malloc.hugetlb=1"
-config_flags.DEFINE_config_file("config", None, "a file of configs/, as FILE[:variant]")
+config_flags.DEFINE_config_file(
+    "config", None, "a bundled config or a file: NAME[:variant] or FILE.py[:variant]"
+)
 flags.DEFINE_string("workdir", None, "the run's directory")
 flags.DEFINE_enum(
     "mode",
@@ -203,7 +205,7 @@ def _fail(error: object, end: Callable[[str], NoReturn] | None = None) -> NoRetu
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's flags; an unknown config key or file is one line, not a traceback."""
     try:
-        rest = FLAGS(argv)
+        rest = FLAGS(list(_with_config_files(argv)))
         if FLAGS["verbosity"].using_default_value:
             FLAGS.verbosity = -1  # warnings; app.run would choose all of JAX's notes
         if FLAGS.config is not None:
@@ -218,6 +220,36 @@ def parse_flags(argv: list[str]) -> list[str]:
         _fail(" ".join(dict.fromkeys((lines[0], lines[-1].strip()))))
     except Exception as error:  # whatever the code of a config file raises
         _fail(f"--config: its file raises {type(error).__name__}: {error}; mend it")
+
+
+def _with_config_files(argv: list[str]) -> Iterator[str]:
+    """Yields argv with the value of --config, where it is a bundled name, as a file."""
+    before = ""
+    for arg in argv:
+        flag, equals, value = arg.partition("=")
+        if equals and flag in ("--config", "-config"):
+            yield f"{flag}={_config_file(value)}"
+        else:
+            yield _config_file(arg) if before in ("--config", "-config") else arg
+        before = arg
+
+
+def _config_file(value: str) -> str:
+    """Returns the path of a bundled config for its name; a path stays as it is."""
+    name, colon, variant = value.partition(":")
+    if not name.isidentifier():
+        return value
+    from dlm_jax import configs
+    from dlm_jax.errors import UserError
+
+    paths = Path(configs.__path__[0]).glob("*.py")
+    files = {p.stem: p for p in paths if "def get_config" in p.read_text("utf-8")}
+    if name not in files:
+        raise UserError(
+            f"--config={name}: no bundled config; choose one of "
+            f"{', '.join(sorted(files))}, or give a file, {name}.py"
+        )
+    return f"{files[name]}{colon}{variant}"
 
 
 def keep_compilations() -> None:
@@ -250,7 +282,12 @@ def cli() -> None:
     app.run(main, flags_parser=parse_flags)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command `dlm`."""
     keep_compilations()
     large_pages()
     cli()
+
+
+if __name__ == "__main__":
+    command()

@@ -20,9 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import alternate
 import numpy as np
-import ours
+from lib import alternate, ours
 
 import dlm_jax
 from dlm_jax.data import sources

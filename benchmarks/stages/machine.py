@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import alternate
 import jax
 import jax.numpy as jnp
+from lib import alternate
 
 from stages import Job
 

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import alternate
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ours
-from alternate import Case
+from lib import alternate, ours
+from lib.alternate import Case
 
 from dlm_jax.diffusion import model
 from dlm_jax.nn import ops

@@ -14,9 +14,9 @@ import sys
 from functools import partial
 from typing import Any
 
-import alternate
 import limit
-from alternate import Case, Contender, Makers
+from lib import alternate
+from lib.alternate import Case, Contender, Makers
 
 from stages import Job
 

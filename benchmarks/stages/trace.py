@@ -14,11 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import alternate
 import jax
 import limit
-import ours
-from alternate import Case
+from lib import alternate, ours
+from lib.alternate import Case
 
 
 def kernels(path: Path) -> dict[str, float]:

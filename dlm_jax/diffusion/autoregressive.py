@@ -5,7 +5,6 @@ Trained by the same loop (objective "ar"); it scores texts, and is the baseline 
 likelihood: its nats are exact. The first token of a row, START, is given.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PerExample, PRNGKeys
+from dlm_jax.types import END, PAD, START, Array, Ids, Logits, PRNGKeys
 
 Prefix = Int[Array, "b k"]
 
@@ -59,45 +58,14 @@ def sample(
 
     prefix [b k]: the first tokens, START among them; a row's ends where PAD begins.
     """
-    start, given = _begin(keys.shape[0], length, prefix)
+    start, given = start_ids(keys.shape[0], length, prefix)
 
     def step(ids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         scores = trunk_output(params, cfg, ids, head=True)[:, i - 1]
         here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
         drawn = jax.vmap(jax.random.categorical)(here, scores)
-        drawn = jnp.where(_over(ids[:, i - 1]), PAD, drawn)
+        drawn = jnp.where(is_over(ids[:, i - 1]), PAD, drawn)
         return ids.at[:, i].set(jnp.where(given[:, i], ids[:, i], drawn)), None
-
-    return jax.lax.scan(step, start, jnp.arange(1, length))[0]
-
-
-def fudge(
-    keys: PRNGKeys,
-    params: Params,
-    cfg: DenoiserConfig,
-    length: int,
-    log_prob: Callable[[Ids], PerExample],
-    *,
-    weight: float = 1.0,
-    top: int = 20,
-) -> Ids:
-    """Ids [b length], each token by p(w | before) p(c | before, w)^weight.
-
-    log_prob: of the condition given the tokens so far, PAD after them, nats [b]. Of the
-    `top` likeliest tokens alone (FUDGE, arXiv:2104.05218).
-    """
-    start, _ = _begin(keys.shape[0], length, None)
-    b = keys.shape[0]
-
-    def step(ids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        scores = trunk_output(params, cfg, ids, head=True)[:, i - 1]
-        nats, words = jax.lax.top_k(jax.nn.log_softmax(scores), top)
-        tried = jnp.repeat(ids[:, None], top, 1).at[:, :, i].set(words)
-        wanted = log_prob(tried.reshape(b * top, length)).reshape(b, top)
-        here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
-        place = jax.vmap(jax.random.categorical)(here, nats + weight * wanted)
-        drawn = jnp.take_along_axis(words, place[:, None], 1)[:, 0]
-        return ids.at[:, i].set(jnp.where(_over(ids[:, i - 1]), PAD, drawn)), None
 
     return jax.lax.scan(step, start, jnp.arange(1, length))[0]
 
@@ -106,7 +74,7 @@ def beam_search(
     params: Params, cfg: DenoiserConfig, length: int, *, prefix: Prefix, beams: int = 4
 ) -> Ids:
     """Ids [b length]: the likeliest that a beam search finds after each prefix."""
-    start, given = _begin(len(prefix), length, prefix)
+    start, given = start_ids(len(prefix), length, prefix)
     b, vocab = len(prefix), params.table.shape[0]
     # one beam is alive at first: the others are copies of it
     nats = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf) + jnp.zeros((b, 1))
@@ -119,7 +87,7 @@ def beam_search(
         ]
         more = jax.nn.log_softmax(scores).reshape(b, beams, vocab)
         pad = jnp.where(jnp.arange(vocab) == PAD, 0.0, -jnp.inf)
-        more = jnp.where(_over(last)[..., None], pad, more)
+        more = jnp.where(is_over(last)[..., None], pad, more)
         known = jnp.where(jnp.arange(vocab) == ids[:, :, i, None], 0.0, -jnp.inf)
         more = jnp.where(given[:, None, i, None], known, more)
         best, place = jax.lax.top_k((nats[..., None] + more).reshape(b, -1), beams)
@@ -131,7 +99,7 @@ def beam_search(
     return ids[jnp.arange(b), jnp.argmax(nats, -1)]
 
 
-def _begin(count: int, length: int, prefix: Any) -> tuple[jax.Array, jax.Array]:
+def start_ids(count: int, length: int, prefix: Any) -> tuple[jax.Array, jax.Array]:
     """(ids, given) [count length]: START or the prefix, then PAD."""
     ids = jnp.full((count, length), PAD).at[:, 0].set(START)
     if prefix is not None:
@@ -139,5 +107,6 @@ def _begin(count: int, length: int, prefix: Any) -> tuple[jax.Array, jax.Array]:
     return ids, jnp.arange(length) < jnp.sum(ids != PAD, -1)[:, None]
 
 
-def _over(last: jax.Array) -> jax.Array:
+def is_over(last: jax.Array) -> jax.Array:
+    """Whether a row has ended, by its last token [b]."""
     return (last == END) | (last == PAD)

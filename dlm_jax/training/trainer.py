@@ -59,7 +59,7 @@ def language_job(config: Any) -> Job:
 
 def _check_sampling(config: Any, step_cfg: StepConfig) -> None:
     """Raises UserError now, not at the first preview."""
-    num_steps = SamplingConfig.from_config(config.sample).num_steps
+    num_steps = SamplingConfig.from_config(config.sample.to_dict()).num_steps
     most = step_cfg.schedule.num_steps
     if most is not None and num_steps > most:
         raise UserError(

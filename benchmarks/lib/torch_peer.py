@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import alternate
 import numpy as np
-import ours
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lib import alternate, ours
 
 VARIANTS = ("eager", "bf16", "compiled")
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from dlm_jax.main import MALLOC  # for all contenders alike
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # benchmarks/
 FAIR = {"GLIBC_TUNABLES": MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
@@ -168,13 +168,14 @@ class Contender:
         env: Mapping[str, str] = MappingProxyType({}),
     ):
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / script), json.dumps(case), variant],
+            [sys.executable, str(HERE / "lib" / script), json.dumps(case), variant],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env={**os.environ, **FAIR, **env},
+            env={**os.environ, **FAIR, "PYTHONPATH": path, **env},
         )
         longest = threading.TIMEOUT_MAX
         self.end = time.monotonic() + (seconds or longest)

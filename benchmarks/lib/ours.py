@@ -6,10 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import alternate
 import jax
 import numpy as np
-from alternate import Case
 
 from dlm_jax.diffusion import classifier, guidance, model, samplers
 from dlm_jax.nn import ops
@@ -18,6 +16,8 @@ from dlm_jax.runtime import sharding
 from dlm_jax.training import train_step
 from dlm_jax.training.config import resolve_config
 from dlm_jax.types import HeadSpec
+from lib import alternate
+from lib.alternate import Case
 
 CLASSES = 17
 if "DLM_PLAIN_ATTENTION" in os.environ:  # accelerator.py found that it does not run
