@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive schedules: every unit of t takes the same share of the information away.
+"""Adaptive schedules: each unit of t removes the same amount of information.
 
-While a model trains, its loss is tracked over the noise u = log(1 / SNR), in nats. Where
-it rises fast with u, words are being decided: times belong there, in training and in
-the sampler's grid alike. Sources: time warping of CDCD, arXiv:2211.15089 section 3.4;
-the Gumbel form of LangFlow, arXiv:2604.11748.
+While a model trains, its loss is tracked as a function of the noise u = log(1 / SNR) in
+nats. Where the loss rises fast with u, words are being decided, and both training and
+the sampler's grid spend more time there. Sources: time warping of CDCD, arXiv:2211.15089
+section 3.4; the Gumbel form of LangFlow, arXiv:2604.11748.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,16 @@ from dlm_jax.diffusion.schedule import Schedule, from_quantiles, gumbel
 from dlm_jax.types import Array, PerExample
 
 BINS, LOW, HIGH = 64, -9.0, 13.0  # of u
-MIN_COUNT = 0.5  # examples, as they fade, that a bin needs to be believed
-FLOOR = 0.1  # share of times that stay with the start's law
-EVEN = 3e-4  # and of each bin, so that the bound is never blind to one
+MIN_COUNT = 0.5  # decayed count of examples below which a bin is interpolated
+FLOOR = 0.1  # fraction of times that keep the initial schedule's distribution
+EVEN = 3e-4  # added to each bin, so that the bound samples every one
 
 
 class AdaptiveState(NamedTuple):
-    """Sums of losses and of examples by bin of u, old ones fading; the start's law.
+    """Statistics of the loss by bin of u, with exponential decay.
 
-    start: the probability that the start's schedule gives each bin.
+    loss: sums of losses; counts: numbers of examples; start: the probability of each bin
+    under the initial schedule.
     """
 
     loss: Float[Array, " bins"]
@@ -35,12 +36,12 @@ class AdaptiveState(NamedTuple):
 
 
 def edges() -> Float[Array, " edges"]:
-    """The borders of the bins."""
+    """Returns the edges of the bins of u."""
     return jnp.linspace(LOW, HIGH, BINS + 1)
 
 
 def init(schedule: Schedule) -> AdaptiveState:
-    """The start: a curve whose times are taken to be information-uniform already."""
+    """Returns empty statistics; the initial schedule is taken as information-uniform."""
     t = (jnp.arange(4096) + 0.5) / 4096
     start = _count(-schedule.log_snr(t), jnp.ones_like(t)) / 4096
     return AdaptiveState(jnp.zeros(BINS), jnp.zeros(BINS), start)
@@ -55,7 +56,7 @@ def _count(u: PerExample, value: PerExample) -> Float[Array, " bins"]:
 def update(
     state: AdaptiveState, u: PerExample, loss: PerExample, *, rate: float = 0.995
 ) -> AdaptiveState:
-    """The state with the losses [b] of examples at noise u [b]; rate: what is kept."""
+    """Adds the losses [b] of examples at noise u [b]; rate: decay of the old ones."""
     return state._replace(
         loss=rate * state.loss + _count(u, loss),
         counts=rate * state.counts + _count(u, jnp.ones_like(u)),
@@ -63,10 +64,10 @@ def update(
 
 
 def curve(state: AdaptiveState) -> Float[Array, " bins"]:
-    """The mean loss by bin, made monotone from both sides.
+    """Returns the mean loss by bin, made non-decreasing.
 
-    A bin that was not seen, or too long ago, lies between its neighbours that were; if
-    none was, the loss follows the start's law.
+    A bin with too few examples is interpolated; if all have too few, the loss is the
+    initial schedule's distribution function.
     """
     counts, start = jnp.asarray(state.counts), jnp.asarray(state.start)
     mean = state.loss / jnp.maximum(counts, 1e-6)
@@ -77,7 +78,7 @@ def curve(state: AdaptiveState) -> Float[Array, " bins"]:
 
 
 def warp(state: AdaptiveState) -> Schedule:
-    """Times in proportion to the rise of the loss, and FLOOR by the start's law."""
+    """Returns the schedule whose time density follows the rise of the loss."""
     loss = curve(state)
     border = jnp.concatenate([loss[:1], 0.5 * (loss[1:] + loss[:-1]), loss[-1:]])
     rise = jnp.diff(border)
@@ -88,9 +89,9 @@ def warp(state: AdaptiveState) -> Schedule:
 
 
 def fit_gumbel(state: AdaptiveState) -> Schedule:
-    """The Gumbel law whose distribution function is nearest the loss over its largest.
+    """Returns the Gumbel schedule whose distribution function is closest to the loss.
 
-    loss = H exp(-exp(-(u - mean) / scale)) is a line: u = mean - scale log(-log(loss/H)).
+    By linear regression: loss = H exp(-exp(-(u - mean) / scale)) means u = mean - scale log(-log(loss/H)).
     """
     loss = curve(state)
     share = jnp.clip(loss / jnp.maximum(loss[-1], 1e-9), 1e-4, 1 - 1e-4)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoregressive teacher: the denoiser's blocks, causal, over clean embeddings.
+"""The autoregressive baseline: the denoiser's blocks, causal, on clean embeddings.
 
-Trained by the same loop (objective "ar"); it scores texts, and is the baseline of every
-likelihood: its nats are exact. The first token of a row, START, is given.
+It is trained by the same loop (objective "ar"). Its likelihood is exact, so it scores
+texts and is the baseline for every bound. The first token of a row is START.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ Prefix = Int[Array, "b k"]
 def trunk_output(
     params: Params, cfg: DenoiserConfig, ids: Ids, *, head: bool = False
 ) -> Array:
-    """The trunk's output [b l h], or with the head its logits of the next ids [b l v]."""
+    """Computes the trunk's output [b l h], or with head the next token's logits [b l v]."""
     x = embed(params.table, ids)
     vocab, t = params.table.shape[0], jnp.zeros(ids.shape[0])
     return transformer.apply(
@@ -33,14 +33,14 @@ def trunk_output(
 
 
 def nll(params: Params, cfg: DenoiserConfig, ids: Ids) -> Float[Array, "b l"]:
-    """-log p(id | the ids before it), nats; 0 for the first of a row."""
+    """Computes -log p(id | earlier ids) in nats [b l]; 0 for the first of a row."""
     ids = jnp.asarray(ids)
     scores: Logits = trunk_output(params, cfg, ids, head=True)
     return jnp.pad(rounding.nll(scores[:, :-1], ids[:, 1:]), ((0, 0), (1, 0)))
 
 
 def features(params: Params, cfg: DenoiserConfig, ids: Ids) -> Float[Array, "b h"]:
-    """The trunk's output, mean over the tokens that are not PAD."""
+    """Computes the trunk's output, averaged over the tokens that are not PAD [b h]."""
     real = (jnp.asarray(ids) != PAD)[..., None]
     states = trunk_output(params, cfg, ids)
     return jnp.sum(states * real, 1) / jnp.maximum(jnp.sum(real, 1), 1)
@@ -54,9 +54,9 @@ def sample(
     *,
     prefix: Prefix | None = None,
 ) -> Ids:
-    """Ids [b length] by ancestral sampling, one token after the other; PAD after END.
+    """Samples ids [b length] token by token, with PAD after END.
 
-    prefix [b k]: the first tokens, START among them; a row's ends where PAD begins.
+    prefix [b k]: the first tokens, starting with START; PAD ends a shorter one.
     """
     start, given = start_ids(keys.shape[0], length, prefix)
 
@@ -73,10 +73,10 @@ def sample(
 def beam_search(
     params: Params, cfg: DenoiserConfig, length: int, *, prefix: Prefix, beams: int = 4
 ) -> Ids:
-    """Ids [b length]: the likeliest that a beam search finds after each prefix."""
+    """Returns the most likely ids [b length] that a beam search finds for each prefix."""
     start, given = start_ids(len(prefix), length, prefix)
     b, vocab = len(prefix), params.table.shape[0]
-    # one beam is alive at first: the others are copies of it
+    # the beams start as copies, so only one may be extended first
     nats = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf) + jnp.zeros((b, 1))
 
     def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
@@ -100,7 +100,7 @@ def beam_search(
 
 
 def start_ids(count: int, length: int, prefix: Any) -> tuple[jax.Array, jax.Array]:
-    """(ids, given) [count length]: START or the prefix, then PAD."""
+    """Returns (ids, mask of the given ones) [count length]: START or prefix, then PAD."""
     ids = jnp.full((count, length), PAD).at[:, 0].set(START)
     if prefix is not None:
         ids = ids.at[:, : prefix.shape[1]].set(prefix)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers on noisy latents: p(labels | x_t), whose slope steers (`guidance.guide`).
+"""Classifiers on noisy latents, p(labels | x_t), for `guidance.gradient_guidance`.
 
-A trunk of the denoiser's blocks reads x_t and its noise; a head of a few arrays gives
-logits for every label of an example. A label of -1 is not asked. Source of the tasks:
-arXiv:2205.14217 section 6; REFERENCE 1.8 for the published heads.
+A trunk of the denoiser's blocks reads x_t and its noise level; a head gives logits for
+every label of an example. The target -1 means: no target. Source of the tasks:
+arXiv:2205.14217 section 6; docs/method.md, section 7, describes the published heads.
 """
 
 import math
@@ -35,29 +35,29 @@ from dlm_jax.types import (
 
 
 class Classifier(NamedTuple):
-    """The parameters: a denoiser's trunk, and the arrays of the head."""
+    """The parameters: a denoiser's trunk and the arrays of the head."""
 
     trunk: PyTree
     head: Mapping[str, Array]
 
 
 class ClassifierTerms(NamedTuple):
-    """nll: nats per asked label; accuracy: its share that is right; each [b]."""
+    """Terms of the loss, each [b]: nll in nats per label, accuracy, importance weight."""
 
     nll: PerExample
     accuracy: PerExample
     weight: PerExample
 
     def total(self) -> PerExample:
-        """The loss of each example [b]."""
+        """Returns the loss of each example [b]."""
         return self.weight * self.nll
 
 
-# --- heads: a label for each of several fields, each position, each pair of positions
+# --- heads: a label per field, per position, or per pair of positions
 
 
 def _fields(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b f k"]:
-    """Every field attends to the positions that state it."""
+    """Pools the positions by attention, with a query per field."""
     places = jax.nn.softmax(h @ head["query"], 1)
     pooled = jnp.einsum("blf,blh->bfh", places, h)
     return jnp.einsum("bfh,fhk->bfk", pooled, head["kernel"]) + head["bias"]
@@ -68,15 +68,16 @@ def _tags(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l k"]:
 
 
 def _chart(head: Mapping, h: Float[Array, "b l h"]) -> Float[Array, "b l l k"]:
-    """[i, j]: the constituent from i to j, from the product of its ends' features.
+    """Scores the constituent from i to j by the product of the features of its ends.
 
-    The published tanh of their sum saturates before it learns: most pairs are none.
+    The published head, tanh of their sum, saturates before it learns, because most
+    pairs are no constituent.
     """
     pair = (h @ head["first"])[:, :, None] * (h @ head["last"])[:, None]
     return pair @ head["kernel"] + head["bias"]
 
 
-PAIR = 32  # width of a chart's pairs
+PAIR = 32  # features of a pair of positions
 
 
 def _shapes(spec: HeadSpec, h: int) -> dict[str, tuple[int, ...]]:
@@ -94,7 +95,7 @@ HEADS: dict[str, Callable] = {"fields": _fields, "tags": _tags, "chart": _chart}
 
 
 def init(key: PRNGKey, cfg: DenoiserConfig, spec: HeadSpec) -> Classifier:
-    """Fresh parameters; biases start at 0."""
+    """Initialises the parameters; biases start at 0."""
     k_trunk, k_head = jax.random.split(key)
     shapes = _shapes(spec, cfg.hidden_dim)
     keys = jax.random.split(k_head, len(shapes))
@@ -117,7 +118,7 @@ def logits(
     *,
     key: PRNGKey | None = None,
 ) -> Float[Array, "b ... k"]:
-    """Logits of every label; the network is told the noise, whatever the schedule."""
+    """Computes the logits of every label; the network's time input is log-SNR."""
     t_cond = model.log_snr_time(schedule, t)
     x = jnp.asarray(x_t)
     h = transformer.apply(
@@ -135,9 +136,9 @@ def log_prob(
     *,
     mean: bool = False,
 ) -> Callable[[Latent, Time], PerExample]:
-    """log p(labels | x_t), nats (`guidance.LogProb`), the sum over those that are asked.
+    """Returns log p(labels | x_t) in nats, summed over the labels that have a target.
 
-    mean: over them, as the published code has it.
+    mean: average over them instead, as the published code does.
     """
     labels = jnp.asarray(labels)
 
@@ -164,7 +165,7 @@ def loss(
     schedule: Schedule,
     key: PRNGKey | None = None,
 ) -> ClassifierTerms:
-    """Cross-entropy of the asked labels, at random noise on frozen embeddings."""
+    """Computes the cross-entropy of the labels, at random noise on frozen embeddings."""
     x_t = add_noise(embed(table, ids), draws.t, draws.eps_t, schedule)
     scores = logits(params, cfg, spec, x_t, draws.t, schedule, key=key)
     scores = scores.reshape(len(labels), spec.size, spec.classes)

@@ -10,20 +10,20 @@ from dlm_jax.types import Ids, Latent, PRNGKey, Table
 def init_table(
     key: PRNGKey, vocab: int, dim: int, *, scale: float = 1.0, normalize: bool = False
 ) -> Table:
-    """Gaussian rows of standard deviation `scale` [v d], the published start.
+    """Initialises the table [v d] with Gaussian rows of standard deviation `scale`.
 
-    normalize: rows are put on the sphere of radius sqrt(d) (arXiv:2211.15089).
+    normalize: scale rows to norm sqrt(d), as arXiv:2211.15089.
     """
     table = scale * jax.random.normal(key, (vocab, dim))
     return unit_rows(table) if normalize else table
 
 
 def unit_rows(table: Table) -> Table:
-    """Rows rescaled to norm sqrt(d), so that a coordinate has variance near 1."""
+    """Rescales rows to norm sqrt(d), so that a coordinate has variance near 1."""
     norm = jnp.linalg.norm(table, axis=-1, keepdims=True)
     return table * (jnp.sqrt(1.0 * table.shape[-1]) / jnp.maximum(norm, 1e-12))
 
 
 def embed(table: Table, ids: Ids) -> Latent:
-    """EMB(w): the rows of the table [b l d]."""
+    """Looks up EMB(w), the rows of the table [b l d]."""
     return jnp.asarray(table)[ids]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control: wrappers of a Denoise or a Step that steer the text.
+"""Control: wrappers of a `Denoise` or a `Step` that steer the text.
 
-Three kinds of wish, from cheap to dear: known tokens (`infill`, `given`), words allowed
-at each position (`only`), and any log-probability that can be differentiated, of the
-noisy sample (`guide`, by a classifier) or of the model's own words (`steer`, by none).
+There are three kinds, from cheap to expensive: known tokens (`infill`,
+`condition_on_tokens`), tokens allowed at each position (`restrict_tokens`), and the
+gradient of a log-probability, either of the noisy sample, by a classifier
+(`gradient_guidance`, `classifier_guidance_x0`), or of the model's own token
+probabilities (`token_guidance`). Formulas: docs/method.md, section 7.
 """
 
 from collections.abc import Callable
@@ -35,13 +37,13 @@ from dlm_jax.types import (
 
 # log p(c | x_t) in nats, at the noise of time t
 LogProb = Callable[[Latent, Time], PerExample]
-# log p(c | words) of the words' own log-probabilities, nats
+# log p(c | token log-probabilities) in nats
 TokenLogProb = Callable[[Logits], PerExample]
 
 Known = Bool[Array, "b l"]
 
 
-# --- of a Denoise
+# --- wrappers of a Denoise
 
 
 def clamp(
@@ -51,9 +53,10 @@ def clamp(
     below: float = 1.0,
     allowed: Allowed | None = None,
 ) -> Denoise:
-    """Snaps x0_hat to the nearest word vectors, of the allowed ones, at t <= below.
+    """Moves x0_hat to the nearest allowed embeddings at times t <= below.
 
-    arXiv:2205.14217 section 4.2; below = 1 clamps throughout, as the published code.
+    Source: arXiv:2205.14217 section 4.2. below = 1 clamps at every step, as the
+    published code does.
     """
 
     def clamped(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
@@ -67,9 +70,9 @@ def clamp(
 def condition_on_tokens(
     denoise: Denoise | DenoiseLogits, table: Table, ids: Ids, known: Known
 ) -> Any:
-    """The model told the known tokens: clean vectors, at time 0.
+    """Gives the network the known tokens as clean embeddings at time 0.
 
-    For models trained on texts that are known in part: config.loss.conditioning_prob.
+    For models trained so, with config.loss.conditioning_prob.
     """
     clean = embed(table, ids)
     return lambda x_t, t, x0_prev: denoise(
@@ -83,11 +86,11 @@ def classifier_free_guidance(
     *,
     weight: float,
 ) -> Any:
-    """x0 + weight (x0_conditional - x0), and so the log-probabilities of a Read.
+    """Returns x0 + weight (x0_conditional - x0), and the same for log-probabilities.
 
-    Classifier-free guidance, arXiv:2207.12598: weight 1 is the conditional model, more
-    exaggerates the condition. The mixed log-probabilities do not add up to 1: `only`
-    makes them.
+    Classifier-free guidance, arXiv:2207.12598: weight 1 is the conditional model, a
+    larger weight exaggerates the condition. The mixed log-probabilities are not
+    normalised; `restrict_tokens` normalises them.
     """
 
     def mix(without: Array, within: Array) -> Array:
@@ -99,11 +102,11 @@ def classifier_free_guidance(
 def token_time_guidance(
     denoise: Denoise, log_prob: LogProb, *, floor: float
 ) -> Denoise:
-    """Tells the network that tokens which log p(c | x_t) hangs on are less noisy.
+    """Lowers the time input of the tokens that log p(c | x_t) depends on most.
 
-    Their time falls, by the size of their slope among those of the text, to share t at
-    the least, so that what guidance wrote there is kept. After arXiv:2510.26200; share 1
-    changes nothing.
+    A token's time is scaled between 1 and floor by the norm of its gradient, relative
+    to the largest in the text, so that the network keeps what guidance wrote there.
+    After arXiv:2510.26200; floor 1 changes nothing.
     """
 
     def warped(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
@@ -119,10 +122,9 @@ def token_time_guidance(
 def restrict_tokens(
     denoise_logits: DenoiseLogits, table: Table, allowed: Allowed
 ) -> DenoiseLogits:
-    """The model's words given that each position's is an allowed one.
+    """Renormalises each position's token probabilities over its allowed tokens.
 
-    Exact for one position, whose posterior is renormalised; the others hear of it at the
-    next step.
+    This is exact for one position; the others are informed at the next step.
     """
     barred = jnp.where(jnp.asarray(allowed), 0.0, -1e9)
 
@@ -135,16 +137,17 @@ def restrict_tokens(
 
 
 def drop_logits(denoise_logits: DenoiseLogits) -> Denoise:
-    """The estimate alone."""
+    """Returns the estimate x0_hat without the log-probabilities."""
     return lambda x_t, t, x0_prev: denoise_logits(x_t, t, x0_prev)[0]
 
 
 def classifier_guidance_x0(
     denoise: Denoise, log_prob: LogProb, schedule: Schedule, *, weight: float = 1.0
 ) -> Denoise:
-    """Bayes' rule on the estimate: x0_hat + weight sigma^2/alpha grad log p(c | x_t).
+    """Returns x0_hat + weight sigma^2/alpha grad log p(c | x_t), Bayes' rule.
 
-    Classifier guidance of arXiv:2105.05233: one backward pass of the classifier.
+    Classifier guidance of arXiv:2105.05233; one backward pass of the classifier per
+    step.
     """
 
     def guided(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
@@ -164,9 +167,10 @@ def token_guidance(
     *,
     weight: float = 1.0,
 ) -> Denoise:
-    """`lean` to a condition that is read from the model's own words: no classifier.
+    """Guides x0_hat by a condition on the model's own token probabilities.
 
-    One backward pass of the model. Token guidance, arXiv:2305.18619.
+    No classifier is needed, only a backward pass of the model per step. Token guidance
+    of arXiv:2305.18619.
     """
 
     def guided(x_t: Latent, t: Time, x0_prev: Latent) -> Latent:
@@ -181,14 +185,14 @@ def token_guidance(
     return guided
 
 
-# --- wishes about the words
+# --- conditions on token probabilities
 
 
 def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
-    """The phrase at some place: log sum over places of the product of its words.
+    """Returns log of the sum, over places, of the probability of the phrase there.
 
-    phrase: ids, of each example its own; a row is filled up with -1. The sum counts a
-    text with the phrase twice twice, so it is a bound, close where p is small.
+    phrase [b k]: ids, a row per example, padded with -1. The sum counts a text that
+    holds the phrase twice twice, so it is an upper bound.
     """
     phrase = jnp.asarray(phrase)
     real = phrase >= 0
@@ -207,7 +211,10 @@ def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
 
 
 def excludes_tokens(words: Int[Array, "b k"]) -> TokenLogProb:
-    """None of these words anywhere: sum over positions of log(1 - p). Rows end in -1."""
+    """Returns the sum over positions of log(1 - p(any of these words)).
+
+    words [b k]: ids, a row per example, padded with -1.
+    """
     words = jnp.asarray(words)
 
     def condition(log_p: Logits) -> PerExample:
@@ -220,7 +227,7 @@ def excludes_tokens(words: Int[Array, "b k"]) -> TokenLogProb:
 
 
 def weighted_sum(*conditions: tuple[Callable[..., PerExample], float]) -> Callable:
-    """Several conditions at once, each with its weight: the weighted sum."""
+    """Returns the weighted sum of several conditions, given as (condition, weight)."""
     return lambda *x: jnp.asarray(sum(w * condition(*x) for condition, w in conditions))
 
 
@@ -228,13 +235,13 @@ def weighted_sum(*conditions: tuple[Callable[..., PerExample], float]) -> Callab
 
 
 def length_template(words: Int[Array, " b"], length: int) -> tuple[Ids, Known]:
-    """START, as many open positions as words, END, then PAD [b length]."""
+    """Returns (ids, known) [b length]: START, `words` open positions, END, then PAD."""
     place, end = jnp.arange(length), jnp.asarray(words)[:, None] + 1
     ids = jnp.where(place == 0, START, jnp.where(place == end, END, PAD))
     return ids, (place == 0) | (place >= end)
 
 
-# --- of a Step
+# --- wrappers of a Step
 
 
 def infill(
@@ -248,8 +255,8 @@ def infill(
 ) -> Step:
     """Writes the known tokens into the sample and the estimate after each step.
 
-    noised: at the noise of the time reached (the replacement method); False keeps them
-    clean at every level, as the published code does (REFERENCE Q15).
+    noised: with the noise of the time reached (the replacement method); False keeps
+    them clean at every time, as the published code does.
     """
     clean, keep = embed(table, ids), jnp.asarray(known)[..., None]
 
@@ -268,9 +275,10 @@ def infill(
 
 
 class UpdateRule(NamedTuple):
-    """update(slope, memory, lr, std) -> (move, memory); power: of std under the fluency.
+    """A rule for gradient updates: update(slope, memory, lr, std) -> (move, memory).
 
-    slope [b l d]: of the objective. memory: the sum of squares so far, in one step.
+    slope [b l d]: the gradient of the objective; memory: its sum of squares so far in
+    this step; power: the power of std that divides the fluency term.
     """
 
     update: Callable[..., tuple[Latent, Latent]]
@@ -290,9 +298,9 @@ def _plain(slope, memory, lr, std):
     return lr * std**2 * slope, memory
 
 
-# "sign": the published rule, whose Adagrad is made anew for every update and so takes
-# steps of one size, its fluency over sigma (REFERENCE Q12). "adagrad": the paper's.
-# "gradient": lr = 1 is classifier guidance, arXiv:2105.05233.
+# sign: the published code, which restarts Adagrad for every update, so that all updates
+# have the size lr; it divides the fluency term by std. adagrad: the paper. gradient:
+# classifier guidance of arXiv:2105.05233 at lr = 1.
 UPDATE_RULES: dict[str, UpdateRule] = {
     "sign": UpdateRule(_sign, 1),
     "adagrad": UpdateRule(_adagrad, 2),
@@ -311,10 +319,10 @@ def gradient_guidance(
     fluency: float = 0.01,
     t_range: tuple[float, float] = (0.05, 1.0),
 ) -> Step:
-    """Climbs log p(c | x) - fluency |x - mean|^2 / std after each step.
+    """Ascends log p(c | x) - fluency |x - mean|^2 / std^power after each step.
 
-    mean, std: of q(x_next | x_t, x0_hat), so that the sample stays likely. Acts at
-    times between[0] <= t <= between[1]. arXiv:2205.14217 section 5.1, REFERENCE 1.7.
+    mean and std of q(x_next | x_t, x0_hat) keep the sample likely. Acts at times in
+    t_range. Source: arXiv:2205.14217 section 5.1.
     """
     update, power = UPDATE_RULES[rule]
 
@@ -357,7 +365,7 @@ def gradient_updates(
     num_updates: int,
     fluency: float,
 ) -> Latent:
-    """`guide`'s inner updates of one step."""
+    """Runs the gradient updates of one step."""
     scale = jnp.where(std > 0, std, 1.0) ** power
 
     def objective(x: Latent) -> Array:

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variational bound on -log p(w) in nats, of the weights that sample.
+"""The variational bound on -log p(w), in nats.
 
-The chain it bounds is ancestral, small steps, without clamp, and a self-conditioned
-network is asked twice at each; other samplers of the same weights have other laws.
+It bounds the likelihood of the ancestral sampler with small steps and without the clamp,
+where a self-conditioned network is evaluated twice per step. Other samplers of the same
+weights define other distributions.
 
-Given the words, every latent is Gaussian around them: with x_0 = EMB(w) + sigma_0 n,
-x_t = alpha EMB(w) + noise of variance 1 - alpha^2 + alpha^2 sigma_0^2. Its
-signal-to-noise ratio SNR(t) decides the bound (arXiv:2107.00630, eqs. 11 to 15):
+Given the words, every latent is Gaussian: with x_0 = EMB(w) + sigma_0 n, x_t has mean
+alpha EMB(w) and variance 1 - alpha^2 + alpha^2 sigma_0^2. The bound depends on its
+signal-to-noise ratio SNR(t) (arXiv:2107.00630, eqs. 11 to 15):
 
     -log p(w) <= KL(q(x_1 | w) || N(0, 1))                                      prior
                + 1/2 sum_t (SNR(t - 1) - SNR(t)) E|EMB(w) - e_hat(x_t)|^2   diffusion
                + E[-log p(w | the least noisy latent)]                       rounding
 
-On a curve the sum is an integral over t. Nothing is left out at either end, so bounds
-of different schedules and parametrisations may be compared.
+For a continuous schedule the sum is an integral over t. Nothing is left out at either
+end, so bounds of different schedules and parametrisations can be compared.
 """
 
 from collections.abc import Callable
@@ -44,17 +45,17 @@ class Bound(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """The draws behind the diffusion term [k b]: times, and nats whose mean it is."""
+    """The samples behind the diffusion term [k b]: times, and nats whose mean it is."""
 
     t: Array
     nats: Array
 
 
 class LatentPredictor(NamedTuple):
-    """What the bound asks of a model.
+    """What the bound needs from a model.
 
-    estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w); decode(x [b l d])
-    -> logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0.
+    estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w). decode(x) ->
+    logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0.
     """
 
     estimate: Callable[[Latent, Time], Latent]
@@ -65,12 +66,11 @@ class LatentPredictor(NamedTuple):
 def latent_predictor(
     params: Params, cfg: DenoiserConfig, schedule: Schedule, *, sigma_0: float
 ) -> LatentPredictor:
-    """The predictor of a trained network; sigma_0 as in training, 0 under "ce".
+    """Returns the predictor of a trained network; sigma_0 as in its training.
 
-    A self-conditioned network is asked twice at each x_t: a chain whose steps depend on
-    x_t alone, hence a bound (of the sampler that asks twice). A network trained on noisy
-    x_0 estimates x_0, whose share of known noise is taken out: both give the same mean
-    of the reverse step.
+    A self-conditioned network is evaluated twice at each x_t, so that a reverse step
+    depends on x_t alone. A network trained on noisy x_0 estimates x_0; subtracting the
+    expected noise of x_0 gives e_hat, and the same mean of the reverse step.
     """
     denoise = model.bind(params, cfg, schedule=schedule)
 
@@ -102,11 +102,11 @@ def latent_predictor(
 
 
 def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
-    """(t, weight) of uniform u: the weighted error's mean is the sum over all steps.
+    """Returns (t, weight) for uniform u, with mean weighted error = sum over all steps.
 
-    On a curve t = u and the weight is -dSNR/dt. On a table half of the draws are uniform
-    over the indices from 1, half in proportion to SNR(t - 1) - SNR(t): a published table
-    has half of its drop in a few indices.
+    For a continuous schedule t = u and the weight is -dSNR/dt. For a discretised one,
+    half of the draws are uniform over the indices from 1, and half in proportion to
+    SNR(t - 1) - SNR(t), because a few indices hold half of the published table's drop.
     """
     steps = schedule.num_steps
     if steps is None:
@@ -120,14 +120,14 @@ def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
 
 
 def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
-    """x_t given EMB(w) = x."""
+    """Samples x_t given EMB(w) = x, with noise eps."""
     alpha, sigma = schedule.alpha_sigma(t)
     std = jnp.sqrt(sigma**2 + (alpha * sigma_0) ** 2)
     return expand_to(alpha, x) * x + expand_to(std, x) * eps
 
 
 def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> PerExample:
-    """KL(q(x_1 | w) || N(0, 1)), nats an example [b]."""
+    """Computes KL(q(x_1 | w) || N(0, 1)) in nats per example [b]."""
     steps = schedule.num_steps
     last = np.asarray(1.0 if steps is None else (steps - 1) / steps)
     alpha, _ = schedule.alpha_sigma(last)
@@ -144,9 +144,9 @@ def bound(
     *,
     draws: int = 8,
 ) -> tuple[Bound, Profile]:
-    """An unbiased estimate of the bound of each example, from `draws` times an example.
+    """Estimates the bound of each example without bias, from `draws` times each.
 
-    The draws of an example are low-discrepancy: (u + k / draws) mod 1.
+    The times of an example are stratified: (u + k / draws) mod 1.
     """
     x, sigma_0 = embed(table, ids), predict.sigma_0
     k_time, k_noise, k_first, k_last = jax.random.split(key, 4)
@@ -174,14 +174,14 @@ def bound(
 
 
 class MeanStderr(NamedTuple):
-    """A mean and its standard error over examples, in the unit its name says."""
+    """A mean over examples and its standard error, in the unit that its name states."""
 
     mean: float
     stderr: float
 
 
 def ratio_with_stderr(nats: Array, count: Array) -> MeanStderr:
-    """sum(nats) / sum(count) over the examples [n], with the error of that ratio."""
+    """Computes sum(nats) / sum(count) over examples [n], and its standard error."""
     a, b = (np.asarray(x, np.float64) for x in (nats, count))
     ratio = a.sum() / b.sum()
     spread = np.std(a - ratio * b, ddof=1) / np.sqrt(len(a))

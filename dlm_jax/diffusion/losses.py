@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end-to-end losses: diffusion + t=0 term + rounding + prior, named, per example.
+"""The end-to-end losses: diffusion, t = 0, rounding and prior terms per example.
 
-The randomness is drawn first (`time_sampling.draw`); `end_to_end` is then deterministic.
-Sources: arXiv:2205.14217 section 4.1 and appendix A; REFERENCE 1.3 for what the published
-code computes.
+All randomness is drawn first (`time_sampling.draw_noise`); `end_to_end` is then
+deterministic. Sources: arXiv:2205.14217 section 4.1 and appendix A; docs/method.md,
+section 3, states each term, and where the published code differs from the paper.
 """
 
 import math
@@ -32,10 +32,11 @@ from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 
 
 class LossTerms(NamedTuple):
-    """Named terms of the loss, each [b]; `end_to_end` states their unit.
+    """Named terms of the loss, each [b]; `end_to_end` states their units.
 
-    diffusion: the step's error, 0 where t is index 0; t0: |EMB(w) - mu(x_1)|^2 (or its
-    KL) where t is index 0, else 0; rounding: -log p(w | x_0); prior: q(x_T) to N(0, 1).
+    diffusion: error of the reverse step, 0 at index 0; t0: |EMB(w) - mu(x_1)|^2 (or its
+    KL) at index 0, else 0; rounding: -log p(w | x_0); prior: distance of q(x_T) to
+    N(0, 1); weight: importance weight of the example.
     """
 
     diffusion: PerExample
@@ -50,13 +51,13 @@ class LossTerms(NamedTuple):
 
 
 class _ForwardPass(NamedTuple):
-    """One forward pass: what every objective reads."""
+    """The results of one forward pass, which every objective reads."""
 
     clean: Latent
     x_0: Latent
     x_t: Latent
     x0_hat: Latent
-    raw: Array  # what the network predicts; of logits, -log p of the ids [b l]
+    raw: Array  # the network's prediction; if that is logits, -log p(id) [b l]
     t: Time
     ids: Ids
     draws: NoiseDraws
@@ -67,12 +68,15 @@ class _ForwardPass(NamedTuple):
     places: PerExample
 
     def mean(self, value: Array) -> PerExample:
-        """Per position that counts, known ones adding 0, and per d if there is one [b]."""
+        """Averages over the positions that count, and over d if there is such an axis [b].
+
+        Known tokens count, with the value 0.
+        """
         value = jnp.mean(value, -1) if value.ndim == 3 else value
         return jnp.sum(value * self.mask, -1) / jnp.maximum(self.places, 1)
 
     def split(self, error: Array, at_zero: Array) -> tuple[PerExample, PerExample]:
-        """(diffusion, t0): the second replaces the first where t is index 0."""
+        """Returns (diffusion, t0): at_zero replaces error where t is index 0."""
         steps = self.schedule.num_steps
         zero = self.t < 0 if steps is None else self.t * steps < 0.5
         zero = expand_to(zero, error)
@@ -82,7 +86,7 @@ class _ForwardPass(NamedTuple):
         )
 
     def rounding(self) -> PerExample:
-        """-log p(w | x_0) on the noisy true x_0 (Q6), nats per position."""
+        """Computes -log p(w | x_0) on the noisy true x_0, nats per position."""
         scores = rounding.logits(self.params.table, self.params.bias, self.x_0)
         return self.mean(rounding.nll(scores, self.ids))
 
@@ -96,7 +100,7 @@ class _ForwardPass(NamedTuple):
 
 
 def _prior_norm(p: _ForwardPass) -> PerExample:
-    """mean((sqrt(alpha_bar_T) x_0)^2): the published tT term."""
+    """Computes mean(alpha_bar_T x_0^2), the published code's tT term."""
     steps = p.schedule.num_steps
     last = 1.0 if steps is None else (steps - 1) / steps
     alpha, _ = p.schedule.alpha_sigma(jnp.asarray(last))
@@ -104,13 +108,13 @@ def _prior_norm(p: _ForwardPass) -> PerExample:
 
 
 def _x0(p: _ForwardPass) -> LossTerms:
-    """L_x0-simple e2e: mean squared error of x0_hat."""
+    """The paper's L_x0-simple e2e: the mean squared error of x0_hat."""
     error = p.split((p.x_0 - p.x0_hat) ** 2, (p.clean - p.x0_hat) ** 2)
     return p.terms(*error, p.rounding(), _prior_norm(p))
 
 
 def _eps(p: _ForwardPass) -> LossTerms:
-    """The eps form of L_simple; the t=0 term compares the x_0 that eps implies."""
+    """L_simple on eps; its t = 0 term uses the x_0 that eps_hat implies."""
     alpha, sigma = p.schedule.alpha_sigma(p.t)
     eps_hat = p.raw
     if p.cfg.predicts != "eps":
@@ -120,7 +124,7 @@ def _eps(p: _ForwardPass) -> LossTerms:
 
 
 def _mu(p: _ForwardPass) -> LossTerms:
-    """L_simple e2e: |mu(x_t, x_0) - mu_theta(x_t, t)|^2, the posterior means."""
+    """L_simple e2e: the squared error of the posterior mean mu(x_t, x_0)."""
     true, _ = posterior(p.x_0, p.x_t, p.t, p.schedule)
     mine, _ = posterior(p.x0_hat, p.x_t, p.t, p.schedule)
     error = p.split((true - mine) ** 2, (p.clean - p.x0_hat) ** 2)
@@ -128,14 +132,14 @@ def _mu(p: _ForwardPass) -> LossTerms:
 
 
 def _kl(mean_1, log_var_1, mean_2, log_var_2) -> Array:
-    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, by coordinate."""
+    """Computes KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats per coordinate."""
     ratio = log_var_1 - log_var_2
     square = (mean_1 - mean_2) ** 2 * jnp.exp(-log_var_2)
     return 0.5 * (jnp.expm1(ratio) - ratio + square)
 
 
 def _kl_terms(p: _ForwardPass, sigma: str) -> tuple[Array, Array, Array]:
-    """(kl_t, kl at index 0, kl of the prior) in nats by coordinate [b l d]."""
+    """Returns the KL of step t, of index 0 and of the prior, nats per coordinate [b l d]."""
     true, _ = posterior(p.x_0, p.x_t, p.t, p.schedule)
     mine, _ = posterior(p.x0_hat, p.x_t, p.t, p.schedule)
     log_true, log_mine = (
@@ -152,7 +156,7 @@ def _kl_terms(p: _ForwardPass, sigma: str) -> tuple[Array, Array, Array]:
 
 
 def _vlb(p: _ForwardPass, sigma: str = "small") -> LossTerms:
-    """L_vlb e2e in nats per position: T kl_t estimates the sum over t."""
+    """L_vlb e2e in nats per position; T times the KL of step t estimates the sum."""
     kl, kl_zero, prior = _kl_terms(p, sigma)
     steps, d = require_num_steps(p.schedule), p.x_t.shape[-1]
     weight = 1.0 if p.draws.weight is None else p.draws.weight
@@ -162,7 +166,7 @@ def _vlb(p: _ForwardPass, sigma: str = "small") -> LossTerms:
 
 
 def _vlb_legacy(p: _ForwardPass, sigma: str = "small") -> LossTerms:
-    """The published E2E_KL in bits per dimension: T multiplies all terms (B10)."""
+    """The published code's E2E_KL in bits per dimension; T multiplies every term."""
     kl, kl_zero, prior = _kl_terms(p, sigma)
     scale = require_num_steps(p.schedule) / math.log(2)
     diffusion, t0 = (scale * part for part in p.split(kl, kl_zero))
@@ -171,24 +175,24 @@ def _vlb_legacy(p: _ForwardPass, sigma: str = "small") -> LossTerms:
 
 
 def _ce(p: _ForwardPass) -> LossTerms:
-    """Cross-entropy of the denoiser's logits, nats per position (RECIPES T1)."""
+    """Cross-entropy of the denoiser's logits, nats per position (arXiv:2211.15089)."""
     error = p.mean(p.raw)
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)
 
 
 def _ar(p: _ForwardPass) -> LossTerms:
-    """Cross-entropy of the next token, nats per position; the first one is given."""
+    """Cross-entropy of the next token, nats per position; the first token is START."""
     error = p.mean(jnp.pad(p.raw[:, :-1], ((0, 0), (1, 0))))
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)
 
 
 def _nelbo(p: _ForwardPass) -> LossTerms:
-    """The bound in continuous time, nats per position (arXiv:2107.00630, eq. 17).
+    """The continuous-time bound, nats per position (arXiv:2107.00630, eq. 17).
 
-    It trains the embedding too (arXiv:2305.18619): x_0 = EMB(w), and the least noisy
-    latent is rounded by Bayes, position by position.
+    It also trains the embedding (arXiv:2305.18619): x_0 = EMB(w), and the least noisy
+    latent is rounded by Bayes' rule at each position.
     """
     _, slope = jax.jvp(p.schedule.snr, (p.t,), (jnp.ones_like(p.t),))
     error = jnp.sum((p.clean - p.x0_hat) ** 2, -1)
@@ -230,13 +234,15 @@ def end_to_end(
     normalize: bool = False,
     **options: str,
 ) -> LossTerms:
-    """The named terms of one batch; the gradient reaches table, bias and denoiser.
+    """Computes the named terms of one batch; differentiable in all of params.
 
-    objective: "x0", "eps", "mu": mean squared errors by coordinate plus nats per
-    position, as published; "vlb": nats per position; "vlb_legacy": bits per dimension,
-    times T; "ce": nats per position; "ar": the teacher's, nats per position, no noise.
-    mask_pad: PADs do not count (Q7). normalize: the table's rows are put on the sphere
-    first. options: sigma ("small", "large") of the two bounds. Raises UserError where objective, network and schedule do not fit.
+    objective: a key of OBJECTIVES. Units: "x0", "eps", "mu": squared error per
+    coordinate plus nats per position, as published; "vlb", "nelbo", "ce": nats per
+    position; "vlb_legacy": bits per dimension, times T; "ar": nats per position, on
+    clean embeddings. key: turns dropout on. mask_pad: ignore PAD, which the published
+    code counts. normalize: scale the table's rows to norm sqrt(d) first. options: sigma
+    ("small", "large") of the bounds. Raises UserError if objective, network and schedule
+    do not fit together.
     """
     check_compatible(objective, cfg, schedule)
     if normalize:
@@ -252,7 +258,7 @@ def end_to_end(
         x_t, t_cond = model.insert_clean_tokens(clean, draws.known, x_t, t)
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t_cond, draws)
     scored = jnp.asarray(ids)
-    if objective == "ar":  # the next one
+    if objective == "ar":  # the next token is predicted
         scored = jnp.roll(scored, -1, 1)
 
     def head_fn(raw: Array, x_t: Latent, t: Time, ids: Ids) -> tuple:
@@ -288,12 +294,12 @@ def end_to_end(
 
 
 def sigma_0(objective: str, schedule: Schedule) -> Any:
-    """Standard deviation of x_0 around EMB(w) in training: 0 where words are scored."""
+    """Returns the standard deviation of x_0 around EMB(w) in training."""
     return 0.0 if objective in ("nelbo", "ce", "ar") else schedule.sigma_0
 
 
 def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) -> None:
-    """UserError where objective, network and schedule do not fit together."""
+    """Raises UserError if objective, network and schedule do not fit together."""
     choose("objective", OBJECTIVES, objective)
     if objective in ("ce", "ar") and cfg.predicts != "logits":
         raise UserError(
@@ -317,7 +323,7 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
 
 
 def _first_estimate(params, cfg, schedule, x_t, t, draws) -> Latent:
-    """x0_hat without feedback, detached, where self_cond is 1; else zeros."""
+    """Returns x0_hat for self-conditioning where self_cond is 1, without gradient, else 0."""
     zeros = jnp.zeros_like(x_t)
     if not cfg.self_cond or draws.self_cond is None:
         return zeros

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model: an embedding table, a rounding bias and a denoiser, as three arrays."""
+"""The model: an embedding table, a rounding bias and a denoiser."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,14 +20,14 @@ from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
 
-MAX_DENSE_VOCAB = 2048  # above this vocabulary logits are made one example at a time
+MAX_DENSE_VOCAB = 2048  # above it, logits are computed one example at a time
 
 Denoise = Callable[[Latent, Time, Latent], Latent]
 DenoiseLogits = Callable[[Latent, Time, Latent], tuple[Latent, Logits]]
 
 
 class Params(NamedTuple):
-    """table [v d] is EMB and the rounding head's weight; bias [v] is its bias."""
+    """table [v d] is EMB and the weight of the rounding head; bias [v] is its bias."""
 
     table: Table
     bias: Bias
@@ -37,7 +37,7 @@ class Params(NamedTuple):
 def init(
     key: PRNGKey, cfg: DenoiserConfig, vocab: int, *, normalize: bool = False
 ) -> Params:
-    """The published start: table N(0, 1), bias U(-1/sqrt d, +), linear layers alike."""
+    """Initialises as the published code: table N(0, 1), bias U(-1/sqrt d, 1/sqrt d)."""
     k_table, k_bias, k_denoiser = jax.random.split(key, 3)
     bound = cfg.dim**-0.5
     return Params(
@@ -48,7 +48,7 @@ def init(
 
 
 def count(params: PyTree) -> int:
-    """Number of parameters; the tied head's weight counts once."""
+    """Returns the number of parameters; the tied head's weight counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -64,10 +64,11 @@ def apply(
     head_fn: Callable[..., PyTree] = lambda raw, *args: raw,
     head_args: tuple[Array, ...] = (),
 ) -> PyTree:
-    """Raw output: x0, eps or mu [b l d], or logits [b l v]; a key turns dropout on.
+    """Computes the raw output: x0, eps or mu [b l d], or logits [b l v].
 
-    head_fn(raw, *head_args) is returned instead of raw; head_args are arrays [b ...]. Logits of a
-    large vocabulary then exist for one example at a time, forward and backward.
+    key: turns dropout on. head_fn(raw, *head_args), with arrays [b ...], is returned
+    instead of raw; with a large vocabulary it runs on one example at a time, forward and
+    backward, so that the logits of a batch never exist.
     """
     vocab, posterior_x0, t_cond = params.table.shape[0], None, t
     large = vocab > MAX_DENSE_VOCAB and cfg.predicts == "logits"
@@ -107,7 +108,7 @@ def apply(
 
 
 def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree:
-    """f(*rows), or of one example after the other, which the backward pass repeats."""
+    """Computes f(*rows); if large, one example at a time, recomputed backward."""
     if not large:
         return f(*rows)
 
@@ -121,25 +122,25 @@ def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree
 def insert_clean_tokens(
     clean: Latent, known: Bool[Array, "b l"], x_t: Latent, t: Time
 ) -> tuple[Latent, Float[Array, "b l"]]:
-    """(x_t, times) as the network is told known tokens: clean vectors, at time 0."""
+    """Returns (x_t, times [b l]) with the known tokens clean and at time 0."""
     known, t = jnp.asarray(known), jnp.asarray(t)
     each = jnp.broadcast_to(t if t.ndim == 2 else t[:, None], known.shape)
     return jnp.where(known[..., None], clean, x_t), jnp.where(known, 0.0, each)
 
 
 def log_snr_time(schedule: Schedule, t: Time) -> Time:
-    """log(1/SNR) from -10 to 14 as a time from 0 to 1."""
+    """Maps log(1/SNR) from [-10, 14] to a time input in [0, 1]."""
     return jnp.clip((10.0 - schedule.log_snr(jnp.asarray(t))) / 24.0, 0.0, 1.0)
 
 
 def token_posterior_logits(
     table: Table, x_t: Latent, t: Time, schedule: Schedule
 ) -> Logits:
-    """log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2) [b l v].
+    """Computes log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2).
 
-    The posterior given one position alone: the network has only the context to add.
-    Source: output prior of Plaid, arXiv:2305.18619; as an input, the softmax transform
-    of arXiv:2205.14217 appendix F.
+    Its softmax is p(w | x_t) of each position alone [b l v]; the network adds what the
+    context says. Source: the output prior of Plaid, arXiv:2305.18619; as an input, the
+    softmax transform of arXiv:2205.14217 appendix F.
     """
     alpha, sigma = schedule.alpha_sigma(t)
     near = expand_to(alpha / sigma**2, x_t) * jnp.einsum(
@@ -163,13 +164,13 @@ def _from_eps(raw, x_t, t, table, schedule):
 
 
 def _from_mu(raw, x_t, t, table, schedule):
-    """x0 = (mu - coef2 x_t) / coef1, for the step of one index."""
+    """Inverts mu = coef_0 x0 + coef_t x_t for the step of one index."""
     t_next = t - 1.0 / require_num_steps(schedule)
     coef_0, coef_t, _ = posterior_coefficients(t, t_next, schedule)
     return (raw - expand_to(coef_t, x_t) * x_t) / expand_to(coef_0, x_t)
 
 
-# x0_hat from the raw output, by what the network predicts
+# x0_hat as a function of the raw output, by what the network predicts
 TO_X0: dict[str, Callable[..., Latent]] = {
     "x0": lambda raw, x_t, t, table, schedule: raw,
     "eps": _from_eps,
@@ -179,7 +180,7 @@ TO_X0: dict[str, Callable[..., Latent]] = {
 
 
 def expected_embedding(table: Table, logits: Logits) -> Latent:
-    """softmax(logits) @ table: the posterior mean embedding [b l d]."""
+    """Computes softmax(logits) @ table, the posterior mean embedding [b l d]."""
     return jnp.einsum(
         "blv,vd->bld", jax.nn.softmax(logits, -1), table, precision="highest"
     )
@@ -192,9 +193,10 @@ def bind(
     schedule: Schedule | None = None,
     key: PRNGKey | None = None,
 ) -> Denoise:
-    """denoise(x_t [b l d], t [b] or [b l], x0_prev [b l d]) -> x0_hat [b l d].
+    """Returns denoise(x_t [b l d], t [b] or [b l], x0_prev [b l d]) -> x0_hat [b l d].
 
-    t = index / steps in [0, 1). The schedule is needed unless the network predicts x0.
+    t = index / num_steps in [0, 1). schedule may be None only if the network predicts x0
+    and reads t. key: turns dropout on.
     """
     if cfg.predicts != "x0" or cfg.token_posterior_input or cfg.time_input == "log_snr":
         _require_schedule(schedule, cfg)
@@ -224,10 +226,10 @@ def _cast(params: Params, cfg: DenoiserConfig) -> Params:
 def bind_logits(
     params: Params, cfg: DenoiserConfig, *, schedule: Schedule | None = None
 ) -> DenoiseLogits:
-    """read(x_t, t, x0_prev) -> (x0_hat [b l d], log p(w | x_t) of each position [b l v]).
+    """Returns a function (x_t, t, x0_prev) -> (x0_hat [b l d], log p(w | x_t) [b l v]).
 
-    The log-probabilities, in nats, are the network's own where it predicts logits;
-    else those of rounding its estimate.
+    The log-probabilities, in nats, are the network's own if it predicts logits, else
+    those of the rounding of x0_hat.
     """
     params = _cast(params, cfg)
 

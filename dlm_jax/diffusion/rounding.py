@@ -9,31 +9,31 @@ from jaxtyping import Bool, Float
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.types import Array, Bias, Ids, Latent, Logits, Table
 
-Allowed = Bool[Array, "b l v"]  # the words that a position may have
+Allowed = Bool[Array, "b l v"]  # the words that each position may take
 
-# An argmax over a large axis costs more than the product that it is of, plain maxima do
-# not: so words are compared by groups, then inside the best one.
-GROUP = 32  # words of a group, of scores that are there all at once
-CHUNK = 128  # words at a time, of a large vocabulary
-MAX_DENSE_VOCAB = 1024  # above this vocabulary `nearest` makes no array of all scores
+# An argmax over a large axis costs more than the product before it, and a maximum does
+# not: so `nearest` finds the best group of words by maxima, then the word inside it.
+GROUP = 32  # words per group, if all scores are in memory
+CHUNK = 128  # words per chunk of a large vocabulary
+MAX_DENSE_VOCAB = 1024  # above it, `nearest` never stores all scores
 
 
 def logits(table: Table, bias: Bias, x: Latent) -> Logits:
-    """x E^T + c: the tied head (the published `logits_mode` 1) [b l v]."""
+    """Computes x E^T + c, the tied head (the published `logits_mode` 1) [b l v]."""
     return jnp.einsum("bld,vd->blv", x, table, precision="highest") + bias
 
 
 def nll(logits: Logits, ids: Ids) -> Float[Array, "b l"]:
-    """-log p(w | x) in nats, for each position."""
+    """Computes -log p(w | x) in nats for each position [b l]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(ids))
 
 
 def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:
-    """The word, of the allowed ones, that is nearest in L2; ties go to the lowest id.
+    """Returns the nearest allowed word of each position in L2; ties: the lowest id.
 
-    argmax_v e_v.x - |e_v|^2 / 2: one product, and no array of [b l v d]. Above WHOLE
-    words the vocabulary is scanned in chunks, so that no [b l v] exists either, unless
-    `allowed` is one.
+    argmax_v e_v.x - |e_v|^2 / 2 needs one product and no array [b l v d]. Above
+    MAX_DENSE_VOCAB words the vocabulary is scanned in chunks, so that no array [b l v]
+    exists either, unless `allowed` is given.
     """
     if table.shape[0] > MAX_DENSE_VOCAB and allowed is None:
         return _nearest_scanned(*_grouped(table, CHUNK), jnp.asarray(x))
@@ -49,7 +49,7 @@ def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:
 
 
 def _grouped(table: Table, size: int) -> tuple[Array, Array]:
-    """(words [g size d], half their squares [g size]), filled up with words far away."""
+    """Returns (words [g size d], half their squares [g size]), padded with infinite ones."""
     half = 0.5 * jnp.sum(jnp.asarray(table) ** 2, -1)
     spare = -table.shape[0] % size
     words = jnp.pad(jnp.asarray(table), ((0, spare), (0, 0)))
@@ -60,7 +60,7 @@ def _grouped(table: Table, size: int) -> tuple[Array, Array]:
 def _nearest_scanned(
     words: Float[Array, "g k d"], halves: Float[Array, "g k"], x: Latent
 ) -> Ids:
-    """Finds the winning chunk by plain maxima, then the word inside it."""
+    """Finds the best chunk by maxima, then the best word inside it."""
 
     def compare(carry, chunk):
         best, winner = carry
@@ -91,5 +91,5 @@ def _nearest_scanned(
 
 
 def project(table: Table, x: Latent, allowed: Allowed | None = None) -> Latent:
-    """The clamp: every position moves to its nearest embedding [b l d]."""
+    """Applies the clamp: moves each position to its nearest embedding [b l d]."""
     return embed(table, nearest(table, x, allowed))

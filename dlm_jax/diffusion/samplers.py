@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers: solvers make a Step from a Denoise; one `lax.scan` runs it over a grid.
+"""Samplers: a solver turns a Denoise into a Step, which one `lax.scan` runs over times.
 
-Times run from noise (t near 1) to data (t < 0 is clean). All solvers read x0_hat.
+Times fall from noise (t near 1) to data; t < 0 stands for clean data. All solvers use
+x0_hat. Formulas: docs/method.md, section 5.
 """
 
 import inspect
@@ -26,14 +27,14 @@ from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree
 
 
 class State(NamedTuple):
-    """x_t: the sample; x0_hat: the last estimate (self-conditioning, multistep)."""
+    """x_t: the sample; x0_hat: the last estimate, for self-conditioning and multistep."""
 
     x_t: Latent
     x0_hat: Latent
 
 
 class Times(NamedTuple):
-    """prev, now, next: the times of a step, each [n] (a scalar inside the scan)."""
+    """The times before, at and after a step, each [n], or scalars inside the scan."""
 
     prev: Any
     now: Any
@@ -46,10 +47,10 @@ Step = Callable[[PRNGKeys, State, Times], State]
 def timesteps(
     num_steps: int, *, start: float | None = None, stop: float = 0.0
 ) -> Times:
-    """n times (n-1)/n, ..., 1/n, 0 and the one after each; the last lands on x0_hat.
+    """Returns n evenly spaced times (n-1)/n, ..., 1/n, 0; the last step yields x0_hat.
 
-    On a schedule of T = 2000, grid(200) is the published "ddim200". start, stop: the
-    first and the last time, evenly parted, for a curve or a part of the range.
+    On a schedule with T = 2000, timesteps(200) is the published "ddim200". start, stop:
+    the first and the last time, for a continuous schedule or a part of the range.
     """
     first = (num_steps - 1) / num_steps if start is None else start
     now = np.linspace(first, stop, num_steps)
@@ -57,33 +58,33 @@ def timesteps(
 
 
 def schedule_timesteps(schedule: Schedule, num_steps: int) -> Times:
-    """Indices of a table; on a curve, evenly from t = 1 to 1/steps, then clean."""
+    """Returns the times of a schedule: its indices, or 1 to 1/n if it is continuous."""
     if schedule.num_steps is not None:
         return timesteps(num_steps)
     return timesteps(num_steps, start=1.0, stop=1.0 / num_steps)
 
 
 def _times(now: np.ndarray) -> Times:
-    """Clean data follows the last time: any t < 0 stands for it."""
+    """Adds the neighbours of each time; clean data, t = -1, follows the last."""
     return Times(np.append(now[:1], now[:-1]), now, np.append(now[1:], -1.0))
 
 
 def per_example_keys(key: PRNGKey | PRNGKeys, count: int) -> PRNGKeys:
-    """One key an example: fold_in(key, i), whatever the batch it is drawn in."""
+    """Returns one key per example, fold_in(key, i), independent of the batch size."""
     if key.ndim == 1:
         return key
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
 
 def standard_normal(keys: PRNGKeys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise [b *shape], example by example."""
+    """Draws standard normal noise [b *shape], with a key per example."""
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
 
 
 def truncated_normal(
     keys: PRNGKeys, shape: tuple[int, ...], bound: float
 ) -> Float[Array, "b ..."]:
-    """Normal noise conditioned on |n| <= bound: the published `top_p`."""
+    """Draws normal noise conditioned on |n| <= bound, the published `top_p`."""
     return jax.vmap(lambda k: jax.random.truncated_normal(k, -bound, bound, shape))(
         keys
     )
@@ -104,7 +105,11 @@ def ancestral(
     sigma: str = "small",
     top_p: float = 0.0,
 ) -> Step:
-    """DDPM: x_next ~ q(x_next | x_t, x0_hat). top_p > 0: |noise| stays below it."""
+    """Returns DDPM's step: x_next ~ q(x_next | x_t, x0_hat).
+
+    sigma: variance of the step, "small" (the posterior's) or "large" (beta). top_p > 0
+    limits |noise|. Source: arXiv:2006.11239.
+    """
     choose("sigma", VARIANCES, sigma)
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -124,7 +129,10 @@ def ancestral(
 
 
 def marginal(denoise: Denoise, schedule: Schedule) -> Step:
-    """x_next = sqrt(abar) x0_hat + sqrt(1-abar) eps, as section 4.2 prints it (Q9)."""
+    """Returns the step x_next = sqrt(abar) x0_hat + sqrt(1 - abar) eps.
+
+    Source: arXiv:2205.14217 section 4.2; the published code uses `ancestral`.
+    """
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
         x0_hat = _predict(denoise, state, times.now)
@@ -138,7 +146,7 @@ def marginal(denoise: Denoise, schedule: Schedule) -> Step:
 
 
 def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
-    """DDIM, arXiv:2010.02502 eq. 12; eta = 1 is `ancestral` with sigma small."""
+    """Returns DDIM's step, arXiv:2010.02502 eq. 12; eta = 1 is `ancestral`."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: must be from 0 to 1")
 
@@ -163,9 +171,9 @@ def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
 
 
 def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
-    """DPM-Solver++(2M), data prediction. arXiv:2211.01095, algorithm 2.
+    """Returns DPM-Solver++(2M)'s step, data prediction: arXiv:2211.01095, algorithm 2.
 
-    The first step, and the one that lands on clean data, are of first order.
+    The first step and the last are of first order.
     """
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -190,9 +198,9 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
 
 
 def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
-    """Puts noise back before each step: it starts `rate` step lengths earlier.
+    """Adds noise before each step, so that it starts `rate` step lengths earlier.
 
-    Errors of the last steps drown in it (arXiv:2206.00364, algorithm 2).
+    This masks errors of earlier steps (arXiv:2206.00364, algorithm 2).
     """
 
     def churned(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -223,10 +231,10 @@ def temperature(
     *,
     tau: float,
 ) -> Step:
-    """`solver(denoise)` with the score divided by tau (arXiv:2211.15089).
+    """Returns solver(denoise) with the score divided by tau (arXiv:2211.15089).
 
-    The step uses x0_hat moved on, away from x_t; the state keeps x0_hat itself, for
-    feedback. For one-step solvers that read x_t: ancestral, ddim.
+    The step uses x0_hat moved away from x_t; the state keeps x0_hat itself for
+    self-conditioning. For the solvers in ONE_STEP.
     """
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -244,9 +252,10 @@ def temperature(
 
 
 def shift_timesteps(times: Times, gap: float) -> Times:
-    """Each step moves on by `gap` lengths more than the network is told next.
+    """Moves the end of each step `gap` step lengths further.
 
-    Asymmetric time intervals, arXiv:2208.04202, for few steps; the last one is clean.
+    The next step still passes the original time to the network: asymmetric time
+    intervals, arXiv:2208.04202, for few steps. The last step ends on clean data.
     """
     moved = times.next - gap * (times.now - times.next)
     return times._replace(next=np.where(times.next < 0, -1.0, np.maximum(moved, 0.0)))
@@ -275,9 +284,9 @@ def sample(
     *,
     trace: Callable[[State], PyTree] | None = None,
 ) -> tuple[State, PyTree]:
-    """Runs the step over the grid: the last State, and trace(state) of each [n ...].
+    """Runs the step over all times: the last State, and trace(state) per step [n ...].
 
-    key [] or [b]: an example's noise depends on its key and the step's number alone.
+    key [] or [b]: an example's noise depends only on its key and the step's number.
     """
     keys = per_example_keys(key, x_T.shape[0])
     number = len(times.now)

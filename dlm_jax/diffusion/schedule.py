@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise: x_t = alpha(t) x_0 + sigma(t) eps, variance preserving, t in [0, 1].
+"""Noise schedules: x_t = alpha(t) x_0 + sigma(t) eps, variance preserving, t in [0, 1].
 
-A schedule is one curve, L(t) = log alpha_bar(t): it keeps full precision at both ends,
-where alpha_bar = exp(L) or 1 - alpha_bar = -expm1(L) would lose it in float32.
+A schedule is one curve, log alpha_bar(t), which keeps full precision at both ends, where
+alpha_bar or 1 - alpha_bar would lose it in float32. docs/method.md, section 1, lists all.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ MAX_BETA = 0.999  # the published clip
 
 
 def _numpy(*values: Any) -> Any:
-    """NumPy (float64, exact) for host values, jax.numpy if one is on a device."""
+    """Returns NumPy (float64) for host values, jax.numpy if one is on a device."""
     return jnp if any(isinstance(x, jax.Array) for x in values) else np
 
 
 class Schedule(NamedTuple):
-    """log alpha_bar as a curve over t, or, once discretised, as a table [steps].
+    """log alpha_bar as a curve over t or, once discretised, as a table [num_steps].
 
-    `curve` and `betas` are `Partial`s: functions whose parameters, if any, are leaves,
-    so that a schedule is a pytree. On a table t stands for index round(t * steps), and
-    t < 0 for clean data. Host times (NumPy) give float64, device times float32.
+    `curve` and `betas` are `Partial`s, functions whose parameters are leaves, so that a
+    schedule is a pytree. With a table, t stands for index round(t * num_steps); t < 0
+    stands for clean data. Host times (NumPy) give float64, device times float32.
     """
 
     curve: Partial | None
@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
 
     @property
     def num_steps(self) -> int | None:
-        """T of a discretised schedule; None for a curve."""
+        """T of a discretised schedule; None for a continuous one."""
         return (
             None
             if self.log_alpha_bar_table is None
@@ -53,7 +53,7 @@ class Schedule(NamedTuple):
         return float(sigma) if isinstance(sigma, np.generic | np.ndarray) else sigma
 
     def _log(self, t: Any) -> tuple[Any, Any]:
-        """L(t) as (high, low): float32 pairs keep the differences of table entries."""
+        """Returns log alpha_bar(t) as a float32 pair, whose differences are exact enough."""
         xp = _numpy(t, *jax.tree.leaves(self.curve))
         t = xp.asarray(t)
         if self.log_alpha_bar_table is None:
@@ -76,23 +76,23 @@ class Schedule(NamedTuple):
         return jnp.asarray(high)[index], jnp.asarray(low)[index]
 
     def log_alpha_bar(self, t: Any) -> Any:
-        """log alpha_bar(t), of t's shape."""
+        """Returns log alpha_bar(t), of t's shape."""
         high, low = self._log(t)
         return high + low
 
     def alpha_bar(self, t: Any) -> Any:
-        """alpha_bar(t), of t's shape; 1 for t < 0."""
+        """Returns alpha_bar(t), of t's shape; 1 for t < 0."""
         log = self.log_alpha_bar(t)
         return _numpy(log).exp(log)
 
     def alpha_sigma(self, t: Any) -> tuple[Any, Any]:
-        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t."""
+        """Returns (sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t."""
         log = self.log_alpha_bar(t)
         xp = _numpy(log)
         return xp.exp(0.5 * log), xp.sqrt(-xp.expm1(log))
 
     def log_snr(self, t: Any) -> Any:
-        """log(alpha_bar / (1 - alpha_bar)), +inf for clean data."""
+        """Returns log(alpha_bar / (1 - alpha_bar)), +inf for clean data."""
         log = self.log_alpha_bar(t)
         xp = _numpy(log)
         clean = log >= 0
@@ -101,17 +101,17 @@ class Schedule(NamedTuple):
         )
 
     def snr(self, t: Any, sigma_0: float = 0.0) -> Any:
-        """Signal over noise variance of x_t around alpha EMB(w), of t's shape.
+        """Returns signal over noise variance of x_t given EMB(w), of t's shape.
 
-        sigma_0: standard deviation of x_0 around EMB(w). Not by expm1(-log): XLA's CPU
-        compiler takes it for -expm1(log), which stands in the same kernel (jax 0.10).
+        sigma_0: standard deviation of x_0 around EMB(w). expm1(-log) is avoided: XLA's
+        CPU compiler confuses it with the -expm1(log) of the same kernel (jax 0.10).
         """
         log = self.log_alpha_bar(t)
         xp = _numpy(log)
         return xp.exp(log) / (xp.exp(log) * sigma_0**2 - xp.expm1(log))
 
     def beta(self, t: Any, t_next: Any) -> Any:
-        """1 - alpha_bar(t) / alpha_bar(t_next): the noise added from t_next to t."""
+        """Returns 1 - alpha_bar(t) / alpha_bar(t_next), the noise added from t_next to t."""
         high, low = self._log(t)
         high_next, low_next = self._log(t_next)
         difference = (high - high_next) + (low - low_next)
@@ -119,17 +119,17 @@ class Schedule(NamedTuple):
 
 
 def expand_to(t: Any, x: Latent) -> Any:
-    """A value per example [b] or per token [b l], shaped to multiply x [b l d]."""
+    """Reshapes a value per example [b] or per token [b l] to broadcast with x [b l d]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def broadcast_to(value: Any, x: Latent) -> Any:
-    """A host or device coefficient [b] or [b l] in x's precision, shaped for x."""
+    """Converts a coefficient [b] or [b l] to x's dtype, and reshapes it as `expand_to`."""
     return expand_to(jnp.asarray(value, x.dtype), x)
 
 
 def add_noise(x_0: Latent, t: Time, eps: Latent, schedule: Schedule) -> Latent:
-    """q(x_t | x_0): sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
+    """Computes x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
     alpha, sigma = schedule.alpha_sigma(t)
     return (
         expand_to(jnp.asarray(alpha), x_0) * x_0
@@ -141,7 +141,10 @@ def add_noise(x_0: Latent, t: Time, eps: Latent, schedule: Schedule) -> Latent:
 
 
 def posterior_coefficients(t: Any, t_next: Any, schedule: Schedule) -> tuple:
-    """(of x0_hat, of x_t, variance) of q(x_next | x_t, x0_hat), of t's shape."""
+    """Returns the coefficients of x0_hat and x_t, and the variance of the posterior.
+
+    They belong to q(x_next | x_t, x0_hat), and have t's shape.
+    """
     beta = schedule.beta(t, t_next)
     noise = schedule.beta(t, -1.0)
     alpha_next, sigma_next = schedule.alpha_sigma(t_next)
@@ -170,10 +173,11 @@ def posterior(
     t_next: Time | Float[Array, ""] | None = None,
     sigma: str = "small",
 ) -> tuple[Latent, Any]:
-    """Mean [b l d] and standard deviation (t's shape) of q(x_next | x_t, x0_hat).
+    """Returns mean [b l d] and standard deviation (t's shape) of q(x_next | x_t, x0_hat).
 
-    t_next: the time reached; None is one index on, t - 1/steps. sigma: "small" is the
-    posterior's own, "large" is sqrt(beta); 0 on reaching clean data. arXiv:2006.11239.
+    t_next: the time reached, by default t - 1/num_steps. sigma: "small" is the
+    posterior's own deviation, "large" is sqrt(beta), and 0 for clean data. Source:
+    arXiv:2006.11239.
     """
     if t_next is None:
         t_next = t - 1.0 / require_num_steps(schedule)
@@ -183,14 +187,14 @@ def posterior(
 
 
 def require_num_steps(schedule: Schedule) -> int:
-    """T of a discretised schedule; an error on a curve."""
+    """Returns T of a discretised schedule. Raises UserError for a continuous one."""
     if schedule.num_steps is None:
         raise UserError("this needs a discretised schedule: schedule.discretize(., T)")
     return schedule.num_steps
 
 
 def clipped_variance(t: Time, schedule: Schedule, *, sigma: str = "small") -> Any:
-    """The step's variance; at index 0, where it is 0, that of index 1 stands in."""
+    """Returns the variance of the step; index 0, where it is 0, takes that of index 1."""
     xp, step = _numpy(t), 1.0 / require_num_steps(schedule)
     later = xp.maximum(t, step)
     small, mine = (
@@ -245,13 +249,13 @@ def _rescaled(t, curve, factor):
 
 
 def _betas_normalised(steps, f):
-    """`betas_for_alpha_bar`: 1 - f((i+1)/T) / f(i/T), hence alpha_bar over f(0)."""
+    """The published `betas_for_alpha_bar`: 1 - f((i+1)/T) / f(i/T)."""
     s = np.arange(steps + 1) / steps
     return np.minimum(1 - f(s[1:]) / f(s[:-1]), MAX_BETA)
 
 
 def _betas_shifted(steps, f):
-    """`betas_for_alpha_bar2`: the first beta is 1 - f(0), hence alpha_bar_i = f(i/T)."""
+    """The published `betas_for_alpha_bar2`: the first beta is 1 - f(0)."""
     s = np.arange(steps) / steps
     return np.minimum(1 - f(s) / np.append(1.0, f(s[:-1])), MAX_BETA)
 
@@ -294,22 +298,28 @@ def _of_curve(curve: Partial) -> Schedule:
 
 
 def logistic(mean: Any, scale: Any, cut: float = 1e-4) -> Schedule:
-    """Uniform t makes log(1/SNR) logistic (mean, scale in nats), its tails cut off."""
+    """Returns the schedule under which uniform t makes log(1/SNR) logistic.
+
+    mean, scale: in nats; cut: times below it and above 1 - cut are clipped.
+    """
     return _of_curve(Partial(_logistic, mean=mean, scale=scale, cut=cut))
 
 
 def gumbel(mean: Any, scale: Any, cut: float = 1e-5) -> Schedule:
-    """Uniform t makes log(1/SNR) Gumbel, as arXiv:2604.11748."""
+    """Returns the schedule under which uniform t makes log(1/SNR) Gumbel.
+
+    Source: arXiv:2604.11748.
+    """
     return _of_curve(Partial(_gumbel, mean=mean, scale=scale, cut=cut))
 
 
 def from_quantiles(t: Array, noise: Array) -> Schedule:
-    """log(1/SNR) is `noise` (rising) at times `t` (from 0 to 1), linear between."""
+    """Returns the schedule with log(1/SNR) `noise` at times `t`, linear in between."""
     return _of_curve(Partial(_linear_between, knots=t, noise=noise))
 
 
 def rescale(schedule: Schedule, factor: float) -> Schedule:
-    """The noise factor F of arXiv:2212.09412: as if the noise had F times its size.
+    """Rescales the noise by the factor F of arXiv:2212.09412.
 
     alpha_bar' = alpha_bar / (F^2 - (F^2 - 1) alpha_bar).
     """
@@ -320,9 +330,8 @@ def rescale(schedule: Schedule, factor: float) -> Schedule:
     return Schedule(curve, betas)
 
 
-# The published six (REFERENCE: improved-diffusion's `get_named_beta_schedule` and the
-# text ones), and two quantile functions: the logistic, and the Gumbel of
-# arXiv:2604.11748 with its published start (4.723, 0.852).
+# The six of the published code, and two quantile functions: the logistic, and the Gumbel
+# of arXiv:2604.11748 with its published parameters.
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "sqrt": lambda: _curve(_sqrt, _betas_normalised, _f_sqrt),
     "cosine": lambda: _curve(_cosine, _betas_normalised, _f_cosine, shift=0.008),
@@ -339,12 +348,12 @@ QUANTILE_SCHEDULES = ("logistic", "gumbel")
 
 
 def betas(schedule: Schedule, steps: int) -> np.ndarray:
-    """The clipped betas [steps], float64, of the published code."""
+    """Returns the published code's clipped betas [steps], float64."""
     return np.asarray(schedule.betas(steps), np.float64)
 
 
 def discretize(schedule: Schedule, steps: int) -> Schedule:
-    """The published table of `steps` noise levels; index i is t = i / steps."""
+    """Returns the schedule as a table of `steps` noise levels; index i is t = i / steps."""
     return schedule._replace(
         log_alpha_bar_table=np.cumsum(np.log1p(-betas(schedule, steps)))
     )
@@ -359,10 +368,10 @@ def make_schedule(
     noise_factor: float = 1.0,
     adaptive: str = "",
 ) -> Schedule:
-    """SCHEDULES[name], discretised if num_steps > 0; scale > 0 sets a quantile curve.
+    """Returns SCHEDULES[name], discretised if num_steps > 0. Raises UserError.
 
-    noise_factor: `rescale`. adaptive: the start of a schedule that training adapts, a
-    quantile curve (see `adaptive`).
+    mean, scale: of a quantile schedule, in nats, if scale > 0. noise_factor: see
+    `rescale`. adaptive: training adapts the schedule from this start (see `adaptive`).
     """
     choose("config.schedule.name", SCHEDULES, name)
     if num_steps < 0 or 0 < num_steps < 20:

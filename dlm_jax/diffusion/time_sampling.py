@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything random about a batch: times, noise, known tokens, truncation."""
+"""The random inputs of a training step: times, noise, known tokens, truncation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 
 
 class NoiseDraws(NamedTuple):
-    """Everything random about a batch, but dropout.
+    """The random inputs of a batch, except dropout.
 
-    t: times, index / steps; eps_0, eps_t: the noise of x_0 and of x_t; weight [b]:
-    importance weights; self_cond [b]: 1 where the first estimate is fed back; known
-    [b l]: tokens that the network is given, clean and at time 0, and is not asked.
+    t: times; eps_0, eps_t: the noise of x_0 and of x_t; weight [b]: importance weights;
+    self_cond [b]: 1 where the first estimate is an input; known [b l]: tokens that the
+    network receives clean and at time 0, and that are not scored.
     """
 
     t: Time
@@ -28,7 +28,7 @@ class NoiseDraws(NamedTuple):
 
 
 class LossMoments(NamedTuple):
-    """The last losses of every time index, for importance sampling of t."""
+    """The last ten losses of every time index, for importance sampling of t."""
 
     history: Float[Array, "steps 10"]
     filled: Int[Array, " steps"]
@@ -66,9 +66,9 @@ def draw_noise(
     conditioning_prob: float = 0.0,
     moments: LossMoments | None = None,
 ) -> NoiseDraws:
-    """Draws for rows first .. first + b - 1 of a global batch of `total` rows.
+    """Draws the inputs of rows first .. first + b - 1 of a global batch of `total` rows.
 
-    Keyed by the row's global number, so that devices and processes do not matter.
+    A row's values depend on its global number, not on devices and processes.
     num_steps: T of a discretised schedule (times then fall on indices), None for a curve.
     self_cond_prob: the probability that this batch feeds its first estimate back.
     conditioning_prob: the probability that a row is given some of its tokens.
@@ -96,9 +96,10 @@ def draw_noise(
 
 
 def _draw_known(key: PRNGKey, index: Array, length: int, prob: float) -> Array:
-    """Tokens given [b l]: all but an interval, or each at a rate of its row's own.
+    """Draws the mask of known tokens [b l].
 
-    Half of the intervals reach the end: a prefix. Source: RECIPES T8, arXiv:2211.15089.
+    A row knows either all tokens outside an interval, which half of the time reaches the
+    end, or each token at a random rate. Source: arXiv:2211.15089.
     """
     place = jnp.arange(length)
 
@@ -116,12 +117,15 @@ def _draw_known(key: PRNGKey, index: Array, length: int, prob: float) -> Array:
 
 
 def init_moments(steps: int) -> LossMoments:
-    """An empty history: times stay uniform until every index has ten losses."""
+    """Returns an empty history; times stay uniform until every index has ten losses."""
     return LossMoments(jnp.zeros((steps, 10)), jnp.zeros(steps, jnp.int32))
 
 
 def time_probabilities(moments: LossMoments) -> Float[Array, " steps"]:
-    """p_t ~ sqrt(mean loss^2) with a uniform share of 0.001 (loss-second-moment)."""
+    """Returns p_t ~ sqrt(mean loss^2), mixed with 0.001 of the uniform distribution.
+
+    The loss-second-moment sampler of arXiv:2102.09672.
+    """
     p = jnp.sqrt(jnp.mean(moments.history**2, -1))
     steps, total = p.shape[0], jnp.sum(p)
     warm = jnp.all(moments.filled == 10) & (total > 0)
@@ -139,7 +143,7 @@ def _importance(u: PerExample, moments: LossMoments) -> tuple[PerExample, PerExa
 def update_moments(
     moments: LossMoments, t: PerExample, loss: PerExample
 ) -> LossMoments:
-    """Appends each loss to its index's history, dropping the oldest of ten."""
+    """Appends each loss to the history of its index, dropping the oldest of ten."""
 
     def append(m, pair):
         i, value = pair
@@ -155,9 +159,10 @@ def update_moments(
 
 
 def truncate(key: PRNGKey, ids: Ids, prob: float, *, first: int | Array = 0) -> Ids:
-    """A share of the rows cut at a random length, PAD after it (arXiv:2305.18619).
+    """Truncates rows at a random length with this probability (arXiv:2305.18619).
 
-    So a model also knows texts that end where training texts do not. Keyed like `draw`.
+    The rest becomes PAD, so that a model also learns unfinished texts. Rows are keyed as
+    in `draw_noise`.
     """
     length = ids.shape[1]
 

@@ -49,7 +49,7 @@ UNCONSTRAINED = Constraints()
 
 
 def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
-    """Ids of a phrase; UserError naming a word that the model does not know."""
+    """Encodes a phrase. Raises UserError naming a word outside the vocabulary."""
     ids = tok.encode(text)
     if not ids:
         raise UserError(f"{what}: empty; give some words")
@@ -61,13 +61,13 @@ def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
 
 
 def pad_to_power_of_two(row: list[int]) -> np.ndarray:
-    """A row of ids [1 k], filled up with -1 to a power of two: few compilations."""
+    """Pads a row of ids with -1 to [1 k], k a power of two: few compilations."""
     width = 1 << max(len(row) - 1, 0).bit_length()
     return np.array([row + [-1] * (width - len(row))], np.int32)
 
 
 def require_word_tokens(tok: Tokenizer, what: str) -> None:
-    """UserError where positions are not words."""
+    """Raises UserError if a position is not a word."""
     if not isinstance(tok, WordTokenizer):
         raise UserError(
             f"{what}: counts words, and this model's positions are sentencepiece "
@@ -94,27 +94,27 @@ def batch_constraints(rows: Iterable[Constraints]) -> Constraints:
 
 
 BLANK, GAP = "___", "[...]"
-MAX_GAP_WORDS = 10  # words of a gap, as published
+MAX_GAP_WORDS = 10  # as in the published code
 
 
 class Template(NamedTuple):
-    """A text in parts: lists of ids, None for one open position, GAP for any number."""
+    """A text in parts: a list of ids, None for one open word, or GAP for any number."""
 
     parts: list[Any]
 
     @property
     def gaps(self) -> int:
-        """How many gaps there are."""
+        """The number of gaps."""
         return sum(part == GAP for part in self.parts)
 
     @property
     def size(self) -> int:
-        """Positions that the template needs, a gap counting as one."""
+        """The number of positions that the template needs, counting a gap as one."""
         return sum(len(p) if isinstance(p, list) else 1 for p in self.parts)
 
 
 def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Template:
-    """A template such as "The ___ is a pub [...]"; UserError if it has no blank.
+    """Parses a template such as "The ___ is a pub [...]". Raises UserError.
 
     excluded: ids that must not occur, so the template may not hold them either.
     """
@@ -149,9 +149,9 @@ def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Templ
 def fill_template(
     template: Template, length: int, widths: Iterable[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, known) [length] with the gaps this wide; a last one without stays open.
+    """Returns (ids, known) [length] with gaps of these widths; the last may stay open.
 
-    Of what is not known, ids hold PAD, and END in the open gap.
+    Positions that are not known hold PAD, or END in an open gap.
     """
     ids, known, gaps, rest = [START], [True], iter(widths), True
     for part in template.parts:
@@ -176,7 +176,8 @@ def template_constraints(
 ) -> Constraints:
     """Builds the constraints of n texts, with random gap widths for each.
 
-    words: of the whole text; else a gap has 1 to WIDEST, and the last is left open.
+    words: length of the whole text; by default a gap has 1 to MAX_GAP_WORDS words, and
+    a gap at the end stays open.
     """
     numbers = [np.random.default_rng((seed, i)) for i in range(n)]
     if words is not None:
@@ -199,7 +200,7 @@ def template_constraints(
 
 
 def _parted(template: Template, words: int, rng: Any) -> list[int]:
-    """Widths of the gaps that make the text this long, all such equally likely."""
+    """Draws gap widths that give the text this length, uniformly over all such widths."""
     spare = words - template.size
     if spare < 0 or (spare and not template.gaps):
         needs = f"{template.size} words" + (" or more" if template.gaps else "")
@@ -212,9 +213,9 @@ def _parted(template: Template, words: int, rng: Any) -> list[int]:
 
 
 def allowed_tokens(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
-    """Words allowed [n l v]: the known ones, and no special in an open position.
+    """Returns the allowed tokens [n l v]: known tokens, and words where it is open.
 
-    In an open gap, whose ids are END, the text may end: after one word at the least.
+    In an open gap, whose ids are END, the text may also end, after at least one word.
     """
     word = np.arange(vocab) > max(START, END, UNK, PAD)
     allowed = np.broadcast_to(word, (*ids.shape, vocab)).copy()
@@ -235,7 +236,7 @@ CONSTRAINTS = (
     "tree",
     "span",
 )
-POSITIONAL = {"length", "pos", "tree", "span"}  # of words counted from the text's start
+POSITIONAL = {"length", "pos", "tree", "span"}  # they count words from the start
 
 
 def parse_constraints(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint of ours, or a published one, to a model that samples."""
+"""Loads a model from a run's checkpoint, or from one of the published code."""
 
 from pathlib import Path
 from typing import Any
@@ -44,31 +44,32 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     return from_parts(cfg, state.pop("params"), tok, record.config, step=step, **state)
 
 
-MIN_SHARED_VOCAB = 0.9  # share of the words that a teacher and a run have in common
+MIN_SHARED_VOCAB = 0.9  # of an autoregressive model and the run that it scores
 
 
 def load_ar_model(name: str, workdir: str, lm: DiffusionLM) -> DiffusionLM | None:
-    """The teacher of that option, if it knows the very words and lengths of the run."""
+    """Loads the autoregressive model that an option names; None if it is not set.
+
+    Raises UserError if its vocabulary or length does not cover those of lm.
+    """
     if not workdir:
         return None
     ar_model, flag = load(workdir), f"{name}={workdir}"
     if not ar_model.cfg.causal:
         raise UserError(f"{flag}: not of objective 'ar'")
-    mine, its = (set(b.tokenizer.tokens()) for b in (lm, ar_model))
-    if (
-        len(mine & its) < MIN_SHARED_VOCAB * len(mine | its)
-        or ar_model.length < lm.length
-    ):
+    vocab, other = (set(m.tokenizer.tokens()) for m in (lm, ar_model))
+    shared, total = len(vocab & other), len(vocab | other)
+    if shared < MIN_SHARED_VOCAB * total or ar_model.length < lm.length:
         raise UserError(
-            f"{flag}: trained on other text, or shorter ({len(mine & its)} of "
-            f"{len(mine | its)} words shared, length {ar_model.length} for "
-            f"{lm.length}); train one on this run's data"
+            f"{flag}: trained on other text, or shorter ({shared} of {total} words "
+            f"shared, length {ar_model.length} for {lm.length}); train one on this "
+            "run's data"
         )
     return ar_model
 
 
 def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, PyTree]:
-    """(network, schedule, shapes of Params) that a resolved config describes."""
+    """Returns (network, schedule, shapes of Params) of a saved config. Raises UserError."""
     try:
         cfg = DenoiserConfig(**config["model"])
         bounds = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minimum Bayes risk: of many samples, the one most like the others."""
+"""Minimum Bayes risk: selects the sample that is most like the others."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,9 +7,9 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, choose
 
-Utility = Callable[[str, str], float]  # (hypothesis, reference) -> how alike
+Utility = Callable[[str, str], float]  # (hypothesis, reference) -> similarity
 
 _bleu = BLEU(
     effective_order=True, tokenize="none", smooth_method="add-k", smooth_value=1
@@ -32,23 +32,21 @@ def utilities(
     utility: str | Utility = "bleu",
     published: bool = False,
 ) -> np.ndarray:
-    """The mean utility of each candidate [n] against the others as references.
+    """Computes the mean utility of each candidate [n], with the others as references.
 
-    utility: "bleu" (sentence BLEU-4 of the words, smoothed by 1), "chrf", from 0 to 100,
-    or any function of (hypothesis, reference). published: the candidate is the
-    reference of the others, as the paper's code has it (REFERENCE Q21).
+    utility: "bleu" (sentence BLEU-4 of the words, smoothed by 1) or "chrf", from 0 to
+    100, or any function of (hypothesis, reference). published: use the candidate as the
+    reference of the others, as the published code does. Raises UserError.
     """
     if isinstance(candidates, str) or not len(candidates):
         raise UserError("mbr: give a list of one or more texts")
     if isinstance(utility, str):
-        if utility not in UTILITIES:
-            raise UserError(
-                f"utility={utility!r}: choose one of {', '.join(UTILITIES)}"
-            )
-        utility = UTILITIES[utility]
+        score: Utility = choose("utility", UTILITIES, utility)
+    else:
+        score = utility
     texts = sorted(set(candidates))  # equal texts cost one comparison
     counts = np.array([list(candidates).count(text) for text in texts], float)
-    matrix = np.array([[utility(a, b) for b in texts] for a in texts])
+    matrix = np.array([[score(a, b) for b in texts] for a in texts])
     if published:
         matrix = matrix.T
     weights = counts[None] - np.eye(len(texts))  # a candidate is not its own reference
@@ -62,9 +60,9 @@ def select(
     utility: str | Utility = "bleu",
     published: bool = False,
 ) -> str:
-    """The candidate of the greatest mean utility; of equals, the first. See `utilities`.
+    """Returns the candidate of the largest mean utility, the first one if several are.
 
-    arXiv:2205.14217 section 5.3 chooses one of 50 samples so.
+    Options: those of `utilities`. arXiv:2205.14217 section 5.3 selects from 50 samples.
     """
     return candidates[
         int(np.argmax(utilities(candidates, utility=utility, published=published)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interop: published PyTorch weights (state-dict names of REFERENCE 1.4) to Params."""
+"""Loads checkpoints of the published PyTorch code."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from dlm_jax.inference.sampling_config import default_section
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PyTree
 
-HEADS = 12  # bert-base; the published `num_heads` flag is ignored (REFERENCE 1.4)
+HEADS = 12  # bert-base; the published code ignores its flag `num_heads`
 LAYERS = "input_transformers.layer."
 LAYER = LAYERS + "{}."
 # our name -> the published name, for the linear layers and norms outside the encoder
@@ -41,7 +41,7 @@ INSIDE = {
     ("down",): "output.dense",
     ("norm",): "output.LayerNorm",
 }
-# what `training_args.json` must say of a flag it holds; the rest is another model
+# the values that a flag in `training_args.json` may have; others are other models
 READABLE: dict[str, tuple] = {
     "model_arch": ("transformer",),
     "training_mode": ("e2e", "e2e-simple"),  # others keep the embedding elsewhere
@@ -60,15 +60,15 @@ READABLE: dict[str, tuple] = {
 def from_reference(
     weights: Mapping[str, Any], *, heads: int
 ) -> tuple[DenoiserConfig, Params]:
-    """The published state dict (names to arrays) as (DenoiserConfig, Params).
+    """Converts a published state dict (names to arrays) to (DenoiserConfig, Params).
 
-    Works for any mapping of the same layout: weights, gradients, an EMA. heads cannot
-    be read off the weights. Raises UserError naming a missing entry.
+    Any mapping of the same layout works: weights, gradients, an EMA. The weights do not
+    tell the number of heads. Raises UserError naming a missing entry.
     """
     read = _reader(weights)
     layers = len({n.split(".")[2] for n in weights if n.startswith(LAYERS)})
-    # a published file's lm_head.weight is not averaged, its word_embedding.weight is;
-    # load_state_dict fills the tied weight with both, lm_head last, and so it counts
+    # In a published EMA file word_embedding.weight is averaged and the tied
+    # lm_head.weight is not; PyTorch loads lm_head.weight last, so it is what is used.
     tied = "lm_head.weight" in weights
     table = read("lm_head.weight" if tied else "word_embedding.weight")
     up = read(LAYER.format(0) + "intermediate.dense.weight")
@@ -133,7 +133,7 @@ def _reader(weights: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
 
 
 def _linear(read, name: str) -> dict[str, np.ndarray]:
-    """A linear layer's kernel (ours is the transpose) and bias, or a norm's scale."""
+    """Reads a linear layer, whose weight is transposed here, or a norm's scale and bias."""
     weight, bias = read(name + ".weight"), read(name + ".bias")
     if weight.ndim == 1:
         return {"scale": weight, "bias": bias}
@@ -147,17 +147,17 @@ def _put(tree: PyTree, path: tuple[str, ...], value: Any) -> None:
 
 
 def is_reference(folder: str | Path) -> bool:
-    """Whether a folder is a published checkpoint: it holds `training_args.json`."""
+    """Whether a folder is a published checkpoint: whether it holds `training_args.json`."""
     return (Path(folder) / "training_args.json").is_file()
 
 
 def load_reference(
     folder: str | Path,
 ) -> tuple[DenoiserConfig, Params, WordTokenizer, Schedule]:
-    """(network, EMA parameters, tokenizer, schedule) of a published checkpoint folder.
+    """Loads (network, EMA parameters, tokenizer, schedule) of a published checkpoint.
 
-    Reads the newest `ema_*.pt` (with torch, weights only: nothing is unpickled),
-    `vocab.json` and `training_args.json`. Raises UserError, one line.
+    The folder holds `ema_*.pt`, of which the newest is read with torch (weights only:
+    nothing is unpickled), `vocab.json` and `training_args.json`. Raises UserError.
     """
     path = Path(folder)
     args = _args(path / "training_args.json")
@@ -178,12 +178,12 @@ def load_reference(
 
 
 def reference_config(folder: str | Path) -> dict:
-    """How a published checkpoint folder is sampled, as sections of a config."""
+    """Returns a run's config for a published checkpoint, as far as sampling needs it."""
     return _config(_args(Path(folder) / "training_args.json"))
 
 
 def _args(path: Path) -> dict:
-    """The published flags, refused where they describe another kind of model."""
+    """Reads the published flags. Raises UserError for another kind of model."""
     args = _json(path)
     for name, allowed in READABLE.items():
         if args.get(name, allowed[0]) not in allowed:
@@ -210,7 +210,7 @@ def _tokenizer(path: Path) -> WordTokenizer:
 
 
 def _newest(folder: Path) -> Path:
-    """The `ema_<rate>_<step>.pt` of the latest step; of its rates, the highest."""
+    """Returns the `ema_<rate>_<step>.pt` of the latest step with the highest rate."""
     named = {
         p: re.fullmatch(r"ema_(\d*\.?\d+)_(\d+)", p.stem) for p in folder.iterdir()
     }
@@ -253,7 +253,7 @@ def _torch_weights(path: Path) -> Mapping[str, Any]:
         raise UserError("reading it needs torch; pip install torch") from error
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's advice is to run what is in it
+    except pickle.UnpicklingError as error:  # torch would advise to unpickle it
         raise UserError("holds more than weights; it was not unpickled") from error
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
@@ -264,13 +264,13 @@ def _torch_weights(path: Path) -> Mapping[str, Any]:
 
 
 def _network(args: dict) -> dict:
-    """What the published flags say of the network and the weights do not."""
+    """Returns the network's settings that the weights do not tell."""
     predicts = "x0" if args["predict_xstart"] else "eps"
     return {"predicts": predicts, "dropout": args["dropout"]}
 
 
 def _config(args: dict) -> dict:
-    """A run's config, as far as sampling reads it."""
+    """Returns a run's config, as far as sampling needs it."""
     # argmax of -|x - E_v|, the published logits_mode 2, is the nearest embedding
     distance = args.get("logits_mode", 1) == 2
     return {
@@ -280,7 +280,7 @@ def _config(args: dict) -> dict:
             "num_steps": args["diffusion_steps"],
             "adaptive": "",
         },
-        "loss": {"objective": "x0"},  # all published objectives know one sigma_0
+        "loss": {"objective": "x0"},  # all published objectives have the same sigma_0
         "sample": default_section()
         | {
             "num_steps": min(200, args["diffusion_steps"]),

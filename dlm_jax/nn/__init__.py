@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks: matrix products, attention and the transformer; the one place of flax."""
+"""Networks: matrix products, attention and the transformer. Only this package uses flax."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with written gradients, dropout by a hash, fused attention, RoPE, GELU."""
+"""Matrix products and GELU with custom gradients, dropout, fused attention, RoPE."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ def matmul(
     dtype: str,
     out: str,
 ) -> Float[Array, "*s m n"]:
-    """Computes a b: multiplied in dtype, accumulated in float32, returned in out."""
+    """Computes a b: multiplies in dtype, accumulates in float32, returns dtype out."""
     return _dot(a.astype(dtype), b.astype(dtype), 1, 0, out)
 
 
@@ -33,12 +33,12 @@ def matmul_nt(
     dtype: str,
     out: str,
 ) -> Float[Array, "*s m n"]:
-    """Computes a b^T, likewise."""
+    """Computes a b^T, with the dtypes of `matmul`."""
     return _dot(a.astype(dtype), b.astype(dtype), 1, 1, out)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out: str = "float32") -> Array:
-    """Contracts these of the last two axes."""
+    """Contracts one of the last two axes of a with one of b; the others are batch axes."""
     rest = tuple(range(a.ndim - 2))
     over = ((len(rest) + axis_a,), (len(rest) + axis_b,))
     return jax.lax.dot_general(
@@ -51,7 +51,7 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int, out: str = "float32") -> 
 
 
 def _by_rows(x: Array) -> Array:
-    """x, on a CPU made to lie in memory by rows."""
+    """Returns x, on CPU with its memory in row-major order."""
 
     def constrained(x: Array) -> Array:
         rows = Layout(major_to_minor=tuple(range(x.ndim)))
@@ -76,7 +76,7 @@ def _backward(
 
 
 def _outer(a: Array, b: Array) -> Array:
-    """a^T b; it is the narrower one that is transposed."""
+    """Computes a^T b, transposing the narrower of the two."""
     if a.shape[-1] <= b.shape[-1]:
         return _dot(_by_rows(jnp.matrix_transpose(a)), b, 1, 0)
     return jnp.matrix_transpose(_by_rows(_outer(b, a)))
@@ -88,17 +88,21 @@ matmul_nt.defvjp(functools.partial(_forward, 1), functools.partial(_backward, 1)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropout(x: Float[Array, "*s"], seed: UInt32[Array, "2"], rate: float) -> Array:
-    """x / (1 - rate) where it is `kept`, else 0; nothing but the seed is saved."""
+    """Applies dropout: x / (1 - rate) where `dropout_mask` is True, else 0.
+
+    Only the seed is kept for the gradient.
+    """
     return jnp.where(dropout_mask(seed, x.shape, rate), x / (1 - rate), 0)
 
 
 def dropout_mask(
     seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float
 ) -> Array:
-    """True with probability 1 - rate: a hash of the place and the seed.
+    """Returns a mask that is True with probability 1 - rate.
 
-    murmur3's finaliser, in place of random bits by threefry, which took up to a sixth of
-    a step: it is computed where it is used, forward and backward.
+    A hash of each element's index and the seed (murmur3's finaliser) replaces threefry,
+    which took up to a sixth of a training step. The mask is recomputed in the backward
+    pass.
     """
     place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     v = place * jnp.uint32(0x9E3779B1) + seed[0]
@@ -111,14 +115,14 @@ dropout.defvjp(
     lambda x, seed, rate: (dropout(x, seed, rate), seed),
     lambda rate, seed, g: (dropout(g, seed, rate), np.zeros(2, jax.dtypes.float0)),
 )
-# backend: who computes attention there without its scores in memory
+# backend: the implementation that never stores the attention scores
 FUSED_ATTENTION: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
 
 
 def fused_attention(
     q: Array, k: Array, v: Array, causal: bool
 ) -> Float[Array, "b n l k"]:
-    """softmax(q k^T / sqrt k) v of [b n l k]."""
+    """Computes softmax(q k^T / sqrt k) v for arrays [b heads l k]."""
     by_place = (x.swapaxes(1, 2) for x in (q, k, v))
     mixed = jax.nn.dot_product_attention(
         *by_place,
@@ -129,7 +133,7 @@ def fused_attention(
 
 
 def apply_rope(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
-    """RoPE: pairs of coordinates turn by angles proportional to the position."""
+    """Applies rotary positions (RoPE, arXiv:2104.09864) to queries or keys."""
     half = x.shape[-1] // 2
     angle = np.arange(x.shape[2])[:, None] * 100.0 ** (-np.arange(half) / half)
     cos, sin = (f(angle).astype(x.dtype) for f in (np.cos, np.sin))  # constants
@@ -139,9 +143,9 @@ def apply_rope(x: Float[Array, "b n l k"]) -> Float[Array, "b n l k"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: Float[Array, "*s"], phi: Callable) -> Float[Array, "*s"]:
-    """x Phi(x) in float32, of which x alone is kept for the gradient.
+    """Computes x Phi(x) in float32; only x is kept for the gradient.
 
-    phi: x -> (Phi(x), its slope).
+    phi(x) returns Phi(x) and its derivative.
     """
     wide = x.astype(jnp.float32)
     return (wide * phi(wide)[0]).astype(x.dtype)
@@ -157,13 +161,16 @@ gelu.defvjp(lambda x, phi: (gelu(x, phi), x), _gelu_backward)
 
 
 def normal_cdf(x: Array) -> tuple[Array, Array]:
-    """The normal distribution, by erf: jax.nn's erfc takes twice the time."""
+    """Returns the normal CDF and density, by erf: erfc, as in jax.nn, takes twice as long."""
     density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
     return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2))), density
 
 
 def normal_cdf_tanh(x: Array) -> tuple[Array, Array]:
-    """Its usual approximation (arXiv:1606.08415)."""
+    """Returns the tanh approximation of the normal CDF, and its derivative.
+
+    Source: arXiv:1606.08415.
+    """
     c, a = math.sqrt(2 / math.pi), 0.044715
     t = jnp.tanh(c * (x + a * x**3))
     return 0.5 * (1 + t), 0.5 * c * (1 - t**2) * (1 + 3 * a * x**2)

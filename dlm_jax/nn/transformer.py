@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The denoiser f(x_t, t): a transformer over noisy embeddings.
 
-Two trunks. `post_ln`: BERT's post-LN encoder between tanh projections, as published
-(arXiv:2205.14217, REFERENCE 1.4). `adaln`: pre-LN blocks whose scale, shift and gate
-come from the time, zero at the start (AdaLN-Zero, arXiv:2212.09748), for small models.
+There are two trunks. `post_ln` is BERT's post-LN encoder between tanh projections, as in
+arXiv:2205.14217 (docs/method.md, section 2). `adaln` has pre-LN blocks whose scale,
+shift and gate depend on the time and start at zero (AdaLN-Zero, arXiv:2212.09748).
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from dlm_jax.nn.ops import (
 )
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
 
-# of the trunk's products, and of what flows between them: CPUs are slow at the latter in
-# bfloat16, accelerators gain by it
+# (matmul dtype, activation dtype) of the trunk. CPUs are slow at elementwise work in
+# bfloat16; GPUs and TPUs are faster.
 DTYPES = {
     "float32": ("float32", "float32"),
     "mixed": ("bfloat16", "float32"),
@@ -41,53 +41,50 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    """The network; the defaults are the published E2E model (87M parameters).
+    """The network. The defaults are the published E2E model (87M parameters).
 
-    predicts: what the output means: "x0", "eps", "mu" (the mean of x_{t-1}), or
-    "logits" over the vocabulary, whose softmax averages the embeddings. self_cond: the
-    last estimate is an input. token_posterior_input: each position's own posterior is an input
-    too, and the logits start from it (`model.prior_logits`). causal: a position sees
-    none after it (`autoregressive`). noise_time: the time input is log-SNR, so that it keeps its
-    meaning while the schedule adapts. remat: the backward pass computes each layer anew
-    instead of keeping what is inside it.
+    The activations and weights outside the trunk are float32. `trunk` is a key of
+    BLOCKS, `dtype` a key of DTYPES.
     """
 
-    dim: int = 16
+    dim: int = 16  # d, of the embedding
     hidden_dim: int = 768
     layers: int = 12
     heads: int = 12
     mlp_dim: int = 3072
-    positions: int = 512
-    time_dim: int = 128
-    trunk: str = "post_ln"
-    predicts: str = "x0"
-    self_cond: bool = False
-    token_posterior_input: bool = False
-    causal: bool = False
-    time_input: str = "t"
+    positions: int = 512  # the longest sequence
+    time_dim: int = 128  # sinusoidal time features
+    trunk: str = "post_ln"  # post_ln | adaln
+    predicts: str = "x0"  # x0 | eps | mu (the mean of x_{t-1}) | logits over words
+    self_cond: bool = False  # the last x0_hat is an input
+    token_posterior_input: bool = (
+        False  # softmax of p(w | x_t) per position is an input
+    )
+    causal: bool = False  # attention to earlier positions only, for objective "ar"
+    time_input: str = "t"  # t | log_snr, which keeps its meaning as schedules adapt
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    dtype: str = "float32"
-    remat: bool = False
+    dtype: str = "float32"  # float32 | mixed, for CPUs | bfloat16, for GPUs and TPUs
+    remat: bool = False  # recompute layers in the backward pass: less memory
 
     @property
     def dtypes(self) -> tuple[str, str]:
-        """The precision of the trunk's products, and of what flows between them."""
+        """The dtypes of the trunk's matrix products and of its activations."""
         return DTYPES[self.dtype]
 
     @property
     def matmul_dtype(self) -> str:
-        """The precision of the trunk's products."""
+        """The dtype of the trunk's matrix products."""
         return DTYPES[self.dtype][0]
 
     @property
     def activation_dtype(self) -> str:
-        """The precision of what flows between them."""
+        """The dtype of the trunk's activations."""
         return DTYPES[self.dtype][1]
 
 
 def time_features(t: Time, dim: int) -> Float[Array, "*t {dim}"]:
-    """Sinusoids of 1000 t, cosines first (REFERENCE 1.4); t = index / steps."""
+    """Computes sinusoidal features of 1000 t, cosines first, for t in [0, 1)."""
     half = dim // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half) / half)
     angle = 1000.0 * jnp.asarray(t)[..., None] * frequencies
@@ -95,7 +92,7 @@ def time_features(t: Time, dim: int) -> Float[Array, "*t {dim}"]:
 
 
 def _uniform(fan_in: int) -> Callable:
-    """U(-1/sqrt(fan_in), +): PyTorch's default for a linear layer and its bias."""
+    """Initialises from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -105,10 +102,10 @@ def _uniform(fan_in: int) -> Callable:
 
 
 class Dense(nn.Module):
-    """x w + b over the last axis; zero: both start there, else as PyTorch's.
+    """Computes x w + b over the last axis.
 
-    stream: the precision that products are returned in; out: that of the result, the
-    input's if "".
+    dtype, activation_dtype: of the product and of what it returns; out: of the result,
+    the input's if "". zero: initialise with zeros, otherwise as PyTorch does.
     """
 
     features: int
@@ -128,7 +125,7 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share of x and scales the rest up."""
+    """Dropout at a rate, with `ops.dropout`."""
 
     rate: float
 
@@ -140,9 +137,9 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions: PADs attend and are attended, as published.
+    """Self-attention over all positions, PAD included, as in the published code.
 
-    rotary: queries and keys turn with their position (RoPE, arXiv:2104.09864).
+    rotary: apply RoPE to queries and keys.
     """
 
     cfg: DenoiserConfig
@@ -157,9 +154,7 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = apply_rope(q), apply_rope(k)
         drops = not deterministic and cfg.attention_dropout > 0
-        if (
-            can_fuse_attention(cfg) and not drops and l > 1
-        ):  # cuDNN has none of one position
+        if can_fuse_attention(cfg) and not drops and l > 1:  # cuDNN needs two positions
             mixed: Any = fused_attention(q, k, v, cfg.causal)
         else:
             scores: Any = matmul_nt(q, k, cfg.matmul_dtype, "float32")
@@ -174,7 +169,7 @@ class Attention(nn.Module):
 
 
 def can_fuse_attention(cfg: DenoiserConfig) -> bool:
-    """Whether this backend has such attention for these heads."""
+    """Whether this backend has fused attention for this dtype and head size."""
     head = cfg.hidden_dim // cfg.heads
     known = (
         jax.default_backend() in FUSED_ATTENTION and cfg.activation_dtype == "bfloat16"
@@ -183,7 +178,7 @@ def can_fuse_attention(cfg: DenoiserConfig) -> bool:
 
 
 class PostLNBlock(nn.Module):
-    """BERT's layer: residual, then LayerNorm (eps 1e-12); exact GELU."""
+    """BERT's layer: each residual sum is followed by LayerNorm; GELU by erf."""
 
     cfg: DenoiserConfig
 
@@ -201,7 +196,7 @@ class PostLNBlock(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Pre-LN layer with AdaLN-Zero time conditioning, RoPE and tanh GELU."""
+    """Pre-LN layer with AdaLN-Zero time conditioning, RoPE and GELU by tanh."""
 
     cfg: DenoiserConfig
 
@@ -219,14 +214,14 @@ class AdaLNBlock(nn.Module):
 
 
 def _feed_forward(cfg: DenoiserConfig, phi: Callable) -> Callable[[Array], Array]:
-    """up, GELU, down: modules of the block that calls it."""
+    """Returns the MLP, whose two layers belong to the calling block."""
     up = Dense(cfg.mlp_dim, *cfg.dtypes, name="up")
     down = Dense(cfg.hidden_dim, *cfg.dtypes, out=cfg.activation_dtype, name="down")
     return lambda x: down(gelu(up(x.astype(cfg.matmul_dtype)), phi))
 
 
 def _layer_norm(name: str, cfg: DenoiserConfig, x: Array) -> Array:
-    """BERT's; over rows [m h], as its gradient must sum over one axis."""
+    """Applies BERT's LayerNorm to rows [m h], so that its gradient sums over one axis."""
     norm = nn.LayerNorm(
         1e-12, name=name, dtype=cfg.activation_dtype, use_fast_variance=False
     )
@@ -241,10 +236,10 @@ BLOCKS: dict[str, type[nn.Module]] = {"post_ln": PostLNBlock, "adaln": AdaLNBloc
 
 
 def _compile_separately(layer: Callable) -> Callable:
-    """layer(block, x), as a call that on a CPU is compiled on its own.
+    """Returns layer(block, x) as a call that XLA compiles separately on CPU.
 
-    XLA's compiler for it fuses what is elementwise, and the residual stream is, from the
-    first layer into every kernel of the last: time quadratic in the layers.
+    Otherwise XLA's CPU compiler fuses the elementwise residual stream from the first
+    layer into every kernel of the last, and time grows quadratically with the layers.
     """
     inlineable = "false" if jax.default_backend() == "cpu" else None
 
@@ -260,7 +255,7 @@ def _compile_separately(layer: Callable) -> Callable:
 
 
 class Trunk(nn.Module):
-    """The layers, between tanh projections (post_ln) or under one norm (adaln)."""
+    """The layers, between tanh projections (post_ln) or before a final norm (adaln)."""
 
     cfg: DenoiserConfig
 
@@ -288,15 +283,15 @@ class Trunk(nn.Module):
 
 
 def _positions(post: bool) -> Callable:
-    """N(0, 1) under a LayerNorm as published (Q11); small where nothing follows."""
+    """Initialises positions from N(0, 1), as published; smaller without a LayerNorm."""
     return nn.initializers.normal(1.0 if post else 0.02)
 
 
 class Denoiser(nn.Module):
-    """(x_t, t, x0_prev) -> raw output [b l out], float32 outside the trunk.
+    """Maps (x_t, t, x0_prev) to the raw output [b l out], or without head to [b l h].
 
-    alone: the estimate of x_0 from each position alone, where cfg.token_posterior_input asks for
-    it. Without the head, the trunk's output [b l h].
+    posterior_x0 [b l d]: E[x_0 | x_t] by each position alone, an input if
+    cfg.token_posterior_input is set.
     """
 
     cfg: DenoiserConfig
@@ -326,18 +321,18 @@ class Denoiser(nn.Module):
 
 
 def head(params: PyTree, y: Float[Array, "b l h"]) -> Float[Array, "b l out"]:
-    """The raw output of the trunk's: what `apply` does last."""
+    """Applies the output layer to the trunk's output: the last part of `apply`."""
     module = Dense(params["head"]["bias"].size, "float32")
     return jnp.asarray(module.apply({"params": params["head"]}, y))
 
 
 def output_width(cfg: DenoiserConfig, vocab: int) -> int:
-    """d, or v when the denoiser emits logits."""
+    """Returns v if the network predicts logits, else d."""
     return vocab if cfg.predicts == "logits" else cfg.dim
 
 
 def init(key: PRNGKey, cfg: DenoiserConfig, vocab: int) -> PyTree:
-    """Parameters of the denoiser; the positions set the longest text."""
+    """Initialises the parameters of the denoiser."""
     x = jnp.zeros((1, 1, cfg.dim))
     module = Denoiser(cfg, output_width(cfg, vocab))
     posterior_x0 = x if cfg.token_posterior_input else None
@@ -345,9 +340,9 @@ def init(key: PRNGKey, cfg: DenoiserConfig, vocab: int) -> PyTree:
 
 
 def cast_kernels(params: PyTree, cfg: DenoiserConfig) -> PyTree:
-    """The trunk's kernels in the precision of its products.
+    """Casts the trunk's kernels to the dtype of its matrix products.
 
-    For a chain: so they are cast once, and not in every step.
+    A sampler does this once, instead of in every step.
     """
     if cfg.matmul_dtype == "float32":
         return params
@@ -371,7 +366,10 @@ def apply(
     key: PRNGKey | None = None,
     head: bool = True,
 ) -> Float[Array, "b l out"]:
-    """The raw output, or the trunk's without the head; a key turns dropout on."""
+    """Computes the raw output, or without head the trunk's output [b l h].
+
+    A key turns dropout on.
+    """
     module = Denoiser(cfg, output_width(cfg, vocab))
     rngs = None if key is None else {"dropout": key}
     args = (x_t, t, x0_prev, posterior_x0, key is None, head)
