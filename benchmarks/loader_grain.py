@@ -32,7 +32,7 @@ def microseconds(batch_of: Callable[[int], np.ndarray], batches: int) -> float:
 
 def main() -> None:
     """Prints the medians of interleaved repetitions."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batches", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

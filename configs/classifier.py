@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers on a model's noisy latents, by the training of the grammar's networks.
+"""Classifiers on a model's noisy latents, trained for guidance by --mode control.
 
     python -m dlm_jax.main --mode train_classifier --config configs/classifier.py:tree \\
         --config.classifier.model=runs/quickstart --workdir runs/tree
@@ -13,7 +13,7 @@ TASKS = ("semantic", "pos", "tree", "label")
 
 
 def get_config(task: str = "semantic") -> Any:
-    """Two layers of width 128; text, noise and words come from the model."""
+    """Returns the config: two layers of width 128; data and noise are the model's."""
     if task not in TASKS:
         raise ValueError(f"task {task!r}: choose one of {', '.join(TASKS)}")
     cfg = default.get_config()

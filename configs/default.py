@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob and the only defaults: the published E2E recipe (REFERENCE section 2).
+"""Every option and the only defaults: the published recipe for E2E.
 
-A config of its own starts from this one and changes what it must; it is a run record,
-whose docstring holds the command, the hardware, the time and the numbers to expect.
+docs/method.md, section 12, lists its values and the published flags. The options are
+described here, except these sections: `model` in `nn.transformer.DenoiserConfig`,
+`sample` in `inference.sampling_config` (`SamplingConfig`, `default_section`) and in
+`diffusion.samplers`, `control.presets` in `inference.guidance_config.GuidanceConfig`.
+
+Other configs start from this one and change values. Each is a run record: its docstring
+holds the command, the hardware, the time and the numbers to expect.
 """
 
 import dataclasses
@@ -16,89 +21,90 @@ from dlm_jax.nn.transformer import DenoiserConfig
 
 
 def get_config() -> Any:
-    """All defaults as a locked ConfigDict: a key that is not here is an error."""
+    """Returns the defaults as a locked ConfigDict: setting an unknown key fails."""
     cfg = ConfigDict()
     cfg.seed = 102
     cfg.data = _data()
     cfg.model = ConfigDict(dataclasses.asdict(DenoiserConfig()))
     cfg.embedding = ConfigDict(
         {
-            "path": "",  # an .npy table [v d] to start from; "": Gaussian
-            "frozen": False,
-            "normalize": False,  # rows on the sphere of radius sqrt(d)
+            "path": "",  # an .npy file of the initial table [v d]; "": Gaussian
+            "frozen": False,  # keep the table fixed
+            "normalize": False,  # keep each row at norm sqrt(d)
         }
     )
     cfg.schedule = ConfigDict(
         {
-            "name": "sqrt",
-            "num_steps": 2000,  # T; 0 keeps the continuous curve
-            "mean": 0.0,  # logistic, gumbel: of log(1/SNR) in nats; scale 0: their own
-            "scale": 0.0,
-            "noise_factor": 1.0,  # F: as if the noise had F times its size
-            "adaptive": "",  # warp | gumbel: follows the loss, from logistic or gumbel
+            "name": "sqrt",  # a key of schedule.SCHEDULES
+            "num_steps": 2000,  # T noise levels; 0: continuous time
+            "mean": 0.0,  # logistic, gumbel: location of log(1/SNR), nats
+            "scale": 0.0,  # likewise; 0: the schedule's own mean and scale
+            "noise_factor": 1.0,  # F: noise F times larger relative to the signal
+            "adaptive": "",  # "" | warp | gumbel (docs/method.md, section 9)
         }
     )
     cfg.loss = ConfigDict(
         {
             "objective": "x0",  # x0 | mu | eps | vlb | vlb_legacy | nelbo | ce | ar
-            "time_sampler": "uniform",  # uniform | antithetic | low_discrepancy | importance
-            "mask_pad": False,
-            "truncate_prob": 0.0,  # the share of texts cut at a random length, then PAD
-            "conditioning_prob": 0.0,  # the share given some of their tokens: infilling is learned
-            "self_cond_prob": 0.0,  # the share of batches that feed their estimate back
+            # uniform | antithetic | low_discrepancy | importance
+            "time_sampler": "uniform",
+            "mask_pad": False,  # leave PAD positions out of the loss
+            "truncate_prob": 0.0,  # share of rows cut at a random length, then padded
+            "conditioning_prob": 0.0,  # share of rows given some tokens, for infilling
+            "self_cond_prob": 0.0,  # share of batches with self-conditioning
         }
     )
     cfg.optim = _optim()
     cfg.train = ConfigDict(
         {
             "total_steps": 200_000,
-            "batch": 64,  # sequences a step, over all devices and hosts
-            "ckpt_steps": 10_000,
-            "keep": 2,
+            "batch": 64,  # sequences per step, over all devices and hosts
+            "ckpt_steps": 10_000,  # steps between checkpoints; 0: only at the end
+            "keep": 2,  # number of newest checkpoints that are kept
             "log_steps": 50,
             "valid_steps": 2000,
-            "valid_batches": 20,
-            "sample_steps": 10_000,
-            "on_nonfinite": "stop",  # stop | skip the update | rollback, past its data
+            "valid_batches": 20,  # at most, per validation
+            "sample_steps": 10_000,  # steps between previews of samples
+            "on_nonfinite": "stop",  # stop | skip the update | rollback to a checkpoint
         }
     )
     cfg.parallel = ConfigDict(
-        {"mode": "pmap"}  # pmap: each device holds all | fsdp: the state is split
+        {"mode": "pmap"}  # pmap: state on every device | fsdp: state split
     )
     cfg.sample = ConfigDict(sampling_config.default_section())
     cfg.classifier = ConfigDict(
         {
-            "model": "",  # the workdir of the run to be steered
+            "model": "",  # the workdir of the diffusion run to control
             "task": "semantic",  # semantic | pos | tree | label
-            "texts": 0,  # how many are annotated; 0: all
-            "conllu": "",  # pos, of files: a treebank of Universal Dependencies
-            "parser": "benepar_en3",  # tree, of files
-            "column": "label",  # label: of csv and jsonl
+            "texts": 0,  # number of annotated training texts; 0: all
+            "conllu": "",  # pos on files: a CoNLL-U file to train the tagger on
+            "parser": "benepar_en3",  # tree on files: a benepar model
+            "column": "label",  # label: the column of csv or jsonl that holds it
         }
     )
     cfg.evaluate = ConfigDict(
         {
-            "n": 256,  # samples a seed
+            "n": 256,  # samples per seed
             "seeds": 3,
             "texts": "",  # a file of texts to measure instead of samples
-            "ar_model": "",  # the workdir of a run of objective "ar"
-            "nll_texts": 512,  # held-out texts for the bound
-            "draws": 16,  # times a text for the bound
-            "num_steps": (8, 16, 32, 64),  # denoiser calls of the frontier
+            "ar_model": "",  # workdir of an autoregressive run, for fluency
+            "nll_texts": 512,  # held-out texts for the likelihood bound
+            "draws": 16,  # noise levels per text for the bound
+            "num_steps": (8, 16, 32, 64),  # sampling steps of the quality plot
         }
     )
     cfg.control = ConfigDict(
         {
-            "task": "all",  # all | unguided | one of tasks.TASKS
-            "n": 100,  # targets
-            "samples": 20,  # a target
+            "task": "all",  # all | unguided | a key of control_tasks.CONTROL_TASKS
+            "n": 100,  # targets per task
+            "samples": 20,  # per target and seed
             "seeds": 3,
-            "num_steps": (32, 16),  # of the denoiser
-            "preset": "tuned",  # one of presets
-            "presets": guidance.PRESETS,  # settings of GuidanceConfig for each task
-            "classifiers": "",  # workdirs of --mode train_classifier, by spaces
-            "ar_model": "",  # fluency on files: the workdir of a run of objective "ar"
-            "targets": "",  # E2E: the folder of the published ones
+            "num_steps": (32, 16),  # sampling steps; each value is measured
+            "preset": "tuned",  # a key of presets
+            "presets": guidance.PRESETS,  # GuidanceConfig fields by task
+            "classifiers": "",  # workdirs of classifiers, separated by spaces
+            "ar_model": "",  # workdir of an autoregressive run, for fluency on files
+            "targets": "",  # E2E: the folder of the published targets
         }
     )
     return cfg.lock()
@@ -107,23 +113,23 @@ def get_config() -> Any:
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "source": "grammar",  # grammar text e2e csv jsonl tfds prepared
-            "path": "",  # a file, E2E's folder, or the TFDS name
+            "source": "grammar",  # grammar | text | e2e | csv | jsonl | tfds | prepared
+            "path": "",  # a file, the folder of E2E or prepared data, or a TFDS name
             "valid_path": "",  # "": the last valid_fraction of the file
             "valid_fraction": 0.05,
-            "column": "text",  # of csv, jsonl and tfds
-            "size": 200_000,  # grammar: training texts
-            "valid_size": 2000,
-            "seed": 0,  # grammar: a split is a seed
-            "tfds_train": "train",
+            "column": "text",  # csv, jsonl and tfds: the column of texts
+            "size": 200_000,  # grammar: number of training texts
+            "valid_size": 2000,  # grammar: number of validation texts
+            "seed": 0,  # grammar: each seed draws other texts
+            "tfds_train": "train",  # tfds: split names
             "tfds_valid": "validation",
-            "tfds_dir": "",
-            "length": 64,  # positions of a sequence
-            "mode": "pad",  # pad | block
-            "too_long": "error",  # error | truncate (as published) | drop
+            "tfds_dir": "",  # tfds: data folder; "": the default of TFDS
+            "length": 64,  # tokens per sequence
+            "mode": "pad",  # pad: a text per row | block: texts end to end
+            "too_long": "error",  # error | truncate (the published code) | drop
             "tokenizer": "word",  # word | sentencepiece
-            "min_count": 10,  # word: types seen more often than this
-            "vocab_size": 8000,  # sentencepiece
+            "min_count": 10,  # word: keep words that occur more often
+            "vocab_size": 8000,  # sentencepiece: number of pieces
         }
     )
 
@@ -134,13 +140,13 @@ def _optim() -> ConfigDict:
             "name": "adamw",  # adamw | muon
             "lr": 1e-4,
             "decay": "linear",  # linear | cosine | constant
-            "warmup": 0,
+            "warmup": 0,  # steps
             "weight_decay": 0.0,
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,
-            "clip": 0.0,  # global norm; 0: off
-            "ema": 0.9999,
-            "accumulate": 1,  # microbatches a step
+            "clip": 0.0,  # largest global norm of the gradient; 0: no clipping
+            "ema": 0.9999,  # decay per step of the average used for sampling
+            "accumulate": 1,  # microbatches per step
         }
     )

@@ -4,9 +4,10 @@
     python -m dlm_jax.main --config configs/e2e.py --workdir runs/e2e \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
-`:block` packs texts into blocks, the published README's command; `:pad`, the default,
-pads, as the checkpoint of the paper's control experiments (REFERENCE 2). `:modern` and
-`:teacher` are the later recipe and its baseline at the same size and compute.
+`:pad`, the default, pads each text, as for the published checkpoint of the paper's
+control experiments. `:block` packs texts into blocks, as the command of the published
+README does. `:modern` is the later recipe (docs/method.md, section 10) and
+`:autoregressive` its baseline, both of the same size and compute.
 Published hardware and time: one A100, 5 hours. Not yet run here to the end.
 """
 
@@ -16,7 +17,7 @@ from dlm_jax.configs import default, grammar
 
 
 def get_config(variant: str = "pad") -> Any:
-    """variant: pad | block | modern | autoregressive."""
+    """Returns the config of a variant: pad | block | modern | autoregressive."""
     cfg = default.get_config()
     cfg.data.update(source="e2e", path="data/e2e", too_long="truncate")
     if variant in ("modern", "autoregressive"):

@@ -4,10 +4,11 @@
     python -m dlm_jax.main --config configs/e2e_small.py --workdir runs/e2e_small \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
-Two cores of an AMD EPYC, nothing else running, still in float32: 358 s. Held-out
-cross-entropy, nats per position of 64: 0.955 at step 200, 0.736 at 800, 0.702 at 1200, 0.693
-at 1600. Of the last 16 samples: "Loch Fyne is a family priced restaurant . It is
-located in the riverside .", "The Phoenix is a cheap restaurant called The Ranch ."
+358 s on two cores of an otherwise idle AMD EPYC, in float32 (model.dtype is now mixed).
+Held-out cross-entropy in nats per position: 0.955 at step 200, 0.736 at 800, 0.702 at
+1200, 0.693 at 1600. Two of the last 16 samples: "Loch Fyne is a family priced
+restaurant . It is located in the riverside .", "The Phoenix is a cheap restaurant
+called The Ranch ."
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from dlm_jax.configs import grammar
 
 
 def get_config(variant: str = "modern") -> Any:
-    """The grammar's networks (modern | faithful | teacher) on up to 64 tokens."""
+    """Returns a variant of configs/grammar.py on texts of up to 64 tokens."""
     cfg = grammar.get_config(variant)
     cfg.data.update(
         source="e2e", path="data/e2e", length=64, min_count=10, too_long="truncate"

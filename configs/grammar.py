@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded grammar: the quickstart (modern), the paper's recipe, and the teacher.
+"""The embedded grammar: the later recipe, the paper's, and an autoregressive model.
 
     python -m dlm_jax.main --config configs/grammar.py --workdir runs/quickstart
     python -m dlm_jax.main --config configs/grammar.py:faithful --workdir runs/faithful
-    python -m dlm_jax.main --config configs/grammar.py:autoregressive --workdir runs/teacher
+    python -m dlm_jax.main --config configs/grammar.py:autoregressive --workdir runs/ar
 
-docs/results.md and docs/study.md hold the figures, each with its command.
+docs/results.md and docs/study.md hold the numbers, each with its command.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ MUON = {
 
 
 def _modern(cfg: Any) -> None:
-    """Cross-entropy, normalised table, self-conditioning, output prior, warp, Muon."""
+    """Sets the later recipe, that of the quickstart (docs/method.md, section 10)."""
     cfg.model.update(
         dim=32,
         trunk="adaln",
@@ -45,12 +45,12 @@ def _modern(cfg: Any) -> None:
 
 
 def _faithful(cfg: Any) -> None:
-    """Diffusion-LM's own recipe on the same trunk; lr, EMA and d fitted to the size."""
+    """Sets the paper's recipe; lr, warm-up and EMA are adapted to the small size."""
     cfg.optim.update(lr=4e-3, warmup=100, ema=0.99)
 
 
 def _autoregressive(cfg: Any) -> None:
-    """The same blocks, causal: the baseline of every likelihood."""
+    """Sets an autoregressive model of the same blocks, the baseline of likelihoods."""
     _modern(cfg)
     cfg.model.update(dim=128, self_cond=False, token_posterior_input=False, causal=True)
     cfg.model.time_input = "t"
@@ -63,7 +63,7 @@ VARIANTS = {"modern": _modern, "faithful": _faithful, "autoregressive": _autoreg
 
 
 def get_config(variant: str = "modern") -> Any:
-    """A network of four layers of width 128 on texts of up to 32 tokens."""
+    """Returns a variant: four layers of width 128 on texts of up to 32 tokens."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     cfg = default.get_config()
@@ -72,7 +72,7 @@ def get_config(variant: str = "modern") -> Any:
     cfg.model.update(
         hidden_dim=128, layers=4, heads=4, mlp_dim=512, positions=32, dtype="mixed"
     )
-    cfg.sample.update(n=16, batch=32, seed=0)  # what a core's cache holds
+    cfg.sample.update(n=16, batch=32, seed=0)  # a batch of 32 fits in a core's cache
     VARIANTS[variant](cfg)
     cfg.train.update(
         total_steps=2000,

@@ -2,8 +2,8 @@
 """Guidance settings of the control tasks: fields of `GuidanceConfig` by task.
 
 tuned: chosen on targets of other seeds than those of the tables in docs/control.md.
-published: the coefficients, step sizes and t_range of the published code; its label
-log-probabilities are means, its known tokens stay clean.
+published: the coefficients, step sizes and t_range of the published code. It averages
+label log-probabilities and adds no noise to known tokens (docs/method.md, section 7.6).
 """
 
 TASKS = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of seconds through every part, for tests and CI; it learns next to nothing.
+"""A run of seconds that uses every part, for tests and CI; it learns next to nothing.
 
 python -m dlm_jax.main --config configs/smoke.py --workdir runs/smoke
 """
@@ -10,11 +10,11 @@ from dlm_jax.configs import grammar
 
 
 def get_config() -> Any:
-    """The quickstart, shrunk."""
+    """Returns the quickstart's config, shrunk."""
     cfg = grammar.get_config()
     cfg.data.update(size=500, valid_size=64)
     cfg.model.update(dim=8, hidden_dim=32, layers=2, heads=2, mlp_dim=64, time_dim=16)
-    cfg.model.time_input, cfg.schedule.adaptive = "t", ""  # tests set others
+    cfg.model.time_input, cfg.schedule.adaptive = "t", ""  # some tests set other values
     cfg.model.dtype = "float32"
     cfg.train.update(
         total_steps=20,

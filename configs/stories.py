@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stories on two CPU cores: TinyStories' paragraphs, packed into blocks of 64 tokens.
+"""TinyStories on two CPU cores: paragraphs, packed into blocks of 64 tokens.
 
     python -m dlm_jax.main --config configs/stories.py --workdir runs/stories \\
         --config.data.path=tinystories.lower.4MB.txt
 
-A line of the file is an example; 2,000 SentencePiece words are trained in process.
-Not yet run to the end.
+Each line of the file is an example. A SentencePiece model of 2,000 pieces is trained
+first. Not yet run to the end.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from dlm_jax.configs import grammar
 
 
 def get_config(variant: str = "modern") -> Any:
-    """The grammar's networks (modern | faithful | teacher) on blocks of 64 tokens."""
+    """Returns a variant of configs/grammar.py on blocks of 64 tokens."""
     cfg = grammar.get_config(variant)
     cfg.data.update(
         source="text",

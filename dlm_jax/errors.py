@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a run in one line: mistakes of the user, and preemption."""
+"""Errors that end a run with one line: a user's mistake, and preemption."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line with the file or flag, value and remedy."""
+    """A user's mistake: one line with the file or flag, the value and the remedy."""
 
     def __init__(self, line: object):
         super().__init__(" ".join(str(line).split()))
 
 
 class PreemptedError(Exception):
-    """A run was told to stop or lost a host; the same command resumes it."""
+    """A run was stopped or lost a host; rerun the same command to resume it."""
 
 
 def choose(flag: str, options: Mapping[str, Any], name: str) -> Any:

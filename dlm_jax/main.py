@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: `dlm` or `python -m dlm_jax.main`, --config grammar --workdir runs/x."""
+"""The command line: `dlm --config grammar --workdir runs/x`; see `dlm --help`."""
 
 import contextlib
 import io
@@ -14,8 +14,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS, RESTART = flags.FLAGS, 75
-# Memory in large pages: a step on a CPU takes and frees hundreds of MB, and a third of
-# its time went into pages of 4 kB (docs/performance.md).
+# Use large memory pages: a step on a CPU allocates and frees hundreds of MB, and faults
+# of 4 kB pages took a third of its time (docs/performance.md).
 MALLOC = "glibc.malloc.hugetlb=1"
 config_flags.DEFINE_config_file(
     "config", None, "a bundled config or a file: NAME[:variant] or FILE.py[:variant]"
@@ -33,45 +33,45 @@ flags.DEFINE_enum(
         "control",
         "plot",
     ],
-    "what to do",
+    "what to run",
 )
-flags.DEFINE_integer("step", None, "the checkpoint to use (the newest)")
+flags.DEFINE_integer("step", None, "the checkpoint to load; default: the newest")
 flags.DEFINE_bool(
     "allow_fallback",
     False,
-    "train: set a damaged newest checkpoint aside, go on before",
+    "train: move a damaged newest checkpoint away and resume from the one before",
 )
 flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
 flags.DEFINE_integer("num_processes", 1, "number of hosts")
-flags.DEFINE_integer("process_id", 0, "this host's number")
+flags.DEFINE_integer("process_id", 0, "this host's index, from 0")
 
 
-def _needed(config: Any, example: str) -> Any:
+def _require_config(config: Any, example: str) -> Any:
     from dlm_jax.errors import UserError
 
     if config is None:
-        raise UserError(f"--config: name a file of configs/, such as {example}")
+        raise UserError(f"--config: give a bundled config or a file, such as {example}")
     return config
 
 
 def _train(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import loop
 
-    config = _needed(config, "configs/grammar.py")
+    config = _require_config(config, "configs/grammar.py")
     loop.train(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import train_classifier
 
-    config = _needed(config, "configs/classifier.py")
+    config = _require_config(config, "configs/classifier.py")
     train_classifier.train_classifier(
         config, workdir, allow_fallback=FLAGS.allow_fallback
     )
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
-    """The bundle, with config's sections about use, of --config if it is given."""
+    """Loads the run's model; the sections of --config on its use replace the run's."""
     import json
 
     from dlm_jax.inference import loading
@@ -88,7 +88,7 @@ def _require_one_host() -> None:
     from dlm_jax.runtime import hosts
 
     if hosts.process_index_and_count()[1] > 1:
-        raise UserError(f"--mode {FLAGS.mode} is for one host: start it alone")
+        raise UserError(f"--mode {FLAGS.mode} runs on one host only: start one process")
 
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
@@ -124,7 +124,7 @@ def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.data import prepare
 
     _require_one_host()
-    prepare.prepare_data(_needed(config, "configs/stories.py"), workdir)
+    prepare.prepare_data(_require_config(config, "configs/stories.py"), workdir)
 
 
 MODES: dict[str, Callable] = {
@@ -140,9 +140,9 @@ LOCAL = ("prepare_data", "evaluate", "control", "plot")
 
 
 def main(argv: list[str]) -> None:
-    """Runs a mode; a user's mistake ends in one line and status 2.
+    """Runs a mode; a user's mistake exits with one line and status 2.
 
-    Status 75 (sysexits' "temporary failure"): the same command goes on from what is saved.
+    Status 75 (sysexits' "temporary failure") means: rerun the same command to resume.
     """
     from dlm_jax.errors import PreemptedError, UserError
     from dlm_jax.runtime import checkpoint, hosts
@@ -156,74 +156,75 @@ def main(argv: list[str]) -> None:
         hosts.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         if FLAGS.mode in LOCAL and "://" in FLAGS.workdir:
             raise UserError(
-                f"--mode {FLAGS.mode} writes to a disk: copy {FLAGS.workdir} here first"
+                f"--mode {FLAGS.mode} needs a local folder: copy {FLAGS.workdir} to "
+                "a disk first"
             )
         checkpoint.check_reachable(FLAGS.workdir)
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
-    except PreemptedError as error:  # on all hosts alike
+    except PreemptedError as error:  # raised by all hosts at the same step
         print(error, file=sys.stderr, flush=True)
         sys.exit(RESTART)
     except Exception as error:
-        with hosts.ENDING:  # what another host tells is not said beside it
+        with hosts.ENDING:  # prints this error or that of another host, not both
             _end(error)
         raise
 
 
 def _end(error: Exception) -> None:
-    """Ends in one line, if a lost host or the user's mistake is the reason."""
+    """Exits with one line if the cause is a lost host or a user's mistake."""
     from dlm_jax.errors import UserError
     from dlm_jax.runtime import hosts
 
     if reason := hosts.host_loss_reason(error):
-        with contextlib.suppress(Exception):  # who kept what they know is lost
+        with contextlib.suppress(Exception):  # the host of the shared store may be lost
             hosts.poll_remote_error()
-        print(f"another host is lost ({reason}): start all again", file=sys.stderr)
+        print(f"another host is lost ({reason}): restart all hosts", file=sys.stderr)
         hosts.exit_process(RESTART)
     if isinstance(error, UserError):
         _fail(error, hosts.fail_all_hosts)
     if isinstance(error, OSError):
-        line = f"--workdir {FLAGS.workdir}: {error}; choose one that can be written"
+        line = f"--workdir {FLAGS.workdir}: {error}; choose a writable folder"
         _fail(line, hosts.fail_all_hosts)
 
 
 def _unraisable(found: Any) -> None:
-    """Threads that still read a damaged file say that nobody waits for them: silence."""
+    """Suppresses Orbax reader-thread warnings after a failed restore."""
     if "Event loop is closed" not in str(found.exc_value):
         sys.__unraisablehook__(found)
 
 
 def _fail(error: object, end: Callable[[str], NoReturn] | None = None) -> NoReturn:
-    """One line, and the end with status 2."""
+    """Prints one line and exits with status 2, by end(line) if it is given."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.stderr = io.StringIO()  # threads that still read a damaged file stay silent
+    sys.stderr = io.StringIO()  # suppresses warnings of Orbax reader threads
     if end is not None:
         end(line)
     sys.exit(2)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flags; an unknown config key or file is one line, not a traceback."""
+    """Parses absl flags; an unknown config key or file is one line, not a traceback."""
     try:
         rest = FLAGS(list(_with_config_files(argv)))
         if FLAGS["verbosity"].using_default_value:
-            FLAGS.verbosity = -1  # warnings; app.run would choose all of JAX's notes
+            FLAGS.verbosity = -1  # warnings; app.run shows JAX's info messages too
         if FLAGS.config is not None:
-            FLAGS.config.keys()  # a missing config file shows only here
+            FLAGS.config.keys()  # raises if the config file is missing
         return rest
     except (KeyError, AttributeError) as error:
         inner = error.args[0]  # a KeyError inside an AttributeError keeps its quotes
         text = inner.args[0] if isinstance(inner, KeyError) else inner
-        _fail(f"--config has no key {text}; configs/default.py holds all keys")
+        _fail(f"--config has no key {text}; configs/default.py lists all keys")
     except (flags.Error, OSError, ValueError, TypeError) as error:
-        lines = str(error).strip().splitlines()  # a config's own traceback: its ends
+        lines = str(error).strip().splitlines()  # a traceback is cut to two lines
         _fail(" ".join(dict.fromkeys((lines[0], lines[-1].strip()))))
-    except Exception as error:  # whatever the code of a config file raises
-        _fail(f"--config: its file raises {type(error).__name__}: {error}; mend it")
+    except Exception as error:  # any error in the code of a config file
+        _fail(f"--config: the file raises {type(error).__name__}: {error}; correct it")
 
 
 def _with_config_files(argv: list[str]) -> Iterator[str]:
-    """Yields argv with the value of --config, where it is a bundled name, as a file."""
+    """Yields argv, with a bundled config's name after --config replaced by its file."""
     before = ""
     for arg in argv:
         flag, equals, value = arg.partition("=")
@@ -235,7 +236,7 @@ def _with_config_files(argv: list[str]) -> Iterator[str]:
 
 
 def _config_file(value: str) -> str:
-    """Returns the path of a bundled config for its name; a path stays as it is."""
+    """Returns the file of a bundled config's name; a path is returned unchanged."""
     name, colon, variant = value.partition(":")
     if not name.isidentifier():
         return value
@@ -246,44 +247,42 @@ def _config_file(value: str) -> str:
     files = {p.stem: p for p in paths if "def get_config" in p.read_text("utf-8")}
     if name not in files:
         raise UserError(
-            f"--config={name}: no bundled config; choose one of "
+            f"--config={name}: no bundled config has this name; choose one of "
             f"{', '.join(sorted(files))}, or give a file, {name}.py"
         )
     return f"{files[name]}{colon}{variant}"
 
 
 def keep_compilations() -> None:
-    """For a command, before JAX is there: what is compiled once is kept, up to 2 GB.
+    """Turns on JAX's persistent compilation cache; call it before JAX is imported.
 
-    In ~/.cache/dlm_jax, apart for every kind of processor, unless JAX is told otherwise.
+    It is ~/.cache/dlm_jax/<kind of processor>, of up to 2 GB, unless environment
+    variables of JAX set something else.
     """
     kind = b""
-    with contextlib.suppress(OSError):  # no such file but on Linux
+    with contextlib.suppress(OSError):  # the file exists on Linux only
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
         kind = next((line for line in lines if line.startswith(b"flags")), b"")
-    with contextlib.suppress(RuntimeError):  # who runs it has no home
+    with contextlib.suppress(RuntimeError):  # the user has no home directory
         folder = Path.home() / ".cache" / "dlm_jax" / f"{zlib.crc32(kind):08x}"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 
 
 def large_pages() -> None:
-    """For a command, before all else: begins the process anew with MALLOC.
-
-    Unless glibc is told otherwise already.
-    """
+    """Restarts the process with MALLOC, unless GLIBC_TUNABLES is set already."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def cli() -> None:
-    """The entry point."""
+    """Parses the flags and runs `main`."""
     app.run(main, flags_parser=parse_flags)
 
 
 def command() -> None:
-    """The console command `dlm`."""
+    """The console command `dlm`: sets the environment, then calls `cli`."""
     keep_compilations()
     large_pages()
     cli()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared types and the axis glossary.
 
-Axes: b batch, l length (positions), d embedding, v vocabulary, h trunk width,
+Axes: b batch, l length (positions), d embedding, v vocabulary, h hidden width,
 n steps of a sampling grid. Arrays may live on the host (NumPy) or on a device.
 """
 
@@ -23,12 +23,12 @@ Time: TypeAlias = Float[Array, " b"] | Float[Array, "b l"]
 PerExample: TypeAlias = Float[Array, " b"]
 PRNGKey: TypeAlias = Key[jax.Array, ""]
 PRNGKeys: TypeAlias = Key[jax.Array, " b"]
-START, END, UNK, PAD = 0, 1, 2, 3  # the ids of the specials, in every vocabulary
+START, END, UNK, PAD = 0, 1, 2, 3  # ids of the special tokens, in every vocabulary
 
 
 class HeadSpec(NamedTuple):
-    """What a classifier predicts of an example: its head, the shape of the labels, and
-    the number of classes of each."""
+    """The output of a classifier: its head, the shape of an example's labels, and the
+    number of classes of each label."""
 
     head: str
     shape: tuple[int, ...]
@@ -36,5 +36,5 @@ class HeadSpec(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of labels of an example."""
+        """The number of labels per example."""
         return math.prod(self.shape)

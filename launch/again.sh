@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Runs a command, and again when it was preempted or killed, as it then goes on from its
-# checkpoint: bash launch/again.sh .venv/bin/python -m dlm_jax.main --config ...
-# Status 75 and death by a signal mean again; anything else ends it. RESTARTS bounds it.
-# On Google Cloud a maintenance notice becomes a SIGTERM, which the command saves upon;
-# PYTHON (python3) asks for it.
+# Runs a command and restarts it after a preemption; it resumes from its checkpoint.
+#   bash launch/again.sh .venv/bin/python -m dlm_jax.main --config ...
+# Exit status 75 and death by a signal cause a restart, at most RESTARTS (100) times.
+# Any other status is final. On Google Cloud a maintenance notice is made a SIGTERM,
+# upon which the command saves. PYTHON (python3) is the program that polls for it.
 set -euo pipefail
 restarts=${RESTARTS:-100}
 url=${METADATA_URL:-http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event}
 python=${PYTHON:-python3}
 ask='import signal, sys
 from urllib.request import ProxyHandler, Request, build_opener
-signal.alarm(5)  # for the name server too
+signal.alarm(5)  # also limits the name lookup
 request = Request(sys.argv[1], headers={"Metadata-Flavor": "Google"})
 print(build_opener(ProxyHandler({})).open(request).read().decode())'
 
-# noticed: whether there is a notice of maintenance; it stands until that is over
+# noticed: succeeds while a maintenance notice is posted, until the maintenance is over
 noticed() {
   { notice=$("$python" -I -c "$ask" "$url" || true); } 2>/dev/null
   [[ $notice == MIGRATE* || $notice == TERMINATE* ]]
 }
 
-# pause SECONDS: a signal ends it early
+# pause SECONDS: sleeps; a signal ends it early
 pause() {
   sleep "$1" &
   wait $! || true
 }
 
-# A notice becomes SIGTERM.
+# watch_notices PID: sends SIGTERM to the process when a notice is posted
 watch_notices() {
   while kill -0 "$1" 2>/dev/null; do
     if noticed; then
@@ -42,7 +42,7 @@ command -v "$python" >/dev/null || echo "no $python: maintenance notices are not
 told=0
 trap 'told=1' TERM INT
 for ((i = 0; i <= restarts; i++)); do
-  while [ "$told" = 0 ] && noticed; do # it would be stopped at once
+  while [ "$told" = 0 ] && noticed; do # do not start during maintenance
     pause "${NOTICE_SECONDS:-30}"
   done
   [ "$told" = 0 ] || exit 143
@@ -53,7 +53,7 @@ for ((i = 0; i <= restarts; i++)); do
   watcher=$!
   status=0
   wait "$child" || status=$?
-  while kill -0 "$child" 2>/dev/null; do # a trap ends `wait` early
+  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait` early
     status=0
     wait "$child" || status=$?
   done

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# One machine with GPUs: set-up, then the command, again after a preemption.
+# Installs the package on a machine with GPUs and runs the command. After a preemption
+# the command is restarted. --dry_run prints what would run.
 #   bash launch/gpu.sh [--dry_run] --config configs/e2e.py --workdir runs/e2e ...
-# Several machines: add --coordinator HOST:PORT --num_processes N --process_id I on each.
+# On each of several machines, add
+#   --coordinator HOST:PORT --num_processes N --process_id I
 . "$(dirname "$0")/setup.sh"
 command=(bash launch/again.sh .venv/bin/python -m dlm_jax.main)
 if [ "${1:-}" = --dry_run ]; then

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes one folder with all that benchmarks/accelerator.py needs on a machine without a
-# network: wheels (Python 3.12, x86-64 Linux), E2E's text and a script that starts it.
+# Makes a folder with all that benchmarks/accelerator.py needs on a machine without a
+# network: wheels (Python 3.12, x86-64 Linux), the E2E text and a script that starts it.
 #
 #   bash launch/offline.sh launch/cuda_image.txt FOLDER_OF_E2E    # makes .offline/
 #   bash .offline/run.sh OUT [flags of benchmarks/accelerator.py]  # on that machine
 #
-# The first argument lists the packages which that machine has, a name or name==version a
-# line: `pip list --format=freeze` there writes it.
+# The first argument is a file of the packages installed on that machine, one name or
+# name==version per line, as `pip list --format=freeze` prints them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() {
@@ -32,8 +32,8 @@ touch "$part/$mark"
 echo '*' > "$part/.gitignore"
 trap 'rm -rf "$part"' EXIT
 
-# What the benchmark imports is what the package needs, but for what is imported when it
-# is used: other tokenizers, data sets, the grammar, scores of texts.
+# The benchmark needs the package's requirements except those in LATER, which are only
+# imported when they are used: other tokenizers, data sets, the grammar, text metrics.
 "$python" - "$have" > "$part/missing.txt" << 'PY'
 import configparser, json, re, subprocess, sys, tempfile
 
@@ -51,7 +51,7 @@ try:
     text = open(sys.argv[1], encoding="utf-8").read()
 except (OSError, UnicodeDecodeError) as error:
     sys.exit(f"error: {sys.argv[1]}: {error}; give a list of packages as text")
-# a vendor's own version, such as 0.11.2+cuda13, is in no index
+# no index has vendor versions such as 0.11.2+cuda13
 lines = [line.split("#")[0].split("+")[0].strip() for line in text.splitlines()]
 have = {plain(line) for line in lines if line}
 setup = configparser.RawConfigParser()
@@ -86,8 +86,8 @@ done
 
 cat > "$part/run.sh" << 'SH'
 #!/usr/bin/env bash
-# Starts benchmarks/accelerator.py of the repository around this folder, without a network:
-#   bash run.sh OUT [its flags]
+# Runs benchmarks/accelerator.py of the repository around this folder, offline:
+#   bash run.sh OUT [flags of benchmarks/accelerator.py]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 if [ $# = 0 ]; then
@@ -110,7 +110,7 @@ export PYTHONPATH=$site/packages:$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFER
 trap 'kill $! 2>/dev/null' TERM INT
 status=0
 wait $! || status=$?
-wait $! 2>/dev/null || true # after a signal: until its stages have ended
+wait $! 2>/dev/null || true # after a signal, wait until it has ended
 exit "$status"
 SH
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains the embedded default, evaluates it and prints samples: the whole of it in
-# about seven minutes on two cores. Arguments go to all three commands, such as
-# --config.train.total_steps=100; --workdir or the variable WORKDIR names the run.
+# Trains a model on the embedded grammar, evaluates it and plots: about seven minutes on
+# two CPU cores. Arguments, such as --config.train.total_steps=100, are passed to all
+# three commands. --workdir or the variable WORKDIR sets the run's directory.
 . "$(dirname "$0")/setup.sh"
 # shellcheck disable=SC2119
 setup

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: makes .venv with the given extra, once per change.
+# Sourced by the launch scripts: makes .venv, again if the package's settings changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +15,7 @@ find_python() {
   return 2
 }
 
-# setup [EXTRA]: .venv, with the package and the extra installed
+# setup [EXTRA]: makes .venv and installs the package with the extra
 setup() {
   local extra=${1:-} python stamp wanted
   stamp=.venv/installed${extra:+-$extra}

@@ -3,12 +3,12 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
-# A task a node, all of one run; on GPUs or CPUs. In the checkout, after its set-up
-# (bash -c '. launch/setup.sh; setup gpu'):
+# One run over all nodes, with one task per node, on GPUs or CPUs. Install once in the
+# checkout (bash -c '. launch/setup.sh; setup gpu'), then submit from there:
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh --config configs/e2e.py --workdir runs/e2e
-# An array is a run a seed, each in a folder of its own:
+# A job array is one run per seed, each in its own subfolder of --workdir:
 #   sbatch --array=1-3 launch/slurm.sh --config configs/e2e.py --workdir runs/e2e
-# Preempted or out of time, the run saves and the job goes back into the queue.
+# When preempted or out of time, the run saves and the job is requeued.
 # --dry_run as the first argument prints what would run.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
@@ -29,7 +29,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   arguments+=("--config.seed=$SLURM_ARRAY_TASK_ID")
   job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
-# Tasks end each other, with one status; those that hang are killed after --wait seconds.
+# A failing task itself ends the others, with one exit status. srun kills those that
+# hang after --wait seconds.
 command=(srun --kill-on-bad-exit=0 --wait=120 .venv/bin/python -m dlm_jax.main "${arguments[@]}")
 if [ -n "$dry" ]; then
   printf '%q ' "${command[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in an environment of their own making. Arguments go to pytest.
+# Runs lint, type checks and tests in .venv, which it makes. Arguments go to pytest.
 . "$(dirname "$0")/setup.sh"
 setup test
 .venv/bin/ruff check .

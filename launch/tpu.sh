@@ -1,18 +1,18 @@
-# shellcheck shell=bash disable=SC2016 # what is single-quoted is expanded on the TPU
-# Sourced by tpu_vm.sh and tpu_pod.sh, which say how a TPU is made and deleted.
+# shellcheck shell=bash disable=SC2016 # single-quoted text is expanded on the TPU
+# Sourced by tpu_vm.sh and tpu_pod.sh, which define how a TPU is created and deleted.
 #
 #   bash launch/tpu_pod.sh ACTION NAME [flags of gcloud] [-- arguments of dlm_jax.main]
 #
-# create   asks for it, unless it is there        TYPE=v5p-32 RUNTIME=... SPOT=1
-# setup    copies this commit and installs it on every worker
-# start    begins the run on every worker, unless it runs; what follows -- is its command
-# logs     follows the first worker's output (WORKER=all: everyone's last lines)
-# status   says whether the TPU is there and the run alive
-# stop     SIGTERM to the run: it saves
+# create   requests the TPU, unless it exists     TYPE=v5p-32 RUNTIME=... SPOT=1
+# setup    copies this commit to every worker and installs it
+# start    starts the run, of the arguments after --, on every worker, unless it runs
+# logs     follows the first worker's output (WORKER=all: the last lines of all workers)
+# status   prints whether the TPU exists and the run is alive
+# stop     sends SIGTERM to the run, which then saves and exits
 # run      create, setup, start, logs
-# delete   gives the TPU back
+# delete   deletes the TPU
 #
-# --dry_run as the first argument prints the commands. ZONE and PROJECT, or gcloud's own.
+# --dry_run as the first argument prints the commands. ZONE and PROJECT set gcloud's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -40,7 +40,7 @@ done
 [ -z "${ZONE:-}" ] || flags+=("--zone=$ZONE")
 [ -z "${PROJECT:-}" ] || flags+=("--project=$PROJECT")
 
-# call ARGUMENTS: gcloud, or what would be called
+# call ARGUMENTS: calls gcloud, or prints the call under --dry_run
 call() {
   if [ -n "$dry" ]; then
     printf '%q ' gcloud "$@"
@@ -50,17 +50,17 @@ call() {
   fi
 }
 
-# remote WORKER COMMAND: runs it there
+# remote WORKER COMMAND: runs the command on that worker
 remote() {
   call compute tpus tpu-vm ssh "$name" "--worker=$1" "${flags[@]}" "--command=$2"
 }
 
-# there KIND: whether the resource exists
+# there KIND: succeeds if the resource exists
 there() {
   [ -z "$dry" ] && gcloud compute tpus "$1" describe "$name" "${flags[@]}" >/dev/null 2>&1
 }
 
-# gone KIND: whether it is not there, which is said
+# gone KIND: succeeds if the resource does not exist, and says so
 gone() {
   [ -z "$dry" ] && ! there "$1" && echo "$name is gone"
 }
@@ -77,7 +77,7 @@ install() {
   fi
   call compute tpus tpu-vm scp "$archive" "$name:dlm_jax.tar.gz" --worker=all "${flags[@]}"
   rm -r "$(dirname "$archive")"
-  # these images' own Python is older than ours
+  # the Python of these images is older than 3.11
   remote all 'set -e
 command -v python3.11 >/dev/null || {
   sudo add-apt-repository -y ppa:deadsnakes/ppa

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A TPU slice of several hosts, by a queued resource: launch/tpu.sh lists the actions.
+# Runs on a multi-host TPU slice as a queued resource; launch/tpu.sh lists the actions.
 #   TYPE=v5p-32 ZONE=us-east5-a SPOT=1 bash launch/tpu_pod.sh run mine -- --config configs/e2e.py --workdir gs://BUCKET/e2e
-# A spot slice that was taken away: delete, then run; the run goes on from its bucket.
+# After a spot slice is preempted: delete, then run; the run resumes from its bucket.
 . "$(dirname "$0")/tpu.sh" "$@"
 
 describe() { call compute tpus queued-resources describe "$name" "${flags[@]}" '--format=value(state.state)'; }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One TPU VM, made at once: launch/tpu.sh lists the actions.
+# Runs on a TPU VM that is created directly; launch/tpu.sh lists the actions.
 #   TYPE=v5litepod-8 ZONE=us-west4-a bash launch/tpu_vm.sh run mine -- --config configs/e2e.py --workdir runs/e2e
 . "$(dirname "$0")/tpu.sh" "$@"
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels for classifiers: what texts are known to say, as arrays beside their ids.
+"""Annotations of texts, and their encoding as label arrays for classifiers.
 
-The grammar annotates its own texts. Of files, E2E's records give fields, a tagger
-trained on Universal Dependencies gives tags, a constituency parser trees, and a column
-any sentence label. Source of the tasks: arXiv:2205.14217 section 6, REFERENCE 1.8.
+The grammar annotates its own texts. For files, fields come from E2E's records, tags
+from a tagger trained on Universal Dependencies, trees from a constituency parser, and
+sentence labels from a column. Tasks: arXiv:2205.14217, section 6, and docs/method.md,
+section 7.
 """
 
 import functools
@@ -23,15 +24,15 @@ from dlm_jax.types import HeadSpec
 Fields = dict[str, str]
 Spans = list[tuple[int, int, str]]
 
-NONE = "none"  # a field that a text does not state, a pair that is no constituent
+NONE = "none"  # label of a field not stated, or of a span that is no constituent
 SPECIAL_TAGS = ("START", "END", "PAD")
 HEADS = {"semantic": "fields", "label": "fields", "pos": "tags", "tree": "chart"}
 
 
 class LabelVocab(NamedTuple):
-    """What the labels of a task are called: a list of classes for each field.
+    """The class names of a task's labels: a list per field.
 
-    Tags and charts have one field, named as the task.
+    The tasks "pos" and "tree" have a single field, named after the task. length: l.
     """
 
     task: str
@@ -40,40 +41,42 @@ class LabelVocab(NamedTuple):
 
     @property
     def head_spec(self) -> HeadSpec:
-        """The classifier's head for them."""
+        """Returns the classifier head that predicts these labels."""
         fields, l = len(self.classes), self.length
         shape = {"fields": (fields,), "tags": (l,), "chart": (l, l)}
         head = HEADS[self.task]
         return HeadSpec(head, shape[head], max(map(len, self.classes.values())))
 
     def class_index(self, field: str, name: str) -> int:
-        """The class of a label; UserError where the classifier never saw it."""
+        """Returns the index of a class; raises UserError if training never saw it."""
         if field not in self.classes:
             known = ", ".join(self.classes)
             raise UserError(f"{field!r}: the {self.task} classifier knows only {known}")
         if name not in self.classes[field]:
             known = ", ".join(self.classes[field])
-            raise UserError(f"{field} {name!r}: not seen in training; seen: {known}")
+            raise UserError(
+                f"{field} {name!r}: not seen in training; choose one of {known}"
+            )
         return self.classes[field].index(name)
 
     def index_or_missing(self, field: str, name: str) -> int:
-        """`number`, or -1."""
+        """Returns `class_index`, or -1 for an unknown class."""
         return self.class_index(field, name) if name in self.classes[field] else -1
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for JSON."""
+        """Returns a record that JSON can store."""
         return self._asdict()
 
 
 def build_label_vocab(task: str, notes: Iterable[Any], length: int) -> LabelVocab:
-    """The names that occur in the notes of training texts."""
+    """Collects the class names that occur in the annotations of training texts."""
     if HEADS[task] == "fields":
         seen: dict[str, set[str]] = {}
         for note in notes:
             for field, value in note.items():
                 seen.setdefault(field, set()).add(value)
-        silent = [NONE] if task == "semantic" else []
-        classes = {field: [*silent, *sorted(seen[field])] for field in sorted(seen)}
+        absent = [NONE] if task == "semantic" else []
+        classes = {field: [*absent, *sorted(seen[field])] for field in sorted(seen)}
     elif task == "pos":
         classes = {"pos": [*SPECIAL_TAGS, *sorted({t for n in notes for t in n})]}
     else:
@@ -82,13 +85,13 @@ def build_label_vocab(task: str, notes: Iterable[Any], length: int) -> LabelVoca
 
 
 def encode(notes: Iterable[Any], vocab: LabelVocab) -> Int32[np.ndarray, "n m"]:
-    """The labels of texts [n m], flattened; -1 where nothing is asked, or unheard of."""
+    """Encodes annotations as flat labels [n m]; -1: no label, or an unknown class."""
     rows = [_ENCODE[HEADS[vocab.task]](note, vocab) for note in notes]
     return np.stack(rows).reshape(len(rows), -1).astype(np.int32)
 
 
-def _asked_fields(note: Any, vocab: LabelVocab) -> Int[np.ndarray, " f"]:
-    """Of some fields; the others are not asked."""
+def _target_fields(note: Any, vocab: LabelVocab) -> Int[np.ndarray, " f"]:
+    """Encodes target fields; -1 leaves the other fields unconstrained."""
     if not isinstance(note, dict) or not note:
         raise UserError(f"{vocab.task}={note!r}: give {{field: value}}")
     row = dict.fromkeys(vocab.classes, -1)
@@ -97,16 +100,16 @@ def _asked_fields(note: Any, vocab: LabelVocab) -> Int[np.ndarray, " f"]:
     return np.array(list(row.values()))
 
 
-def _asked_tags(note: list[str], vocab: LabelVocab) -> Int[np.ndarray, " l"]:
+def _target_tags(note: list[str], vocab: LabelVocab) -> Int[np.ndarray, " l"]:
     for tag in note:
         if tag in SPECIAL_TAGS:
-            raise UserError(f"pos {tag!r}: give the tags of the words alone")
+            raise UserError(f"pos {tag!r}: give only the tags of the words")
         vocab.class_index("pos", tag)
     _fits("pos", len(note), vocab)
     return encode([note], vocab)[0]
 
 
-def _asked_tree(note: Spans, vocab: LabelVocab) -> Int[np.ndarray, "l l"]:
+def _target_tree(note: Spans, vocab: LabelVocab) -> Int[np.ndarray, "l l"]:
     _fits("tree", 1 + max((span[1] for span in note), default=-1), vocab)
     for span in note:
         _constituent(span, vocab)
@@ -119,10 +122,10 @@ def _asked_tree(note: Spans, vocab: LabelVocab) -> Int[np.ndarray, "l l"]:
     return encode([note], vocab).reshape(vocab.head_spec.shape)
 
 
-def _asked_span(
+def _target_span(
     span: tuple[int, int, str], vocab: LabelVocab
 ) -> Int[np.ndarray, "l l"]:
-    """The chart that asks for one constituent and no more."""
+    """Returns a chart that constrains a single constituent."""
     first, last, _ = span
     _fits("span", last + 1, vocab)
     chart = np.full(vocab.head_spec.shape, -1)
@@ -135,26 +138,26 @@ def _constituent(span: tuple[int, int, str], vocab: LabelVocab) -> int:
     if not 0 <= first <= last:
         raise UserError(f"constituent {span!r}: give (first, last, label), from 0")
     if label == NONE:
-        raise UserError(f"constituent {span!r}: {NONE!r} is no label")
+        raise UserError(f"constituent {span!r}: {NONE!r} is not a constituent label")
     return vocab.class_index("tree", label)
 
 
 def _fits(what: str, size: int, vocab: LabelVocab) -> None:
     if not 1 <= size <= vocab.length - 2:
         raise UserError(
-            f"{what}: {size} words; the model has {vocab.length} positions with START "
-            "and END"
+            f"{what}: {size} words; the model has {vocab.length} positions including "
+            f"START and END: give 1 to {vocab.length - 2} words"
         )
 
 
-# one row of labels that a text shall have, by the name of the wish; UserError for one
-# that was never seen or cannot be
+# constraint -> encoder of the target labels of one text; each raises UserError for a
+# label that is invalid or was not seen in training
 TARGET_ENCODERS: dict[str, Callable[[Any, LabelVocab], np.ndarray]] = {
-    "semantic": _asked_fields,
-    "label": _asked_fields,
-    "pos": _asked_tags,
-    "tree": _asked_tree,
-    "span": _asked_span,
+    "semantic": _target_fields,
+    "label": _target_fields,
+    "pos": _target_tags,
+    "tree": _target_tree,
+    "span": _target_span,
 }
 
 
@@ -166,14 +169,14 @@ def _fields(note: Fields, vocab: LabelVocab) -> np.ndarray:
 
 
 def _tags(note: list[str], vocab: LabelVocab) -> np.ndarray:
-    """START, the words' tags, END and PAD, as far as they fit."""
+    """Encodes the tags of START, the words, END and PAD, truncated to the length."""
     tags = ["START", *note, "END"][: vocab.length]
     tags += ["PAD"] * (vocab.length - len(tags))
     return np.array([vocab.index_or_missing("pos", tag) for tag in tags])
 
 
 def _chart(note: Spans, vocab: LabelVocab) -> np.ndarray:
-    """[i, j]: the constituent from i to j, START being position 0; "none" elsewhere."""
+    """Encodes a chart [l l]: entry (i, j) labels positions i to j; START is 0."""
     l = vocab.length
     chart = np.where(np.tri(l, k=-1), -1, 0)
     for first, last, label in note:
@@ -185,19 +188,19 @@ def _chart(note: Spans, vocab: LabelVocab) -> np.ndarray:
 _ENCODE: dict[str, Callable] = {"fields": _fields, "tags": _tags, "chart": _chart}
 
 
-# --- annotated texts: (config.data, split, options) -> texts, notes
+# --- annotated texts: (texts, an annotation of each)
 
 Annotated = tuple[list[str], list[Any]]
 
 
 def load_annotated(config: Any, task: str, split: str) -> Annotated:
-    """Texts of a split of config.data, and a note for each; UserError."""
+    """Loads the texts of a split, and an annotation of each. Raises UserError."""
     source, most = config.data.source, config.classifier.texts
     choose("config.classifier.task", HEADS, task)
     if most < 0:
-        raise UserError(f"config.classifier.texts={most}: must be 0 (all) or more")
+        raise UserError(f"config.classifier.texts={most}: set it to 0 (all) or more")
     if source == "grammar" and task != "label":
-        return _of_grammar(config, task, split)
+        return _grammar_texts(config, task, split)
     if task in ("semantic", "label"):
         texts, notes = {"semantic": _records, "label": _columns}[task](config, split)
         return texts[: most or None], notes[: most or None]
@@ -213,7 +216,7 @@ def _records(config: Any, split: str) -> Annotated:
     if config.data.source != "e2e":
         raise UserError(
             f"config.classifier.task=semantic: config.data.source={config.data.source!r} "
-            "has no records; take e2e, grammar, or task=label with a column"
+            "has no records: choose source e2e or grammar, or task label with a column"
         )
     return sources.e2e_records(config.data, split)
 
@@ -225,7 +228,7 @@ ANNOTATORS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _of_grammar(config: Any, task: str, split: str) -> Annotated:
+def _grammar_texts(config: Any, task: str, split: str) -> Annotated:
     seed, n = config.data.seed, config.data.size
     if split == "valid":
         seed, n = seed + sources.VALID_SEED, config.data.valid_size
@@ -234,22 +237,22 @@ def _of_grammar(config: Any, task: str, split: str) -> Annotated:
 
 
 def _columns(config: Any, split: str) -> Annotated:
-    """A sentence label from a column of csv or jsonl."""
+    """Loads texts of csv or jsonl files, and sentence labels from another column."""
     if config.data.source not in ("csv", "jsonl"):
         raise UserError(
             f"config.classifier.task=label: config.data.source={config.data.source!r} "
-            "has no columns; give config.data.source=csv or jsonl, and its path"
+            "has no columns: set it to csv or jsonl, and config.data.path to a file"
         )
     column = config.classifier.column
-    texts, found = sources.labelled(config.data, split, column)
-    return texts, [{column: label} for label in found]
+    texts, labels = sources.labelled(config.data, split, column)
+    return texts, [{column: label} for label in labels]
 
 
 # --- tags
 
 
 def read_conllu(path: str | Path) -> list[list[tuple[str, str]]]:
-    """Sentences of (word, universal tag) from a CoNLL-U file."""
+    """Reads a CoNLL-U file as sentences of (word, universal tag). Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -264,27 +267,27 @@ def read_conllu(path: str | Path) -> list[list[tuple[str, str]]]:
         if words:
             sentences.append(words)
     if not sentences:
-        raise UserError(f"{path} holds no sentence in CoNLL-U: give another file")
+        raise UserError(f"{path} holds no sentence in CoNLL-U format: give another")
     return sentences
 
 
 @functools.cache
 def train_tagger(path: str | Path) -> Any:
-    """nltk's averaged perceptron, trained on a treebank; accuracy in docs/control.md.
+    """Trains nltk's averaged perceptron on a treebank; accuracy: docs/control.md.
 
-    It shuffles by the global generator: seeded here, so that labels stay what they are.
+    nltk shuffles with the global generator; seeding it makes labels reproducible.
     """
     from nltk.tag.perceptron import PerceptronTagger
 
-    tagger, before = PerceptronTagger(load=False), random.getstate()
+    tagger, random_state = PerceptronTagger(load=False), random.getstate()
     random.seed(0)
     tagger.train(read_conllu(path), nr_iter=5)
-    random.setstate(before)
+    random.setstate(random_state)
     return tagger
 
 
 def tags_of(tagger: Any, text: str) -> list[str]:
-    """The universal tag of each word."""
+    """Returns the universal part-of-speech tag of each word."""
     return [tag for _, tag in tagger.tag(text.split())]
 
 
@@ -292,18 +295,18 @@ def tags_of(tagger: Any, text: str) -> list[str]:
 
 
 def load_parser(name: str) -> Any:
-    """benepar's parser (an extra: pip install benepar; its model is its own download)."""
+    """Loads a benepar parser; raises UserError if it or its model is not installed."""
     try:
         return importlib.import_module("benepar").Parser(name)
     except (ImportError, LookupError) as error:
         raise UserError(
-            "config.classifier.task=tree needs a parser for this text: "
-            "pip install 'dlm_jax[parser]', then benepar.download('benepar_en3')"
+            "config.classifier.task=tree needs the parser benepar for this source: "
+            "pip install 'dlm_jax[parser]', then run benepar.download('benepar_en3')"
         ) from error
 
 
 def parse_spans(parser: Any, text: str) -> Spans:
-    """The constituents of a text; the parser's `parse(words)` gives an nltk tree."""
+    """Returns a text's constituents; `parser.parse(words)` must return an nltk tree."""
     tree = parser.parse(text.split())
     if tree.label() == "TOP" and len(tree) == 1:
         tree = tree[0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared ids in sharded array_record files: rows at random, larger than memory.
+"""Token ids in sharded array_record files: random access to data beyond memory.
 
-A folder holds train-00000.array_record, ..., valid-00000.array_record, ... and, written
-last, data.json: the layout, the counts, the tokenizer and a checksum of the ids. A record
-is a page of PAGE rows, so that a row costs one small read whichever host asks for it.
+A folder holds train-00000.array_record, ..., valid-00000.array_record, ... and
+data.json, which is written last: the layout, the row counts, the tokenizer and a
+checksum of the ids. A record is a page of PAGE rows, so a row costs one small read.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from dlm_jax.errors import UserError
 from dlm_jax.types import PAD
 
 MANIFEST, MODES = "data.json", ("pad", "block")
-PAGE, SHARD = 64, 2**13  # rows of a record, records of a file
+PAGE, SHARD = 64, 2**13  # rows per record, records per file
 
 
 class ArrayRecordDataset:
-    """Ids [n l] on disk; rows[index] reads those rows, as an array does."""
+    """Token ids [n l] on disk; indexing reads rows, as of a NumPy array."""
 
     def __init__(self, folder: Path, split: str, metadata: dict):
         self.folder, self.split, self.metadata = folder, split, metadata
@@ -40,22 +40,25 @@ class ArrayRecordDataset:
             self.source = array_record_data_source.ArrayRecordDataSource(paths)
             pages = len(self.source)
         if pages != -(-self.count // PAGE):
-            raise UserError(f"{folder}: {pages} records are not its {self.count} rows")
+            raise UserError(
+                f"{folder}: {pages} records do not hold {self.count} rows; prepare the "
+                "data again"
+            )
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The rows of an array of numbers, or of a slice: [... l], int32."""
+        """Returns the rows of an index array or a slice: int32 [... l]."""
         if isinstance(index, slice):
             index = np.arange(*index.indices(self.count))
-        pages, place = np.divmod(np.asarray(index), PAGE)
-        wanted, which = np.unique(pages, return_inverse=True)
+        pages, offset = np.divmod(np.asarray(index), PAGE)
+        needed, at = np.unique(pages, return_inverse=True)
         with _reading(self.folder):
-            raw = self.source.__getitems__(wanted.tolist())
-            kind = np.dtype(self.metadata["dtype"])
-            found = [np.frombuffer(r, kind).reshape(PAGE, self.length) for r in raw]
-        rows = [found[i][j] for i, j in zip(which.ravel(), place.ravel(), strict=True)]
+            raw = self.source.__getitems__(needed.tolist())
+            dtype = np.dtype(self.metadata["dtype"])
+            read = [np.frombuffer(r, dtype).reshape(PAGE, self.length) for r in raw]
+        rows = [read[i][j] for i, j in zip(at.ravel(), offset.ravel(), strict=True)]
         return np.stack(rows).astype(np.int32).reshape(*pages.shape, self.length)
 
 
@@ -63,7 +66,7 @@ class ArrayRecordDataset:
 def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the library raises many kinds for damaged files
+    except Exception as error:  # the library raises various types for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{folder}: damaged ({reason}); prepare the data again"
@@ -77,7 +80,7 @@ def _path(folder: Path, split: str, number: int) -> Path:
 def load_prepared(
     path: str,
 ) -> tuple[ArrayRecordDataset, ArrayRecordDataset, Tokenizer, dict]:
-    """(train, valid, tokenizer, {"corpus": checksum}) of a prepared folder."""
+    """Loads (train, valid, tokenizer, {"corpus": checksum}). Raises UserError."""
     folder = Path(path)
     metadata = read_manifest(folder)
     train, valid = (
@@ -87,43 +90,43 @@ def load_prepared(
 
 
 def read_manifest(folder: Path) -> dict:
-    """What data.json says; UserError where it is missing or not one."""
+    """Reads data.json; raises UserError if it is missing or damaged."""
     try:
         metadata = json.loads((folder / MANIFEST).read_text())
         rows = metadata["rows"]
         counts = [rows["train"], rows["valid"], metadata["length"], metadata["crc"]]
         if not all(isinstance(n, int) and n >= 0 for n in counts):
-            raise ValueError("its counts are no numbers")
+            raise ValueError("its counts are not whole numbers of at least 0")
         if counts[2] == 0 or max(counts[:2]) > PAGE * SHARD * 10**5:
-            raise ValueError("its counts cannot be")
+            raise ValueError("its counts are out of range")
         if (
             metadata["dtype"] not in ("uint16", "int32")
             or metadata["mode"] not in MODES
         ):
-            raise ValueError("of no known layout")
+            raise ValueError("unknown dtype or mode")
         if not isinstance(metadata["tokenizer"], dict):
             raise ValueError("no tokenizer")
     except OSError as error:
         raise UserError(
-            f"config.data.path={folder}: no {MANIFEST} in it; make it with "
+            f"config.data.path={folder}: no {MANIFEST} in it; create it with "
             "--mode prepare_data"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{folder / MANIFEST}: damaged ({error}); prepare again"
+            f"{folder / MANIFEST}: damaged ({error}); prepare the data again"
         ) from error
     return metadata
 
 
 def read_texts(path: str, split: str) -> list[str]:
-    """All rows of a split as texts, in memory."""
+    """Decodes all rows of a split to texts, in memory. Raises UserError."""
     train, valid, tokenizer, _ = load_prepared(path)
     rows = {"train": train, "valid": valid}[split]
     return [tokenizer.decode(row) for row in rows[:]]
 
 
 class ArrayRecordWriter:
-    """Writes the rows of a split, a file after the other."""
+    """Writes the rows of a split to numbered files, one after the other."""
 
     def __init__(self, folder: Path, split: str, length: int, vocab: int):
         self.folder, self.split = folder, split
@@ -133,7 +136,7 @@ class ArrayRecordWriter:
         self.file: Any = None
 
     def add(self, ids: np.ndarray) -> None:
-        """Takes rows [n l], and writes the pages that are full."""
+        """Buffers rows [n l] and writes every full page."""
         self.rows += len(ids)
         self.left = np.concatenate([self.left, ids.astype(self.dtype)])
         while len(self.left) >= PAGE:
@@ -141,11 +144,11 @@ class ArrayRecordWriter:
             self.left = self.left[PAGE:]
 
     def close(self) -> None:
-        """Writes the last page, filled up with PAD."""
+        """Writes the last page, padded with PAD, and closes the file."""
         if len(self.left):
-            filled = np.full((PAGE, self.left.shape[1]), PAD, self.dtype)
-            filled[: len(self.left)] = self.left
-            self._write(filled)
+            page = np.full((PAGE, self.left.shape[1]), PAD, self.dtype)
+            page[: len(self.left)] = self.left
+            self._write(page)
         if self.file:
             self.file.close()
 

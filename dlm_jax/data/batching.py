@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of ids to batches: their order follows from the seed and the step."""
+"""Batches of rows, in an order that depends only on the seed and the step."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,15 +30,15 @@ def batch_index(
     host: int = 0,
     hosts: int = 1,
 ) -> np.ndarray:
-    """Of n rows, those of the batch of `step` that belong to `host`: batch // hosts.
+    """Returns this host's row indices [batch // hosts], of n rows, in a step's batch.
 
-    A pure function of (seed, step). Each epoch has its own order, and a batch may run
-    across its end: every row comes once an epoch and none is dropped. Host h takes the
-    h-th of `hosts` equal slices. Raises UserError if `hosts` does not divide `batch`.
+    A pure function of its arguments. Each epoch has its own permutation. A batch may
+    span epochs, so every row occurs once per epoch. Host h takes the h-th of `hosts`
+    equal slices of the batch. Raises UserError if `hosts` does not divide `batch`.
     """
     if batch % hosts:
         raise UserError(
-            f"batch {batch} does not divide over {hosts} hosts: "
+            f"batch {batch} is not divisible by {hosts} hosts: "
             f"set the batch size to a multiple of {hosts}"
         )
     share = batch // hosts
@@ -53,9 +53,9 @@ def batch_index(
 def batches(
     ids: Int32[np.ndarray, "n l"] | array_record.ArrayRecordDataset, batch: int
 ) -> Iterator[tuple[Int32[np.ndarray, "b l"], Float32[np.ndarray, " b"]]]:
-    """All rows in order, for evaluation: (ids, mask), each of `batch` rows.
+    """Yields all rows in order, as (ids [b l], mask [b]), for evaluation.
 
-    The last batch is filled up with rows from the start, whose mask is 0.
+    The last batch is filled up with the first rows, whose mask is 0.
     """
     for start in range(0, len(ids), batch):
         index = np.arange(start, start + batch)
@@ -63,7 +63,7 @@ def batches(
 
 
 class Prefetcher:
-    """make(step) of the next steps, made by a thread before they are asked for."""
+    """Computes make(step) of the next `depth` steps ahead, in a background thread."""
 
     def __init__(self, make: Callable[[int], Any], steps: range, depth: int = 2):
         self.make, self.left = make, iter(steps)
@@ -71,11 +71,11 @@ class Prefetcher:
         self.due = deque(self.pool.submit(make, s) for s in islice(self.left, depth))
 
     def __call__(self) -> Any:
-        """That of the next step."""
+        """Returns make(step) of the next step."""
         for step in islice(self.left, 1):
             self.due.append(self.pool.submit(self.make, step))
         return self.due.popleft().result()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Cancels what is pending and ends the thread."""
         self.pool.shutdown(cancel_futures=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both splits of a run as token ids, and what made them."""
+"""Both splits of a run as token ids, with their tokenizer."""
 
 import zlib
 from pathlib import Path
@@ -14,9 +14,9 @@ from dlm_jax.errors import UserError
 
 
 class Corpus(NamedTuple):
-    """Token ids of both splits [n l], and the tokenizer that made them.
+    """Token ids of both splits [n l], and the tokenizer that encoded them.
 
-    metadata: what else identifies the corpus, recorded in each checkpoint.
+    metadata: further identification of the corpus, recorded in each checkpoint.
     """
 
     train: np.ndarray | ArrayRecordDataset
@@ -32,9 +32,12 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Reads, tokenises and encodes both splits; a saved tokenizer is kept."""
+    """Loads and encodes both splits. Raises UserError.
+
+    tokenizer: a saved one to use instead of training one. Prepared data has its own.
+    """
     if config.data.source == "prepared":
-        return _prepared(config.data)
+        return _load_prepared(config.data)
     texts = sources.load_texts(config.data, "train")
     held_out = sources.load_texts(config.data, "valid")
     tokenizer = tokenizer or sources.train_tokenizer(config.data, texts)
@@ -43,13 +46,13 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     return Corpus(train, valid, tokenizer)
 
 
-def _prepared(cfg: Any) -> Corpus:
-    """What --mode prepare_data wrote; UserError where the config has another layout."""
+def _load_prepared(cfg: Any) -> Corpus:
+    """Loads what --mode prepare_data wrote; UserError if the layout differs."""
     metadata = array_record.read_manifest(Path(cfg.path))
     for name in ("length", "mode"):
         if cfg[name] != metadata[name]:
             raise UserError(
                 f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
-                f"{metadata[name]}; take that, or prepare it again"
+                f"{metadata[name]}; use that value, or prepare the data again"
             )
     return Corpus(*array_record.load_prepared(cfg.path))

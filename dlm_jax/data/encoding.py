@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to rows of ids: between START and END, padded or in blocks."""
+"""Encodes texts as rows of ids: between START and END, padded or packed in blocks."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -15,25 +15,26 @@ from dlm_jax.types import END, PAD, START
 def encode(
     texts: list[str], tok: Tokenizer, *, length: int, mode: str, too_long: str
 ) -> Int32[np.ndarray, "n l"]:
-    """Ids of the texts in rows of `length`, each text between START and END.
+    """Encodes texts as ids [n l], l = `length`, each text between START and END.
 
-    `mode` "pad" gives a row a text, filled with PAD; "block" joins all texts and cuts
-    rows from the stream, the remainder dropped. `too_long` says what "pad" does with
-    a text that does not fit: "error", "truncate" (its END is lost, as published) or
-    "drop". Raises UserError for such a text, an unknown choice or an empty result.
+    mode: "pad" puts one text in each row and fills it with PAD; "block" joins all
+    texts, cuts the stream into rows and drops the remainder. too_long: what "pad" does
+    with a text that does not fit: "error", "truncate" (END is lost, as in the published
+    code) or "drop". Raises UserError for a text that does not fit, an unknown choice or
+    an empty result.
     """
     arrange, fit = arrangement(length, mode, too_long)
     ids = arrange([delimited(text, tok) for text in texts], length, fit)
     if not len(ids):
         raise UserError(
-            f"{len(texts)} texts give no row of config.data.length={length} in mode "
+            f"{len(texts)} texts fill no row of config.data.length={length} in mode "
             f"{mode}: set a smaller length or give more text"
         )
     return ids
 
 
 def arrangement(length: int, mode: str, too_long: str) -> tuple[Callable, Callable]:
-    """(rows of ids -> array, what fits them); UserError for a layout that cannot be."""
+    """Returns the functions for `mode` and `too_long`. Raises UserError."""
     if length < 2:
         raise UserError(f"config.data.length={length}: set it to 2 or more")
     fit = choose("config.data.too_long", TOO_LONG, too_long)
@@ -41,7 +42,7 @@ def arrangement(length: int, mode: str, too_long: str) -> tuple[Callable, Callab
 
 
 def delimited(text: str, tok: Tokenizer) -> list[int]:
-    """START, the text, END."""
+    """Returns the ids of START, the text and END."""
     return [START, *tok.encode(text), END]
 
 
@@ -62,12 +63,12 @@ def _flat(rows: list[list[int]]) -> Int32[np.ndarray, " n"]:
     return np.fromiter(chain.from_iterable(rows), np.int32, sum(map(len, rows)))
 
 
-def _refuse(rows: list[list[int]], length: int) -> list[list[int]]:
+def _raise_too_long(rows: list[list[int]], length: int) -> list[list[int]]:
     for number, row in enumerate(rows, 1):
         if len(row) > length:
             raise UserError(
                 f"text {number} has {len(row)} tokens with START and END, more than "
-                f"config.data.length={length}: set length={max(map(len, rows))} or "
+                f"config.data.length={length}: set length={max(map(len, rows))}, or "
                 "config.data.too_long to truncate or drop"
             )
     return rows
@@ -75,7 +76,7 @@ def _refuse(rows: list[list[int]], length: int) -> list[list[int]]:
 
 MODES: dict[str, Callable] = {"pad": _pad, "block": _block}
 TOO_LONG: dict[str, Callable] = {
-    "error": _refuse,
+    "error": _raise_too_long,
     "truncate": lambda rows, length: [row[:length] for row in rows],
     "drop": lambda rows, length: [row for row in rows if len(row) <= length],
 }

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded corpus: a probabilistic grammar whose every question has an exact answer.
+"""The built-in corpus: a probabilistic grammar with exact probabilities and labels.
 
-The language is that of `restaurant.pcfg`: finite, and with one derivation a text, so the
-probability of a text is that of its derivation, and the entropy of the texts is that of
-the derivations. Texts are tokens parted by single spaces; START, END and padding are the
-tokenizer's and appear only in `entropy`, which says so. Every word has one tag.
+The language of `restaurant.pcfg` is finite and every text has exactly one derivation.
+Hence the probability of a text is that of its derivation, and the entropy of the texts
+is that of the derivations. A text is tokens separated by single spaces, without START,
+END and PAD; only `entropy` counts END. Every word has exactly one tag.
 
-Parsing is nltk's; it is imported late, since sampling starts every run and needs none.
+nltk parses. It is imported on first use, because sampling does not need it.
 """
 
 import bisect
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 START = "Text"
 FIELDS = ("NAME", "TYPE", "FOOD", "PRICE", "RATING", "AREA", "FAMILY", "NEAR")
-BLOCK = 4096  # texts whose uniform numbers are drawn at a time
+BLOCK = 4096  # texts per draw of uniform numbers
 
 Rules = dict[str, list[tuple[tuple[str, ...], float]]]
 
 
 @functools.cache
 def source() -> str:
-    """The grammar file, in nltk's PCFG notation."""
+    """Returns the text of the grammar file, in nltk's PCFG notation."""
     return Path(__file__).with_name("restaurant.pcfg").read_text(encoding="utf-8")
 
 
 @functools.cache
 def rules() -> Rules:
-    """Nonterminal -> its alternatives (symbols, probability). A word keeps its quotes."""
+    """Returns {nonterminal: [(symbols, probability)]}; words keep their quotes."""
     table: Rules = {}
     for line in source().splitlines():
         if "->" in line and not line.startswith("#"):
@@ -53,7 +53,10 @@ def rules() -> Rules:
 
 @functools.cache
 def _compiled(symbol: str) -> list:
-    """What a symbol pushes on the stack, last first: words, and choices (cum, pushes)."""
+    """Returns what a symbol pushes on the stack, last item first.
+
+    An item is a word, or a choice: (cumulative probabilities, pushes per alternative).
+    """
     if symbol.startswith("'"):
         return [symbol.strip("'")]
     alternatives, probabilities = zip(*rules()[symbol], strict=True)
@@ -63,13 +66,13 @@ def _compiled(symbol: str) -> list:
     ]
     if len(pushes) == 1:
         return pushes[0]
-    # the last bound is left out: rounding in the sum must not let a draw pass it
+    # the last bound is omitted: if it rounds below 1, a draw must not exceed it
     return [(list(itertools.accumulate(probabilities))[:-1], pushes)]
 
 
 @functools.cache
 def _choices(symbol: str) -> int:
-    """The most choices that a derivation of the symbol takes."""
+    """Returns the largest number of choices in a derivation of the symbol."""
     if symbol.startswith("'"):
         return 0
     most = max(sum(map(_choices, parts)) for parts, _ in rules()[symbol])
@@ -77,7 +80,7 @@ def _choices(symbol: str) -> int:
 
 
 def _expand(draws: list[float]) -> str:
-    """The text of one derivation; `draws` are uniform numbers in [0, 1)."""
+    """Returns the text of one derivation. draws: uniform numbers in [0, 1)."""
     stack, words, draw = list(_compiled(START)), [], iter(draws)
     while stack:
         item = stack.pop()
@@ -90,10 +93,10 @@ def _expand(draws: list[float]) -> str:
 
 
 def sample(seed: int, n: int) -> list[str]:
-    """n texts drawn from the grammar, without specials.
+    """Samples n texts from the grammar, without START and END.
 
-    Text i has its own row of one stream of `numpy.random.default_rng(seed)`, so
-    sample(seed, n)[:k] == sample(seed, k); other seeds are independent splits.
+    Text i uses row i of the numbers from `numpy.random.default_rng(seed)`, so
+    sample(seed, n)[:k] == sample(seed, k). Other seeds give independent splits.
     """
     rng, width, texts = np.random.default_rng(seed), _choices(START), []
     for start in range(0, n, BLOCK):
@@ -103,17 +106,17 @@ def sample(seed: int, n: int) -> list[str]:
 
 
 def trees(seed: int, n: int) -> list["nltk.Tree"]:
-    """The derivations of `sample(seed, n)`, from the same numbers: no parsing."""
+    """Returns the derivations of `sample(seed, n)`, drawn alike rather than parsed."""
     rng, width = np.random.default_rng(seed), _choices(START)
-    found = []
+    derived = []
     for start in range(0, n, BLOCK):
         rows = rng.random((min(BLOCK, n - start), width)).tolist()
-        found += [_grow(START, iter(row)) for row in rows]
-    return found
+        derived += [_grow(START, iter(row)) for row in rows]
+    return derived
 
 
 def _grow(symbol: str, draws: Iterator[float]) -> "nltk.Tree":
-    """The derivation of a symbol; choices come in the order of the text."""
+    """Samples a derivation of a symbol, making its choices in the order of the text."""
     import nltk
 
     alternatives, probabilities = zip(*rules()[symbol], strict=True)
@@ -131,9 +134,9 @@ def _grow(symbol: str, draws: Iterator[float]) -> "nltk.Tree":
 
 @functools.cache
 def _moments(symbol: str) -> tuple[float, float]:
-    """Entropy (nats) and expected length (tokens) of what a symbol derives.
+    """Returns the entropy (nats) and the expected length (tokens) of a symbol's texts.
 
-    H(A) = sum_r p_r (-ln p_r + sum_{B in r} H(B)), and likewise the length.
+    H(A) = sum_r p_r (-ln p_r + sum_{B in r} H(B)); the length is computed likewise.
     """
     if symbol.startswith("'"):
         return 0.0, 1.0
@@ -146,14 +149,14 @@ def _moments(symbol: str) -> tuple[float, float]:
 
 
 def entropy() -> tuple[float, float]:
-    """Entropy of the language in nats, exact: (per text, per token with END as one)."""
+    """Returns the exact entropy in nats: (per text, per token, END being a token)."""
     nats, tokens = _moments(START)
     return nats, nats / (tokens + 1)
 
 
 @functools.cache
 def word_tags() -> dict[str, str]:
-    """Word -> its universal part-of-speech tag; the grammar gives each word one."""
+    """Returns {word: its universal part-of-speech tag}; every word has exactly one."""
     return {
         symbol.strip("'"): left.split("_")[0]
         for left, alternatives in rules().items()
@@ -164,7 +167,7 @@ def word_tags() -> dict[str, str]:
 
 
 def words() -> list[str]:
-    """All word types of the language, sorted."""
+    """Returns all distinct words of the language, sorted."""
     return sorted(word_tags())
 
 
@@ -173,7 +176,7 @@ def words() -> list[str]:
 
 @functools.cache
 def _length(symbol: str, bound: Callable) -> int:
-    """The least (bound=min) or greatest (max) number of tokens a symbol derives."""
+    """Returns the minimum (bound=min) or maximum (max) number of tokens of a symbol."""
     if symbol.startswith("'"):
         return 1
     sums = (sum(_length(part, bound) for part in parts) for parts, _ in rules()[symbol])
@@ -181,25 +184,25 @@ def _length(symbol: str, bound: Callable) -> int:
 
 
 def lengths() -> tuple[int, int]:
-    """The least and the greatest number of tokens of a text, without specials."""
+    """Returns the minimum and maximum tokens per text, without START and END."""
     return _length(START, min), _length(START, max)
 
 
 @functools.cache
 def _parser():
-    """nltk's chart parser for the grammar file."""
+    """Returns nltk's chart parser for the grammar."""
     import nltk
 
     grammar = nltk.PCFG.fromstring(source())
-    # no time limit, which counts the time of whatever else runs
+    # no time limit: nltk counts wall-clock time, which a busy machine stretches
     return nltk.parse.BottomUpLeftCornerChartParser(grammar, max_time=None)
 
 
 def derivations(text: str) -> list["nltk.Tree"]:
-    """All derivations of a text: one, or none outside the language."""
+    """Returns all derivations of a text: one, or none if it is not in the language."""
     tokens = text.split(" ")
-    least, greatest = lengths()  # a chart takes cubic time: long strings stay outside
-    if not least <= len(tokens) <= greatest or not word_tags().keys() >= set(tokens):
+    shortest, longest = lengths()  # parsing takes cubic time: skip what is too long
+    if not shortest <= len(tokens) <= longest or not word_tags().keys() >= set(tokens):
         return []
     return [tree.freeze() for tree in _parser().parse(tokens)]
 
@@ -210,12 +213,12 @@ def _derivation(text: str) -> "nltk.Tree | None":
 
 
 def accepts(text: str) -> bool:
-    """Whether a text, without specials, is in the language; False for any other str."""
+    """Returns whether a text, without START and END, is in the language."""
     return _derivation(text) is not None
 
 
 def parse(text: str) -> "nltk.Tree":
-    """The one derivation of a text (an immutable tree). Raises ValueError outside."""
+    """Returns the derivation of a text; ValueError if it is not in the language."""
     tree = _derivation(text)
     if tree is None:
         raise ValueError(f"not in the language of restaurant.pcfg: {text!r}")
@@ -224,7 +227,7 @@ def parse(text: str) -> "nltk.Tree":
 
 @functools.cache
 def _log_rules() -> dict[tuple[str, tuple[str, ...]], float]:
-    """(left side, right side) of a rule -> the log of its probability, nats."""
+    """Returns {(left side, right side): log probability of the rule, in nats}."""
     return {
         (left, parts): math.log(p)
         for left, alternatives in rules().items()
@@ -233,7 +236,7 @@ def _log_rules() -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def log_prob(text: str) -> float:
-    """Log probability of a text in nats, END not counted; -inf outside the language."""
+    """Returns log p(text) in nats, without END; -inf if it is not in the language."""
     tree = _derivation(text)
     if tree is None:
         return -math.inf
@@ -247,45 +250,46 @@ def log_prob(text: str) -> float:
 
 
 def tags(text: str) -> list[str]:
-    """Universal part-of-speech tag of each token. Raises ValueError outside."""
+    """Returns the universal part-of-speech tag of each token. ValueError as `parse`."""
     return tags_of(parse(text))
 
 
 def tags_of(tree: "nltk.Tree") -> list[str]:
-    """Universal part-of-speech tag of each token of a derivation."""
+    """Returns the universal part-of-speech tag of each token of a derivation."""
     return [label.split("_")[0] for _, label in tree.pos()]
 
 
 def spans_of(tree: "nltk.Tree") -> list[tuple[int, int, str]]:
-    """(first, last, label) of every constituent over the words' tags, first to last.
+    """Returns (first, last, label) of every constituent above the tags.
 
-    The label is the nonterminal without its suffix; a chain of single children is one
-    constituent, its labels joined by "::".
+    first and last are word indices from 0, both inclusive. The label is the nonterminal
+    without its suffix. A chain of single children is one constituent, with its labels
+    joined by "::".
     """
-    found: list[tuple[int, int, str]] = []
+    spans: list[tuple[int, int, str]] = []
 
     def visit(node: Any, first: int, above: str) -> int:
         label = node.label().split("_")[0]
         label = f"{above}::{label}" if above else label
         if len(node) == 1 and not isinstance(node[0], str) and node[0].height() > 2:
             return visit(node[0], first, label)
-        found.append((first, first + len(node.leaves()) - 1, label))
+        spans.append((first, first + len(node.leaves()) - 1, label))
         for child in node:
             if isinstance(child, str) or child.height() == 2:
-                first += 1  # a word, or its tag
+                first += 1  # a word or a tag
             else:
                 first = visit(child, first, "")
         return first
 
     visit(tree, 0, "")
-    return found
+    return spans
 
 
 def derivable_spans(text: str) -> set[tuple[int, int, str]]:
-    """(first, last, label) of whatever the grammar derives from words of a text.
+    """Returns (first, last, label) of every span of a text that the grammar derives.
 
-    Also of a text outside the language, as a parser that always answers would find it:
-    labels as in `spans_of`, but with each name of a chain on its own.
+    The text need not be in the language. Labels are those of `spans_of`, except that
+    the labels of a chain are separate spans.
     """
     tokens = text.split()
     if not tokens or not word_tags().keys() >= set(tokens):
@@ -298,8 +302,9 @@ def derivable_spans(text: str) -> set[tuple[int, int, str]]:
 
 
 def fields(text: str) -> dict[str, str]:
-    """Field -> the words that state it, or yes/no for family. Raises ValueError outside.
+    """Returns {field: the words that state it}; "yes" or "no" for family.
 
+    Raises ValueError if the text is not in the language. For example,
     `fields("The Eagle is a cheap pub near Café Sicilia .")` is
     `{"name": "The Eagle", "price": "cheap", "type": "pub", "near": "Café Sicilia"}`.
     """
@@ -307,12 +312,12 @@ def fields(text: str) -> dict[str, str]:
 
 
 def fields_of(tree: "nltk.Tree") -> dict[str, str]:
-    """Field -> the words that state it, of a derivation; see `fields`."""
-    found = {}
+    """Returns the fields that a derivation states; see `fields`."""
+    stated = {}
     for node in tree.subtrees():
         field, _, kind = node.label().partition("_")
         if field == "FAMILY":
-            found["family"] = kind.split("_")[0].lower()
+            stated["family"] = kind.split("_")[0].lower()
         elif field in FIELDS:
-            found[field.lower()] = " ".join(node.leaves())
-    return found
+            stated[field.lower()] = " ".join(node.leaves())
+    return stated

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of any size into prepared ids: read line by line, never held.
+"""Encodes text of any size as files of ids, reading it line by line.
 
 python -m dlm_jax.main --mode prepare_data --config configs/stories.py \\
     --config.data.path=texts.txt --workdir prepared/stories
@@ -18,21 +18,21 @@ from dlm_jax.data import array_record, encoding, sources
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.errors import UserError
 
-CHUNK = 5000  # texts encoded at once
-LEARN = 500_000  # texts, evenly taken, that a sentencepiece model is trained on
+CHUNK = 5000  # texts encoded at a time
+LEARN = 500_000  # most texts, evenly spaced, that train a sentencepiece model
 
 
 def prepare_data(config: Any, workdir: str) -> None:
-    """Writes the config's data as array_record files into workdir.
+    """Writes the config's data as array_record files to workdir.
 
-    Then train with config.data.source=prepared and config.data.path=workdir. Raises
-    UserError; a folder that is prepared already is left as it is.
+    To train on them, set config.data.source=prepared and config.data.path=workdir.
+    Raises UserError, also if workdir already holds prepared data.
     """
     folder, cfg = Path(workdir), config.data
     if cfg.source == "prepared":
-        raise UserError("config.data.source=prepared: name the text that is to be")
+        raise UserError("config.data.source=prepared: name the text to prepare")
     if (folder / array_record.MANIFEST).exists():
-        raise UserError(f"--workdir {folder}: is prepared already; take a fresh one")
+        raise UserError(f"--workdir {folder}: is prepared already; choose another")
     encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)
     counts = {split: sources.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
@@ -55,7 +55,7 @@ def prepare_data(config: Any, workdir: str) -> None:
         writer.close()
         if not writer.rows:
             raise UserError(
-                f"{texts} texts give no row of config.data.length={cfg.length} in the "
+                f"{texts} texts fill no row of config.data.length={cfg.length} in the "
                 f"{split} split: set a smaller length or give more text"
             )
         metadata["rows"][split], metadata["dtype"] = writer.rows, str(writer.dtype)
@@ -65,14 +65,15 @@ def prepare_data(config: Any, workdir: str) -> None:
     part.write_text(json.dumps(metadata, ensure_ascii=False))
     part.replace(path)
     print(
-        f"{folder}: {metadata['rows']} rows of {cfg.length}; config.data.source=prepared"
+        f"{folder}: {metadata['rows']} rows of {cfg.length} tokens; to train on them, "
+        f"set config.data.source=prepared and config.data.path={folder}"
     )
 
 
 def _bar(cfg: Any, split: str, what: str, texts: int) -> Any:
-    """The texts, under a bar where there is a terminal."""
-    texts_of = sources.stream(cfg, split)
-    return tqdm(texts_of, f"{split}, {what}", total=texts, unit="text", disable=None)
+    """Returns the texts of a split, with a progress bar on a terminal."""
+    stream = sources.stream(cfg, split)
+    return tqdm(stream, f"{split}, {what}", total=texts, unit="text", disable=None)
 
 
 def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
@@ -84,7 +85,7 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
 def encode_stream(
     texts: Iterator[str], tok: Tokenizer, cfg: Any
 ) -> Iterator[np.ndarray]:
-    """The rows [n l] of `encoding.encode`, from some texts at a time."""
+    """Yields the rows [n l] of `encoding.encode`, for CHUNK texts at a time."""
     left: list[int] = []
     arrange, fit = encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)
     while chunk := list(itertools.islice(texts, CHUNK)):

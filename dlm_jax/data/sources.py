@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts by source: files, E2E, TFDS, the grammar, prepared data.
+"""Loads texts from their source: files, E2E, TFDS, the grammar, prepared data.
 
-`load_texts` reads what `config.data` names; `stream` reads a file text by text.
+`load_texts` loads all texts; `stream` reads a file text by text.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,10 +33,10 @@ VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
 
 
 def load_texts(cfg: Any, split: str) -> list[str]:
-    """The texts of `split`, "train" or "valid", from the source that `cfg` names.
+    """Loads the texts of `split`, "train" or "valid", from the source that `cfg` names.
 
-    `cfg` is `config.data`. Without a validation set of its own, a source's last
-    `valid_fraction` of examples is held out of training. Raises UserError.
+    cfg: config.data. If a source has no validation set of its own, the last
+    `valid_fraction` of its texts is held out of training. Raises UserError.
     """
     if split not in ("train", "valid"):
         raise UserError(f"unknown split {split!r}: choose train or valid")
@@ -45,7 +45,7 @@ def load_texts(cfg: Any, split: str) -> list[str]:
 
 
 def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
-    """Trains the kind of tokenizer `cfg` names, with `min_count` or `vocab_size`."""
+    """Trains the kind of tokenizer that `cfg` names. Raises UserError."""
     train = choose("config.data.tokenizer", TRAINERS, cfg.tokenizer)
     option = {"word": "min_count", "sentencepiece": "vocab_size"}[cfg.tokenizer]
     return train(texts, **{option: getattr(cfg, option)})
@@ -60,21 +60,21 @@ def _non_empty(texts: list, what: str) -> list:
 
 
 def _grammar(cfg: Any, split: str) -> list[str]:
-    """Texts of the embedded grammar; a text may stand in both splits, as in E2E."""
+    """Samples the built-in grammar; a text may occur in both splits, as in E2E."""
     if split == "train":
         return grammar.sample(cfg.seed, cfg.size)
     return grammar.sample(cfg.seed + VALID_SEED, cfg.valid_size)
 
 
 def _file(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
-    """What is read of `path`; validation from `valid_path` or held out of `path`."""
+    """Reads a split: validation comes from `valid_path`, or is held out of `path`."""
     path = _path(cfg, split)
-    found = _non_empty(list(read(path, cfg)), str(path))
-    return found if cfg.valid_path else hold_out(found, cfg, split)
+    records = _non_empty(list(read(path, cfg)), str(path))
+    return records if cfg.valid_path else hold_out(records, cfg, split)
 
 
 def _path(cfg: Any, split: str) -> Path:
-    """The file that holds a split."""
+    """Returns the file that holds a split."""
     name = "valid_path" if split == "valid" and cfg.valid_path else "path"
     return existing(cfg[name], name)
 
@@ -84,9 +84,9 @@ def _e2e(cfg: Any, split: str) -> list[str]:
 
 
 def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
-    """E2E in Diffusion-LM's layout: texts, and of each its record, field to value.
+    """Loads E2E in the published code's layout: texts, and a {field: value} of each.
 
-    From a folder of src1_*.txt, or from files. Raises UserError.
+    cfg.path is a folder of src1_*.txt or a file. Raises UserError.
     """
     if not cfg.valid_path and Path(cfg.path).is_dir():
         path = Path(cfg.path) / f"src1_{split}.txt"
@@ -97,7 +97,7 @@ def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def stream(cfg: Any, split: str) -> Iterator[str]:
-    """`load_texts`, one after the other where the source is a file of texts."""
+    """Yields the texts of `load_texts`; reads files text by text. Raises UserError."""
     if cfg.source not in FILES:
         yield from load_texts(cfg, split)
         return
@@ -106,7 +106,7 @@ def stream(cfg: Any, split: str) -> Iterator[str]:
 
 
 def count(cfg: Any, split: str) -> int:
-    """How many texts `stream` gives."""
+    """Returns the number of texts that `stream` yields. Raises UserError."""
     if cfg.source not in FILES:
         return len(load_texts(cfg, split))
     first, last = _part_of(_path(cfg, split), cfg, split)
@@ -114,7 +114,7 @@ def count(cfg: Any, split: str) -> int:
 
 
 def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
-    """(first, last) of a split's texts in its file."""
+    """Returns the range (start, stop) of a split's texts in its file."""
     state = path.stat()
     texts = _count(path, cfg.source, cfg.column, (state.st_mtime_ns, state.st_size))
     if not texts:
@@ -124,12 +124,12 @@ def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=4)
 def _count(path: Path, source: str, column: str, state: tuple[int, int]) -> int:
-    """The texts of a file, as long as it does not change."""
+    """Counts the texts of a file. state: its (mtime, size), part of the cache key."""
     return sum(1 for _ in FILES[source](path, ConfigDict({"column": column})))
 
 
 def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
-    """The texts of csv or jsonl, and what another column says of each; UserError."""
+    """Loads texts of csv or jsonl, and labels from another column. Raises UserError."""
     records = {"csv": csv_records, "jsonl": jsonl_records}[cfg.source]
 
     def read(path: Path, cfg: Any) -> list[tuple[str, str]]:
@@ -170,9 +170,9 @@ SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
 
 
 def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:
-    """An embedding table [v d] from an .npy file; None where path is empty.
+    """Loads an embedding table [v d] from an .npy file; None if path is empty.
 
-    Raises UserError where the file is missing, not an array of finite numbers, or of
+    Raises UserError if the file is missing, is not an array of finite numbers or has
     another shape.
     """
     if not path:
@@ -191,7 +191,7 @@ def load_table(path: str, vocab: int, dim: int) -> np.ndarray | None:
         )
     if table.shape != (vocab, dim):
         raise UserError(
-            f"config.embedding.path={path}: shape {table.shape}, and this run has "
-            f"{vocab} words of config.model.dim={dim}"
+            f"config.embedding.path={path}: has shape {table.shape}, not "
+            f"{(vocab, dim)}, the vocabulary size and config.model.dim"
         )
     return table.astype(np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorFlow Datasets, read without TensorFlow."""
+"""Loads TensorFlow Datasets (TFDS) without TensorFlow."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -8,13 +8,16 @@ from typing import Any
 from dlm_jax.data.files import cell, hold_out
 from dlm_jax.errors import UserError
 
-CONNECT_SECONDS = 5.0  # TFDS itself retries for minutes without a network
-ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks with TensorFlow
+CONNECT_SECONDS = 5.0  # without a network, TFDS itself retries for minutes
+ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2")  # TFDS unpacks these with TensorFlow
 
 
 def load_tfds(cfg: Any, split: str) -> list[str]:
-    """A data set by name ("e2e_cleaned", "name/config:1.0.0"), prepared if it is not."""
-    wanted = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
+    """Loads the texts of a data set, which is prepared if need be. Raises UserError.
+
+    cfg.path: its TFDS name, such as "e2e_cleaned" or "name/config:1.0.0".
+    """
+    name = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:
         builder = _prepared(cfg)
         if cfg.column not in (builder.info.features or {}):
@@ -23,18 +26,18 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
                 f"TFDS {cfg.path} has no column {cfg.column!r}: "
                 f"set config.data.column to one of {names}"
             )
-        records = builder.as_data_source(split=wanted)
+        records = builder.as_data_source(split=name)
         cells = (cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
         texts = [text for text in cells if text]
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_tfds_failure(error, cfg, wanted)) from error
+        raise UserError(_tfds_failure(error, cfg, name)) from error
     return texts if cfg.tfds_valid else hold_out(texts, cfg, split)
 
 
 def _prepared(cfg: Any) -> Any:
-    """The data set's builder, its files in place: read if there, else prepared."""
+    """Returns a data set's builder; downloads and prepares its files if missing."""
     import tensorflow_datasets as tfds
 
     data_dir = cfg.tfds_dir or None
@@ -47,12 +50,12 @@ def _prepared(cfg: Any) -> Any:
 
 
 def _check_preparable(builder: Any, cfg: Any) -> None:
-    """Fails in seconds where TFDS would download in vain or retry for minutes."""
+    """Raises within seconds where TFDS would fail after a download or minutes."""
     import requests
 
     urls = list(builder.url_infos or {})
     if any(url.endswith(ARCHIVES) for url in urls) and not find_spec("tensorflow"):
-        raise ModuleNotFoundError("to unpack archives", name="tensorflow")
+        raise ModuleNotFoundError("needed to unpack archives", name="tensorflow")
     for url in urls[:1]:
         try:
             requests.head(url, timeout=CONNECT_SECONDS)
@@ -65,19 +68,19 @@ def _check_preparable(builder: Any, cfg: Any) -> None:
 
 
 def _tfds_failure(error: Exception, cfg: Any, split: str) -> str:
-    """One line for the user out of whatever TFDS raised."""
+    """Returns a one-line message for an error that TFDS raised."""
     name = f"TFDS {cfg.path}"
-    chain_ = list(_causes(error))
-    missing = [e.name for e in chain_ if isinstance(e, ImportError) and e.name]
+    causes = list(_causes(error))
+    missing = [e.name for e in causes if isinstance(e, ImportError) and e.name]
     if missing:
         return (
             f"{name} needs the package {missing[0]}: install it, or prepare the data "
             "set as array_record elsewhere and set config.data.tfds_dir to its folder"
         )
-    if any(type(e).__name__ == "DatasetNotFoundError" for e in chain_):
+    if any(type(e).__name__ == "DatasetNotFoundError" for e in causes):
         return (
-            f"{name} is not a known data set, nor prepared in config.data.tfds_dir="
-            f"{cfg.tfds_dir!r}: correct config.data.path"
+            f"{name} is neither a known data set nor prepared in "
+            f"config.data.tfds_dir={cfg.tfds_dir!r}: correct config.data.path"
         )
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: text <-> ids, by whole words or by sentencepiece pieces.
+"""Tokenizers between text and ids, by whole words or by sentencepiece pieces.
 
 Both kinds share one interface: `encode`, `decode`, `vocab_size`, `tokens` and
-`to_dict`; `from_dict` reads the JSON-able record back. Ids 0 to 3 are reserved and no
-text ever encodes to START, END or PAD: the literal word "END" is a word like any other.
+`to_dict`, whose JSON record `from_dict` reads. Ids 0 to 3 are reserved. No text encodes
+to START, END or PAD: the literal word "END" is a word like any other.
 """
 
 import base64
@@ -26,7 +26,7 @@ SPECIALS = ("START", "END", "UNK", "PAD")
 
 @dataclass(frozen=True)
 class WordTokenizer:
-    """A word vocabulary: text splits at whitespace, `words[i]` has id i + 4."""
+    """A word vocabulary: text is split at whitespace, `words[i]` has id i + 4."""
 
     words: tuple[str, ...]
 
@@ -36,25 +36,25 @@ class WordTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Words and the four specials."""
+        """Returns the number of words plus the four special tokens."""
         return len(SPECIALS) + len(self.words)
 
     def tokens(self) -> list[str]:
-        """The string of each id, in order."""
+        """Returns the string of each id, in order."""
         return [*SPECIALS, *self.words]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of `text`, without START and END; unknown words are UNK."""
+        """Returns the ids of the words, without START and END; UNK if unknown."""
         get = self._ids.get
         return [get(word, UNK) for word in text.split()]
 
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
-        """The words before the first END, joined by spaces; UserError for a bad id."""
+        """Joins the words before the first END by spaces. Raises UserError."""
         strings = self.tokens()
         return " ".join(strings[i] for i in _content(ids, self.vocab_size))
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for JSON; `from_dict` is its inverse."""
+        """Returns a record that JSON can store; `from_dict` is the inverse."""
         return {"kind": "word", "words": list(self.words)}
 
 
@@ -72,24 +72,24 @@ class PieceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Pieces, the four specials among them."""
+        """Returns the number of pieces, including the four special tokens."""
         return self._processor.get_piece_size()
 
     def tokens(self) -> list[str]:
-        """The piece of each id, in order; a leading U+2581 stands for a space."""
+        """Returns the piece of each id, in order; a leading U+2581 means a space."""
         pieces = range(len(SPECIALS), self.vocab_size)
         return [*SPECIALS, *map(self._processor.id_to_piece, pieces)]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the pieces of `text`, without START and END."""
+        """Returns the ids of the pieces of `text`, without START and END."""
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
-        """The text before the first END; UserError for a bad id."""
+        """Returns the text before the first END. Raises UserError for an invalid id."""
         return self._processor.decode(_content(ids, self.vocab_size))
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for JSON, the model in base64; `from_dict` is its inverse."""
+        """Returns a record that JSON can store, with the model in base64."""
         model = base64.b64encode(self.model).decode("ascii")
         return {"kind": "sentencepiece", "model": model}
 
@@ -98,9 +98,9 @@ Tokenizer = WordTokenizer | PieceTokenizer
 
 
 def train_word(texts: Iterable[str], *, min_count: int = 10) -> WordTokenizer:
-    """Every word seen MORE than `min_count` times, in order of first appearance.
+    """Collects the words that occur MORE than `min_count` times, by first occurrence.
 
-    The published Diffusion-LM's vocabulary: 821 ids on E2E. Raises UserError if no
+    This is the published code's vocabulary, 821 ids on E2E. Raises UserError if no
     word is that frequent.
     """
     counts = Counter(word for text in texts for word in text.split())
@@ -114,10 +114,10 @@ def train_word(texts: Iterable[str], *, min_count: int = 10) -> WordTokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> PieceTokenizer:
-    """A unigram model (Kudo 2018, arXiv:1804.10959) of exactly `vocab_size` ids.
+    """Trains a unigram model (arXiv:1804.10959) of exactly `vocab_size` ids.
 
-    One thread and no shuffling: the same texts give the same bytes. Raises UserError
-    if the texts are empty or do not allow for `vocab_size` pieces.
+    One thread and no shuffling, so the same texts give the same bytes. Raises UserError
+    if the texts are empty or cannot be split into `vocab_size` distinct pieces.
     """
     import sentencepiece
 
@@ -150,7 +150,7 @@ TRAINERS: dict[str, Callable[..., Tokenizer]] = {
 
 
 def from_dict(record: Any) -> Tokenizer:
-    """The tokenizer of a `to_dict` record; UserError if the record is not one."""
+    """Restores a tokenizer from its `to_dict` record; UserError if it is damaged."""
     kind = record.get("kind") if isinstance(record, dict) else None
     if not isinstance(kind, str) or kind not in _READERS:
         raise UserError(
@@ -164,7 +164,7 @@ def _read_word(record: dict[str, Any]) -> WordTokenizer:
     words = record.get("words")
     strings = isinstance(words, list) and all(isinstance(word, str) for word in words)
     if not strings or not words or len(set(words)) != len(words):
-        raise _damaged("words", "a list of different strings")
+        raise _damaged("words", "a list of distinct strings")
     return WordTokenizer(tuple(words))
 
 
@@ -191,7 +191,7 @@ def _damaged(field: str, expected: str) -> UserError:
 
 
 def _content(ids: Sequence[int] | Int[Array, " l"], vocab_size: int) -> list[int]:
-    """The ids before the first END, without START and PAD."""
+    """Returns the ids before the first END, without START and PAD; or UserError."""
     kept = []
     for i in np.asarray(ids).tolist():
         if i == END:
@@ -204,16 +204,16 @@ def _content(ids: Sequence[int] | Int[Array, " l"], vocab_size: int) -> list[int
 
 
 def _training_failure(error: str, vocab_size: int) -> str:
-    """One line for the user out of sentencepiece's message about itself."""
-    if found := re.search(r"too high \(\d+\).* <= (\d+)", error):
+    """Returns a one-line message for an error that sentencepiece raised."""
+    if match := re.search(r"too high \(\d+\).* <= (\d+)", error):
         return (
             f"vocab_size={vocab_size} is too large for this text: "
-            f"set config.data.vocab_size={found[1]} or less, or give more text"
+            f"set config.data.vocab_size={match[1]} or less, or give more text"
         )
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return (
             f"vocab_size={vocab_size} is too small for the characters of this text: "
-            f"set config.data.vocab_size={found[1]} or more"
+            f"set config.data.vocab_size={match[1]} or more"
         )
     if "sentences_.empty()" in error or "all_chars_count" in error:
         return "no text to train a sentencepiece model on: give a non-empty data set"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a model is: measures of texts, control tasks, plots."""
+"""Evaluation of a model: text metrics, control tasks and plots."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What control is measured by: held-out sentences with their notes, and a judge.
+"""Held-out targets of the control tasks, and the scorer that evaluates the texts.
 
-Sentences of the grammar are drawn from a seed that nothing was trained on; those of E2E
-are of its validation split, or the published targets.
+Grammar sentences are drawn with a seed that training and validation never use. Other
+targets come from the validation split or from the published target files.
 """
 
 import json
@@ -18,11 +18,11 @@ from dlm_jax.data.annotations import Fields, Spans
 from dlm_jax.errors import UserError
 from dlm_jax.inference.pipeline import DiffusionLM
 
-TARGET_SEED = 2_000_003  # added to the seed of the data: never trained or validated on
+TARGET_SEED = 2_000_003  # added to data.seed; training and validation never use it
 
 
 class Sentence(NamedTuple):
-    """A held-out text, and what it says; None where that is not known."""
+    """A held-out text with its annotations; None where one is unknown."""
 
     text: str
     fields: Fields | None = None
@@ -31,15 +31,18 @@ class Sentence(NamedTuple):
 
 
 def has_phrase(value: str, text: str) -> bool:
-    """Whether the words of the value stand in the text, one after the other."""
+    """Returns whether the words of value occur consecutively in text."""
     return f" {value} " in f" {text} "
 
 
 class Scorer(NamedTuple):
-    """How texts are read: tags; constituents of a parse, and of parts that parse.
+    """Functions that extract from a text the properties to be scored.
 
-    nats(texts) gives -log p of each: exact for the grammar, and not finite outside the
-    language; else the teacher's.
+    tags: the part-of-speech tag of each word. spans: (first, last, label) of each
+    constituent of the parse. derived: those that can be derived over part of the text,
+    even if the whole has no parse. nats(texts): -log p of each text [n]. If exact, it
+    comes from the grammar and is infinite outside the language; otherwise it comes from
+    an autoregressive model, or is nan without one.
     """
 
     tags: Callable[[str], list[str]]
@@ -49,17 +52,17 @@ class Scorer(NamedTuple):
     exact: bool = False
 
 
-EDGES = ("START", "END", "\n")  # of the published targets
+EDGES = ("START", "END", "\n")  # tokens of the published files that are not words
 
 
 def annotate(tree: Any) -> Sentence:
-    """A derivation of the grammar as a sentence with all its notes."""
+    """Returns a derivation of the grammar as a sentence with all its annotations."""
     notes = (annotations.ANNOTATORS[name](tree) for name in ("semantic", "pos", "tree"))
     return Sentence(" ".join(tree.leaves()), *notes)
 
 
 def load_targets(config: Any, task: str, n: int) -> list[Sentence]:
-    """Up to n held-out sentences with what the task needs to know of them; UserError."""
+    """Loads up to n held-out sentences, annotated for the task. Raises UserError."""
     if config.data.source == "grammar":
         return list(map(annotate, grammar.trees(config.data.seed + TARGET_SEED, n)))
     if config.control.targets and task != "unguided":
@@ -71,24 +74,27 @@ def load_targets(config: Any, task: str, n: int) -> list[Sentence]:
     rows = np.random.default_rng(0).permutation(len(texts))[:n]
     tags = _tagger(config) if "pos" in task else lambda text: None
     spans = _parser(config) if task in TREES else lambda text: None
-    found = [
+    sentences = [
         Sentence(texts[i], fields[i], tags(texts[i]), spans(texts[i])) for i in rows
     ]
     if "semantic" in task:
         if config.data.source != "e2e":
-            raise UserError(f"config.control.task={task}: this text has no records")
-        found = [s for s in found if fields_in_text(s)]
-    return found
+            raise UserError(
+                f"config.control.task={task}: source {config.data.source!r} has no "
+                "records of fields; use source grammar or e2e"
+            )
+        sentences = [s for s in sentences if fields_in_text(s)]
+    return sentences
 
 
-TREES = ("tree", "span", "semantic+tree")
+TREES = ("tree", "span", "semantic+tree")  # tasks that need a parser
 
 
 def fields_in_text(sentence: Sentence) -> Fields:
-    """The fields whose value is words of the text."""
+    """Returns the fields whose value occurs in the text, as words."""
     assert sentence.fields is not None
-    told = sentence.fields.items()
-    return {field: value for field, value in told if has_phrase(value, sentence.text)}
+    fields = sentence.fields.items()
+    return {field: value for field, value in fields if has_phrase(value, sentence.text)}
 
 
 PUBLISHED = {
@@ -100,13 +106,16 @@ PUBLISHED = {
 
 
 def load_published(folder: Path, task: str) -> list[Sentence]:
-    """The published targets; of length 10 to 40 tokens, START and END counted."""
+    """Loads the published targets of a task. Raises UserError.
+
+    Lengths are 8 to 38 words; the published 10 to 40 tokens count START and END.
+    """
     if task == "length":
         return [Sentence(" ".join(["word"] * n)) for n in range(8, 39)]
     if task not in PUBLISHED:
         raise UserError(
-            f"config.control.targets: none published of {task}; there are length, "
-            f"{', '.join(PUBLISHED)}"
+            f"config.control.targets: no published targets for task {task}; choose "
+            f"length, {', '.join(PUBLISHED)}"
         )
     path = folder / PUBLISHED[task]
     try:
@@ -117,7 +126,7 @@ def load_published(folder: Path, task: str) -> list[Sentence]:
 
 
 def _published(row: Any) -> Sentence:
-    """A row of one of the files: a field; or words, with tags, a field or a span."""
+    """Reads a row: a field and its value, or words with tags, a field or spans."""
     if isinstance(row, list):
         field, value = " ".join(row).split(" : ")
         return Sentence(value, {field: value})
@@ -131,21 +140,25 @@ def _published(row: Any) -> Sentence:
     if "pos" in row:
         tags = [row["pos"][i] for i in kept]
     if "spans" in row:
-        end = len(kept) - 1  # some reach the line's end, which is no word here
+        end = len(kept) - 1  # some spans reach the "\n", which is dropped here
         spans = [(i, min(j, end), label) for i, j, label in row["spans"] if i <= end]
     return Sentence(text, fields, tags, spans)
 
 
-# --- the judge
+# --- the scorer
 
 
 def make_scorer(config: Any, task: str, ar_model: DiffusionLM | None) -> Scorer:
-    """The grammar; or the tagger and the parser, where the task asks, and the teacher."""
+    """Returns the scorer of config.data: the grammar's, or one of trained models.
+
+    The latter has a tagger and a parser if the task needs them, and takes nats from
+    ar_model. Raises UserError.
+    """
     if config.data.source == "grammar":
         return Scorer(_word_tags, _parsed, grammar.derivable_spans, _exact_nats, True)
     tags = _tagger(config) if "pos" in task else lambda text: []
     spans = _parser(config) if task in TREES else lambda text: []
-    return Scorer(tags, spans, lambda text: set(spans(text)), _teacher_nats(ar_model))
+    return Scorer(tags, spans, lambda text: set(spans(text)), _ar_nats(ar_model))
 
 
 def _word_tags(text: str) -> list[str]:
@@ -170,7 +183,7 @@ def _parser(config: Any) -> Callable[[str], Spans]:
     return lambda text: annotations.parse_spans(parser, text) if text else []
 
 
-def _teacher_nats(ar_model: DiffusionLM | None) -> Callable[[list[str]], np.ndarray]:
+def _ar_nats(ar_model: DiffusionLM | None) -> Callable[[list[str]], np.ndarray]:
     if ar_model is None:
         return lambda texts: np.full(len(texts), math.nan)
     return lambda texts: np.asarray(ar_model.nll(ar_model.encode(texts)).total())

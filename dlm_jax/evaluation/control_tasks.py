@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control tasks: targets, how to steer, how to score; one table, one JSON a row.
+"""The control tasks: targets, constraints and scores, as a table and JSON files.
 
-Scores are those of arXiv:2205.14217 section 6 (REFERENCE 1.9); beside each stands the
-fluency. Targets come from `control_targets`.
+The scores are those of arXiv:2205.14217, section 6 (docs/method.md, section 7.8). Each
+is reported with the fluency of the texts. Targets come from `control_targets`.
 """
 
 import dataclasses
@@ -48,10 +48,11 @@ from dlm_jax.types import UNK
 
 
 class ControlTask(NamedTuple):
-    """A task: what is asked for, how, and how well it was done.
+    """A task: its target, the constraint that asks for it, and its score.
 
-    target(sentence, rng): of a held-out sentence. wish(target, bundle): the row of
-    wishes. score(text, target, judge): named shares. needs: classifiers.
+    target(sentence, rng): draws a target from a held-out sentence. constrain(target,
+    lm): the constraints of one text, as a row. score(text, target, scorer): named
+    scores in [0, 1]. needs: the label tasks whose classifiers it uses.
     """
 
     target: Callable[[Sentence, Any], Any]
@@ -64,15 +65,15 @@ class ControlTask(NamedTuple):
 
 
 def _one_field(sentence: Sentence, rng: Any) -> Fields:
-    """A field whose value is words of the text; a published target is its only one."""
+    """Draws a field whose value occurs in the text, or any field if none does."""
     assert sentence.fields is not None
-    told = fields_in_text(sentence) or sentence.fields
-    field = sorted(told)[rng.integers(len(told))]
-    return {field: told[field]}
+    fields = fields_in_text(sentence) or sentence.fields
+    field = sorted(fields)[rng.integers(len(fields))]
+    return {field: fields[field]}
 
 
 def _one_span(sentence: Sentence, rng: Any) -> tuple[int, int, str]:
-    """A constituent, but not the whole text."""
+    """Draws a constituent other than the whole text."""
     inner = _inner(sentence)
     return inner[rng.integers(len(inner))]
 
@@ -83,13 +84,13 @@ def _inner(sentence: Sentence) -> list[tuple[int, int, str]]:
 
 
 def _middle(sentence: Sentence, rng: Any) -> str:
-    """The text with its middle third left open, word by word."""
+    """Returns the text with a blank for each word of its middle third."""
     words = sentence.text.split()
     third = max(1, len(words) // 3)
     return " ".join([*words[:third], *["___"] * third, *words[2 * third :]])
 
 
-# --- wishes: (target, bundle) -> a row
+# --- constraints: (target, lm) -> one row
 
 
 def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
@@ -101,7 +102,7 @@ def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
 
 
 def _semantic(target: Fields, lm: DiffusionLM) -> Constraints:
-    """The fields, by the classifier; and their words, by the model's own."""
+    """Constrains the fields by the classifier, and their words by token guidance."""
     words = [lm.tokenizer.encode(value) for value in target.values()]
     phrases = [pad_to_power_of_two([-1] if UNK in ids else ids) for ids in words]
     return _from_target("semantic")(target, lm)._replace(phrases=tuple(phrases))
@@ -120,27 +121,27 @@ def _value(text: str, target: Fields, scorer: Scorer) -> dict[str, float]:
 
 
 def _tags(text: str, target: list[str], scorer: Scorer) -> dict[str, float]:
-    """Tags that are right, position by position, cut or filled up to the target's."""
-    found = scorer.tags(text)[: len(target)]
-    found += [""] * (len(target) - len(found))
-    right = [a == b for a, b in zip(found, target, strict=True)]
+    """Scores tags by position, after cutting or padding them to the target's length."""
+    tags = scorer.tags(text)[: len(target)]
+    tags += [""] * (len(target) - len(tags))
+    right = [a == b for a, b in zip(tags, target, strict=True)]
     return {"tags": sum(right) / len(right), "all tags": float(all(right))}
 
 
 def _tree(text: str, target: Spans, scorer: Scorer) -> dict[str, float]:
-    """F1 of labelled constituents; a text without a parse has none."""
-    found, wanted = set(scorer.spans(text)), set(target)
-    f1 = 2 * len(found & wanted) / (len(found) + len(wanted))
-    return {"tree F1": f1, "whole tree": float(found == wanted)}
+    """Computes F1 of labelled constituents; a text without a parse has none."""
+    spans, wanted = set(scorer.spans(text)), set(target)
+    f1 = 2 * len(spans & wanted) / (len(spans) + len(wanted))
+    return {"tree F1": f1, "whole tree": float(spans == wanted)}
 
 
 def _has_span(text: str, target: tuple, scorer: Scorer) -> dict[str, float]:
-    """The constituent in its place, whatever the rest; and within a whole parse."""
+    """Scores a constituent in its place: alone, and within a parse of the text."""
     first, last, label = target
-    found = scorer.derived(text)
+    derived = scorer.derived(text)
     within = tuple(target) in scorer.spans(text)
-    there = within or all((first, last, name) in found for name in label.split("::"))
-    return {"span": float(there), "span in a parse": float(within)}
+    alone = within or all((first, last, name) in derived for name in label.split("::"))
+    return {"span": float(alone), "span in a parse": float(within)}
 
 
 def _length(text: str, target: int, scorer: Scorer) -> dict[str, float]:
@@ -149,14 +150,14 @@ def _length(text: str, target: int, scorer: Scorer) -> dict[str, float]:
 
 
 def _kept(text: str, target: str, scorer: Scorer) -> dict[str, float]:
-    """The known words in their places, and an end where the template ends."""
+    """Scores whether the known words are in place and the length is the template's."""
     words, wanted = text.split(), target.split()
     same = [w in (BLANK, x) for w, x in zip(wanted, words, strict=False)]
     return {"known kept": float(len(words) == len(wanted) and all(same))}
 
 
 def _both(first: ControlTask, second: ControlTask) -> ControlTask:
-    """Two classifiers at once, their targets from one sentence."""
+    """Combines two classifier tasks; both targets come from the same sentence."""
 
     def constrain(target: Any, lm: DiffusionLM) -> Constraints:
         one, two = first.constrain(target[0], lm), second.constrain(target[1], lm)
@@ -190,10 +191,13 @@ CONTROL_TASKS["semantic+pos"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS["
 
 
 def guidance_of(config: Any, task: str) -> GuidanceConfig:
-    """Returns the guidance settings of a task, from config.control.presets."""
-    presets = config.control.presets
+    """Returns a task's guidance settings. Raises UserError for an unknown preset."""
+    presets = config.control.presets.to_dict()
     preset = choose("config.control.preset", presets, config.control.preset)
-    return GuidanceConfig(**preset[task])
+    settings = dict(preset[task])
+    if "t_range" in settings:
+        settings["t_range"] = tuple(settings["t_range"])  # JSON has only lists
+    return GuidanceConfig(**settings)
 
 
 # --- the command
@@ -208,11 +212,12 @@ def run_task(
     tick: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Success, fluency and cost of one task; without a task, of texts left free.
+    """Measures success, fluency and cost; task None generates without constraints.
 
-    options: samples (a target), seeds, calls. Success is the mean over targets, its
-    error over seeds; of one seed, over targets. Seconds are of the fastest seed:
-    of one seed alone, compilation is among them. tick: called after every seed.
+    options: samples (per target), seeds and num_steps. Success is a mean over targets
+    with the standard error over seeds, or over targets if there is one seed. "seconds
+    per 50" texts is that of the fastest seed; a single seed includes compilation.
+    tick: called after every seed.
     """
     samples, seeds, num_steps = (
         options[name] for name in ("samples", "seeds", "num_steps")
@@ -252,7 +257,7 @@ def run_task(
 
 
 def summaries(scores: list[list[dict]], samples: int) -> dict[str, tuple]:
-    """(mean, standard error) of every score of texts by seed; {} of none."""
+    """Returns {name: (mean, standard error)} of scores by seed and text, if any."""
     names = scores[0][0] if scores else ()
     return {
         n: _summary([[s[n] for s in rows] for rows in scores], samples) for n in names
@@ -260,7 +265,7 @@ def summaries(scores: list[list[dict]], samples: int) -> dict[str, tuple]:
 
 
 def _summary(scores: list[list[float]], samples: int) -> tuple[float, float]:
-    """(mean, standard error) of scores by seed and text."""
+    """Returns (mean, standard error) of one score by seed and text."""
     by_target = np.array(scores).reshape(len(scores), -1, samples).mean(-1)
     parts = by_target.mean(-1) if len(scores) > 1 else by_target[0]
     error = np.std(parts, ddof=1) / math.sqrt(len(parts)) if len(parts) > 1 else 0.0
@@ -268,10 +273,10 @@ def _summary(scores: list[list[float]], samples: int) -> tuple[float, float]:
 
 
 def fluency(texts: list[str], scorer: Scorer) -> dict[str, float | None]:
-    """accepted: the share of texts in the language; nats/token of these; entropy.
+    """Computes the share of accepted texts, nats per token and unigram entropy (nats).
 
-    None where nothing can be said: there is no grammar, no teacher, or no text in the
-    language.
+    accepted: by the grammar; None for other data. nats/token: over texts of finite
+    -log p, counting END; None if there are none, or without an autoregressive model.
     """
     nats = scorer.nats(texts)
     good = np.isfinite(nats)
@@ -286,16 +291,19 @@ def fluency(texts: list[str], scorer: Scorer) -> dict[str, float | None]:
 
 
 def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
-    """Measures config.control's tasks; prints the table, writes a JSON file a row.
+    """Measures the tasks of config.control; prints a table, writes a JSON file per row.
 
-    A row that is there, of the very same model, classifiers and settings, is kept.
+    A row that exists for the same model, classifiers and settings is reused. Raises
+    UserError.
     """
     if "control" not in lm.config:
-        raise UserError(f"{workdir}: its config has no section control; give --config")
+        raise UserError(
+            f"{workdir}: the saved config has no section control; pass --config"
+        )
     config: Any = ml_collections.ConfigDict(lm.config)
     options = config.control
     names = ["unguided", *CONTROL_TASKS] if options.task == "all" else [options.task]
-    lm = _equipped(lm, options, names)
+    lm = _with_classifiers(lm, options, names)
     ar_model = loading.load_ar_model("config.control.ar_model", options.ar_model, lm)
     pairs, rows = (
         [(name, num_steps) for name in names for num_steps in options.num_steps],
@@ -303,7 +311,7 @@ def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     )
     main = (
         hosts.process_index_and_count()[0] == 0
-    )  # all hosts draw and score, the first one writes
+    )  # all hosts generate and score; the first one writes
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
         for name, num_steps in pairs:
             bar.set_description(f"{name}, {num_steps} calls")
@@ -331,7 +339,7 @@ def _identity(
     num_steps: int,
     ar_model: DiffusionLM | None,
 ) -> dict[str, Any]:
-    """All that a row depends on: another model, classifier or setting is another row."""
+    """Returns all that a row depends on; if any of it changes, the row is a new one."""
     used = CONTROL_TASKS[name].needs if name in CONTROL_TASKS else ()
     weights = {task: lm.classifiers[task].params for task in used}
     options = {
@@ -360,10 +368,10 @@ def _identity(
 
 
 def _files(path: str) -> int:
-    """A checksum of a file, or of all files of a folder."""
-    found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    """Returns a checksum of a file, or of all files of a folder; 0 if path is empty."""
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     total = 0
-    for file in (f for f in found if path and f.is_file()):
+    for file in (f for f in files if path and f.is_file()):
         total = zlib.crc32(file.read_bytes(), total)
     return total
 
@@ -380,24 +388,25 @@ def _row(
     ar_model: DiffusionLM | None,
     tick: Callable[[], Any],
 ) -> dict[str, Any]:
-    """Targets drawn, texts steered, texts scored."""
+    """Draws targets, generates texts under their constraints, and scores the texts."""
     options, rng = config.control, np.random.default_rng(0)
-    task, all_found = CONTROL_TASKS.get(name), load_targets(config, name, options.n)
-    found = [s for s in all_found if _can_say(lm, name, s)]
-    if found != all_found:
+    task, sentences = CONTROL_TASKS.get(name), load_targets(config, name, options.n)
+    usable = [s for s in sentences if _can_say(lm, name, s)]
+    if usable != sentences:
         tqdm.write(
-            f"{name}: {len(all_found) - len(found)} of {len(all_found)} left out"
+            f"{name}: {len(sentences) - len(usable)} of {len(sentences)} sentences "
+            "cannot be used as targets"
         )
-    targets = [task.target(s, rng) if task else s.text for s in found]
+    targets = [task.target(s, rng) if task else s.text for s in usable]
     if not targets:
         raise UserError(
-            f"config.control.task={name}: no target; raise config.control.n"
+            f"config.control.task={name}: no usable target; raise config.control.n"
         )
     sizes = {"samples": options.samples, "seeds": options.seeds, "num_steps": num_steps}
     guidance = guidance_of(config, name)
     scorer = make_scorer(config, name, ar_model)
     row = run_task(lm, task, targets, scorer, guidance, tick, **sizes)
-    left_out = len(all_found) - len(found)
+    left_out = len(sentences) - len(usable)
     return {
         "targets": len(targets),
         "left out": left_out,
@@ -407,7 +416,7 @@ def _row(
 
 
 def _can_say(lm: DiffusionLM, name: str, sentence: Sentence) -> bool:
-    """Whether the target has a place in the model: room, words, a constituent."""
+    """Returns whether a sentence fits: its length, its words, and a span if needed."""
     if name == "infilling" and UNK in lm.tokenizer.encode(sentence.text):
         return False
     if name == "span" and not _inner(sentence):
@@ -415,15 +424,15 @@ def _can_say(lm: DiffusionLM, name: str, sentence: Sentence) -> bool:
     return name == "unguided" or len(sentence.text.split()) <= lm.length - 2
 
 
-def _equipped(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
-    """The bundle with the classifiers that the tasks need; UserError."""
+def _with_classifiers(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
+    """Returns lm with the classifiers that the tasks need. Raises UserError."""
     for name in names:
         if name not in ("unguided", *CONTROL_TASKS):
             raise UserError(
                 f"config.control.task={name!r}: choose all, unguided or one of "
                 f"{', '.join(CONTROL_TASKS)}"
             )
-    choose("config.control.preset", options.presets, options.preset)
+    choose("config.control.preset", options.presets.to_dict(), options.preset)
     for name in ("n", "samples", "seeds"):
         if options[name] < 1:
             raise UserError(f"config.control.{name}={options[name]}: must be 1 or more")
@@ -440,14 +449,14 @@ def _equipped(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
     }
     for need in sorted(needed - set(lm.classifiers)):
         raise UserError(
-            f"config.control.classifiers: none of task {need}; train one, --mode "
-            f"train_classifier --config configs/classifier.py:{need}"
+            f"config.control.classifiers: no classifier of task {need}; train one with "
+            f"--mode train_classifier --config configs/classifier.py:{need}"
         )
     return lm
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Markdown: a line a row."""
+    """Formats the rows as a Markdown table."""
     head = ("task", "num_steps", "success", "accepted", "nats/token", "s per 50")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of a run as PNG files: embedding map, denoising film, loss over t, training."""
+"""Plots of a run as PNG files: embeddings, denoising, loss over t, training."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ from dlm_jax.errors import UserError
 from dlm_jax.runtime import logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
 
-DiffusionLM: TypeAlias = Any  # pipeline.Bundle, which is of this layer
+DiffusionLM: TypeAlias = Any  # inference.pipeline.DiffusionLM
 Points: TypeAlias = Float[np.ndarray, "n 2"]
 
-WORDS = 200  # labels on the map
-FRAMES = 12  # lines of the film
-WRAP = 104  # characters of a line of the film
-NUM_TIMES = 25  # points of the loss over t
-ROWS = 64  # held-out sequences for the loss
-FONT = 8.5  # points, of the film; LINE, CHAR: the fixed-width font's; LEFT: margin
+WORDS = 200  # labels on the embedding map
+FRAMES = 12  # moments of a sample in film.png
+WRAP = 104  # characters per line in film.png
+NUM_TIMES = 25  # points of the loss curve
+ROWS = 64  # held-out sequences for the loss curve
+FONT = 8.5  # of film.png; with line height, character width and left margin, in points
 LINE, CHAR, LEFT = 1.5 * FONT, 0.602 * FONT, 62.0
 DARK, PALE, BLUE, RED = "#111111", "#a8a8a8", "#1f5fa8", "#c0392b"
-# of the tags, the most frequent first; dark enough for small letters
+# colours of tags, the most frequent tag first; dark enough for small text
 COLOURS = (
     BLUE, RED, "#1e8449", "#8e44ad", "#d35400", "#00838f", "#9a7d0a", "#ad1457",
     "#5d6d7e", "#6e2c00", "#283593", "#000000", "#7cb342", "#ef6c9a",
@@ -49,15 +49,15 @@ UNITS: dict[str, str] = {
 
 
 def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
-    """Draws every plot that the run allows into <workdir>/plots; their paths.
+    """Draws the plots into <workdir>/plots and returns their paths.
 
-    Prints the neighbour agreement, and a line for each plot that is left out.
+    Prints the neighbour agreement, and why a plot is missing. Raises UserError.
     """
     folder = Path(workdir) / "plots"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; choose another") from error
+        raise UserError(f"{folder}: {error.strerror}; change --workdir") from error
     held_out = _held_out(lm)
     drawn = {
         "embedding.png": embedding_map(lm, held_out),
@@ -74,17 +74,17 @@ def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
 
 
 def _held_out(lm: DiffusionLM) -> Ids | None:
-    """The validation sequences; None, with a line that says why, without the data."""
+    """Returns the validation ids [n l]; without them, prints why and returns None."""
     cfg: Any = ml_collections.ConfigDict(lm.config["data"])
     if "source" not in cfg:
-        print("no loss over t: this checkpoint does not name its data")
+        print("no plot of the loss over t: the saved config does not name its data")
         return None
     try:
         texts = sources.load_texts(cfg, "valid")
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
         return encoding.encode(texts, lm.tokenizer, **layout)
     except UserError as error:
-        print(f"no loss over t: {error}")
+        print(f"no plot of the loss over t: {error}")
         return None
 
 
@@ -101,9 +101,10 @@ def _printable(word: str) -> str:
 
 
 def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path:
-    """Quality against denoiser calls and against entropy, as plots/frontier.png.
+    """Plots quality over denoiser calls and over entropy, as plots/frontier.png.
 
-    points: calls, quality, entropy and measure of each; entropy: of held-out text.
+    points: dicts of num_steps, quality, entropy (nats) and measure, the name of the
+    quality; entropy: that of held-out text, nats. Returns the path.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     calls, by_entropy = figure.subplots(1, 2, sharey=True)
@@ -112,7 +113,7 @@ def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path
     calls.set(xlabel="denoiser calls", ylabel=points[0]["measure"])
     by_entropy.plot([p["entropy"] for p in points], quality, "o", color=BLUE)
     for p in points:
-        by_entropy.annotate(f" {p['calls']}", (p["entropy"], p["quality"]))
+        by_entropy.annotate(f" {p['num_steps']}", (p["entropy"], p["quality"]))
     by_entropy.axvline(entropy, color=PALE, label="held-out text")
     by_entropy.set(xlabel="unigram entropy, nats")
     by_entropy.legend(frameon=False)
@@ -126,13 +127,13 @@ def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path
 
 
 def directions(table: Table) -> Float[np.ndarray, "v d"]:
-    """Rows of norm 1: words are compared by angle."""
+    """Returns the table's rows scaled to norm 1, to compare words by angle."""
     rows = np.asarray(table, np.float64)
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 
 def neighbour_agreement(table: Table, tags: Sequence[str]) -> float:
-    """The share of words whose nearest other word, by angle, has the same tag."""
+    """Returns the share of words whose nearest word, by angle, has the same tag."""
     rows = directions(table)
     near = rows @ rows.T
     np.fill_diagonal(near, -np.inf)
@@ -141,13 +142,13 @@ def neighbour_agreement(table: Table, tags: Sequence[str]) -> float:
 
 
 def chance_agreement(tags: Sequence[str]) -> float:
-    """What `neighbour_agreement` expects where the table knows nothing of the tags."""
+    """Returns the expected `neighbour_agreement` of a table independent of the tags."""
     n = len(tags)
     return sum(k * (k - 1) for k in Counter(tags).values()) / (n * (n - 1))
 
 
 def principal(rows: Float[np.ndarray, "v d"]) -> tuple[Float[np.ndarray, "v 2"], float]:
-    """The first two principal components, and the share of variance they hold."""
+    """Returns the first two principal components [v 2] and their share of variance."""
     u, s, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     power = s**2 / max(float(np.sum(s**2)), 1e-12)
     return u[:, :2] * s[:2], float(np.sum(power[:2]))
@@ -156,7 +157,7 @@ def principal(rows: Float[np.ndarray, "v d"]) -> tuple[Float[np.ndarray, "v 2"],
 def _chosen(
     lm: DiffusionLM, held_out: Ids | None
 ) -> tuple[list[int], list[str] | None]:
-    """(ids of the words shown, their tags): of the grammar, tagged; else the frequent."""
+    """Returns (ids, tags): the grammar's words, or the most frequent words and None."""
     tokens = lm.tokenizer.tokens()
     known = grammar.word_tags()
     if lm.config["data"].get("source") == "grammar":
@@ -171,7 +172,7 @@ def _chosen(
 
 
 def embedding_map(lm: DiffusionLM, held_out: Ids | None) -> Figure:
-    """Words at the first two principal components of their directions, by tag."""
+    """Plots words at the first two principal components of their directions, by tag."""
     ids, tags = _chosen(lm, held_out)
     table, tokens = np.asarray(lm.ema.table)[ids], lm.tokenizer.tokens()
     points, share = principal(directions(table))
@@ -195,8 +196,8 @@ def embedding_map(lm: DiffusionLM, held_out: Ids | None) -> Figure:
 
 
 def _words(axes: Any, points: Points, words: list[str], tags: list[str] | None) -> None:
-    """A dot and a label for each word; labels move apart, and the legend names tags."""
-    size = np.array([800.0, 590.0])  # of the axes in points, so that labels have a size
+    """Draws a dot and a label per word, with labels moved apart, and a legend."""
+    size = np.array([800.0, 590.0])  # axes in points, the unit of boxes
     span = np.ptp(points, 0)
     dots = (points - points.min(0)) / np.where(span > 0, span, 1.0) * size
     boxes = np.array([[0.6 * 7.5 * len(word) + 4, 9.5] for word in words])
@@ -205,9 +206,9 @@ def _words(axes: Any, points: Points, words: list[str], tags: list[str] | None) 
     kinds = [tag for tag, _ in Counter(names).most_common()]
     colours = {tag: COLOURS[i % len(COLOURS)] for i, tag in enumerate(kinds)}
     for tag in kinds:
-        mine = np.array([name == tag for name in names])
-        x, y = dots[mine].T
-        axes.scatter(x, y, s=7, color=colours[tag], label=f"{tag} ({mine.sum()})")
+        tagged = np.array([name == tag for name in names])
+        x, y = dots[tagged].T
+        axes.scatter(x, y, s=7, color=colours[tag], label=f"{tag} ({tagged.sum()})")
     for word, name, dot, label in zip(words, names, dots, labels, strict=True):
         colour = colours[name]
         axes.plot(*zip(dot, label, strict=True), color=colour, lw=0.4, alpha=0.5)
@@ -219,9 +220,10 @@ def _words(axes: Any, points: Points, words: list[str], tags: list[str] | None) 
 
 
 def spread(centres: Points, boxes: Points) -> Points:
-    """Centres moved so that boxes [width, height] overlap little: 200 rounds of pushes.
+    """Moves centres [n 2] until boxes [n 2] (width, height) overlap little.
 
-    Every overlapping pair parts along the axis on which it overlaps less.
+    Each of 200 rounds moves every overlapping pair apart, along the axis on which it
+    overlaps less.
     """
     centres, reach = centres.copy(), 0.5 * (boxes[:, None] + boxes[None])
     order = np.sign(np.arange(len(boxes))[:, None] - np.arange(len(boxes)))
@@ -236,11 +238,11 @@ def spread(centres: Points, boxes: Points) -> Points:
     return centres
 
 
-# --- the film
+# --- denoising
 
 
 class Frame(NamedTuple):
-    """A moment: its time, the words x0_hat rounds to, which of them are final."""
+    """A moment: its time t, the words that x0_hat rounds to, and which are final."""
 
     t: float
     words: list[str]
@@ -248,8 +250,8 @@ class Frame(NamedTuple):
 
 
 def frames(lm: DiffusionLM, *, seed: int | None = None) -> list[Frame]:
-    """FRAMES moments of one sample, from noise to text; the last is the text."""
-    trace = np.asarray(lm.generate(1, seed=seed, trace=True).trace)[0]
+    """Generates a sample and returns FRAMES moments of it, from noise to final text."""
+    trace = np.asarray(lm.generate(1, seed=seed, trajectory=True).trajectory)[0]
     steps = len(trace)
     grid = samplers.schedule_timesteps(lm.schedule, steps)
     picked = np.unique(np.round(np.linspace(0, steps - 1, FRAMES)).astype(int))
@@ -257,7 +259,7 @@ def frames(lm: DiffusionLM, *, seed: int | None = None) -> list[Frame]:
 
 
 def _frame(lm: DiffusionLM, t: float, ids: Array, last: Array) -> Frame:
-    """Words before the first END, without START and PAD, each with its own space."""
+    """Returns the words before the first END, each with its leading space, if any."""
     ends = np.flatnonzero(ids == END)
     stop = int(ends[0]) if len(ends) else len(ids)
     kept = [i for i in range(stop) if ids[i] not in (START, PAD)]
@@ -270,7 +272,7 @@ def _frame(lm: DiffusionLM, t: float, ids: Array, last: Array) -> Frame:
 
 
 def trajectory_figure(lm: DiffusionLM) -> Figure:
-    """The text at FRAMES moments, a paragraph each; words that stay are dark."""
+    """Draws the text at FRAMES moments, one paragraph each; final words are dark."""
     shown = frames(lm)
     placed = [_wrap(frame.words) for frame in shown]
     heights = [(max((row for row, _ in at), default=0) + 1.7) * LINE for at in placed]
@@ -283,9 +285,9 @@ def trajectory_figure(lm: DiffusionLM) -> Figure:
     figure = Figure(figsize=(width / 72, height / 72))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
-    title = "What the estimate of x_0 rounds to, from noise to text"
+    title = "The words that x0_hat rounds to, from noise to text"
     axes.text(14, 20, title, fontsize=11, color=DARK)
-    note = "dark: the word of the final text stands there already"
+    note = "dark: already the word of the final text"
     axes.text(14, 34, note, fontsize=FONT, color=PALE)
     top = 58.0
     for frame, at, tall in zip(shown, placed, heights, strict=True):
@@ -306,7 +308,7 @@ def _paragraph(axes: Any, frame: Frame, at: list[tuple[int, int]], top: float) -
 
 
 def _wrap(words: list[str]) -> list[tuple[int, int]]:
-    """The (row, column) of each word in lines of WRAP characters."""
+    """Returns the (row, column) of each word in lines of WRAP characters."""
     row, column, at = 0, 0, []
     for word in words:
         if column and column + len(word) > WRAP:
@@ -320,7 +322,7 @@ def _wrap(words: list[str]) -> list[tuple[int, int]]:
 
 
 class Curve(NamedTuple):
-    """The diffusion term at each time: mean over sequences, and its standard error."""
+    """The diffusion term at each time: mean over sequences and its standard error."""
 
     t: Float[np.ndarray, " n"]
     mean: Float[np.ndarray, " n"]
@@ -328,16 +330,17 @@ class Curve(NamedTuple):
 
 
 def times(steps: int | None) -> Float[np.ndarray, " n"]:
-    """Times across [0, 1]; indices 1 .. T - 1 of a table, whose index 0 is the t0 term."""
+    """Returns times in [0, 1]; on a table without index 0, which has the t0 term."""
     if steps is None:
         return np.linspace(0, 1, NUM_TIMES)
     return np.unique(np.round(np.linspace(1, steps - 1, NUM_TIMES))) / steps
 
 
 def loss_curve(lm: DiffusionLM, ids: Ids, *, feed: bool = False) -> Curve:
-    """The diffusion term of the run's objective, the same noise at all times.
+    """Computes the objective's diffusion term on ids [b l], same noise at all times.
 
-    feed: the first estimate is fed back (self-conditioning); else it is zero.
+    feed: feed the first estimate back (self-conditioning) instead of zeros. UNITS lists
+    the units.
     """
     config = lm.config
 
@@ -366,7 +369,7 @@ def loss_curve(lm: DiffusionLM, ids: Ids, *, feed: bool = False) -> Curve:
 
 
 def loss_plot(lm: DiffusionLM, held_out: Ids | None) -> Figure | None:
-    """The loss over t with a band of one standard error; None without data or times."""
+    """Plots the loss over t with its standard error; None without data or diffusion."""
     if lm.cfg.causal or held_out is None or len(held_out) < 2:
         return None
     ids, objective = held_out[:ROWS], lm.config["loss"]["objective"]
@@ -389,17 +392,17 @@ def loss_plot(lm: DiffusionLM, held_out: Ids | None) -> Figure | None:
 
 
 def training(path: Path) -> Figure | None:
-    """Training and validation loss over steps, from metrics.jsonl; None without it."""
+    """Plots training and validation loss from metrics.jsonl; None if there are none."""
     if not path.is_file():
         return None
     try:
         read = {kind: logging.read(path, kind) for kind in ("train", "valid")}
     except (ValueError, KeyError) as error:
-        print(f"no plot of training: {path} is damaged ({error})")
+        print(f"no plot of the training: {path} is damaged ({error})")
         return None
     values = [row["loss"] for rows in read.values() for row in rows]
     if not values:
-        print(f"no plot of training: {path} holds no whole row")
+        print(f"no plot of the training: {path} has no complete row")
         return None
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = _axes(figure, "step", "loss")

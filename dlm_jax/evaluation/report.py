@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: every measure beside that of held-out text; one table, one JSON file.
+"""Evaluates samples by metrics, next to the same metrics of held-out text.
 
-A measure is flagged where it is worse than held-out text's by more than its margin and
-five standard errors: junk that wins one measure is flagged by another.
+A metric is flagged if samples are worse than held-out text by more than its margin and
+five standard errors. Degenerate samples that win one metric are flagged by another.
 """
 
 import json
@@ -26,7 +26,11 @@ from dlm_jax.types import PAD, START
 
 
 class Reference(NamedTuple):
-    """What samples are measured against. held_out: texts for the measures alone."""
+    """The data and the model that metrics compare samples with.
+
+    held_out: texts for use inside metrics; the table's held-out column has others.
+    train_grams: the 4-grams of train. grammatical: the data is the embedded grammar.
+    """
 
     train: frozenset[str]
     train_grams: frozenset[tuple[str, ...]]
@@ -36,7 +40,7 @@ class Reference(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A measure of the samples and of held-out text, over seeds; or why there is none."""
+    """A metric of samples and of held-out text, over seeds; note: why it is missing."""
 
     samples: MeanStderr
     held_out: MeanStderr
@@ -44,7 +48,7 @@ class Row(NamedTuple):
     note: str = ""
 
 
-# --- measures: (texts, reference) -> a number
+# --- metrics: (texts, reference) -> a number
 
 
 def _ar_model(reference: Reference) -> DiffusionLM:
@@ -61,10 +65,10 @@ def _ar_nll(texts: list[str], reference: Reference) -> float:
 
 def _energy(texts: list[str], reference: Reference) -> float:
     ar_model = _ar_model(reference)
-    mine, real = (
+    sampled, real = (
         ar_model.features(ar_model.encode(t)) for t in (texts, reference.held_out)
     )
-    return text_metrics.energy_distance(mine, real)
+    return text_metrics.energy_distance(sampled, real)
 
 
 def _accepted(texts: list[str], reference: Reference) -> float:
@@ -74,7 +78,7 @@ def _accepted(texts: list[str], reference: Reference) -> float:
 
 
 def _exact_nll(texts: list[str], reference: Reference) -> float:
-    """Of the accepted texts: the others have none."""
+    """Returns nats per token, END counted, of the texts that the grammar accepts."""
     if not reference.grammatical:
         raise UserError("needs the grammar")
     good = [text for text in texts if grammar.accepts(text)]
@@ -85,7 +89,7 @@ def _exact_nll(texts: list[str], reference: Reference) -> float:
 
 
 class Metric(NamedTuple):
-    """worse: +1 where more is worse, -1 where less is; margin: how much is too much."""
+    """worse: +1 if larger is worse, -1 if smaller is; margin: tolerated difference."""
 
     value: Callable[[list[str], Reference], float]
     worse: int
@@ -119,47 +123,48 @@ METRICS: dict[str, Metric] = {
 
 
 def tokens(ids: np.ndarray) -> np.ndarray:
-    """Real tokens of each row [n]: words and END, neither START nor PAD."""
+    """Counts the tokens of each row [n]: words and END, without START and PAD."""
     return np.sum((ids != PAD) & (ids != START), -1)
 
 
 def over_seeds(values: list[float]) -> MeanStderr:
-    """Mean and standard error; the error of one seed is nan."""
+    """Returns the mean and standard error of the mean; the error of one seed is nan."""
     many = len(values) > 1
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if many else math.nan
     return MeanStderr(float(np.mean(values)), float(error))
 
 
 def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
-    measure, none = METRICS[name], MeanStderr(math.nan, math.nan)
+    metric, none = METRICS[name], MeanStderr(math.nan, math.nan)
     try:
-        mine, real = (
-            over_seeds([measure.value(texts, reference) for texts in part])
+        sampled, real = (
+            over_seeds([metric.value(texts, reference) for texts in part])
             for part in (samples, held_out)
         )
     except UserError as error:
         return Row(none, none, False, str(error))
-    if math.isnan(mine.mean) or math.isnan(real.mean):
-        return Row(mine, real, False, "needs longer texts")
-    worse = measure.worse * (mine.mean - real.mean)
-    errors = (mine.stderr, real.stderr)
+    if math.isnan(sampled.mean) or math.isnan(real.mean):
+        return Row(sampled, real, False, "needs longer texts")
+    worse = metric.worse * (sampled.mean - real.mean)
+    errors = (sampled.stderr, real.stderr)
     noise = math.hypot(*(0.0 if math.isnan(e) else e for e in errors))
-    return Row(mine, real, worse > max(measure.margin, 5 * noise))
+    return Row(sampled, real, worse > max(metric.margin, 5 * noise))
 
 
 def compare(
     samples: list[list[str]], held_out: list[str], reference: Reference
 ) -> dict:
-    """Every measure of the samples, a list of texts a seed, against held-out text.
+    """Returns {metric: Row} of samples, a list of texts per seed, and held-out text.
 
-    held_out: as many other texts as all samples, taken in turn; sizes agree, since
-    entropy and distinct-n grow with the size. Raises UserError where a list is too short.
+    Each seed's samples are compared with as many held-out texts, because entropy and
+    distinct-n grow with the number. Raises UserError if a list is too short.
     """
     size = min(map(len, samples))
     if size < 2 or len(held_out) < size * len(samples):
         raise UserError(
             f"config.evaluate: {len(samples)} x {size} samples and {len(held_out)} "
-            "held-out texts; give 2 or more a seed, and as many held-out texts"
+            "held-out texts; give 2 or more samples per seed, and as many held-out "
+            "texts as samples"
         )
     real = [held_out[i * size : (i + 1) * size] for i in range(len(samples))]
     samples = [texts[:size] for texts in samples]
@@ -172,7 +177,11 @@ def compare(
 def likelihood_rows(
     lm: DiffusionLM, texts: list[str], draws: int
 ) -> dict[str, MeanStderr]:
-    """The bound on held-out texts, per token and per position; exact for a teacher."""
+    """Estimates the bound on -log p of texts, per token and per position.
+
+    draws: noise levels per text. For an autoregressive model the values are exact. On
+    the grammar, adds the excess over the exact -log p (docs/method.md, section 6).
+    """
     ids = lm.encode(texts)
     terms, count = lm.nll(ids, draws=draws), tokens(ids)
     total = terms.total()
@@ -196,7 +205,7 @@ def likelihood_rows(
 
 
 def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
-    """What the run's data give, and the held-out texts that stand beside the samples."""
+    """Loads the reference, and the held-out texts of the table. Raises UserError."""
     ar_model = loading.load_ar_model(
         "config.evaluate.ar_model", config.evaluate.ar_model, lm
     )
@@ -212,19 +221,19 @@ def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
 
 
 def _check(options: Any, lm: DiffusionLM) -> None:
-    """What would fail only after the samples are drawn."""
+    """Raises UserError for settings that would fail only after sampling."""
     for name, least in (("seeds", 1), ("n", 2), ("draws", 1), ("nll_texts", 2)):
         if options[name] < least:
             raise UserError(
                 f"config.evaluate.{name}={options[name]}: must be {least} or more"
             )
     if not lm.cfg.causal:
-        for calls in options.num_steps:
-            lm.sampling_config(num_steps=calls)
+        for num_steps in options.num_steps:
+            lm.sampling_config(num_steps=num_steps)
 
 
 def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
-    """A list of texts for each seed: drawn, or out of a file."""
+    """Returns a list of texts per seed: generated, or the lines of a file in parts."""
     if not options.texts:
         return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
     path = Path(options.texts)
@@ -243,7 +252,7 @@ def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
 
 
 def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
-    """Quality and entropy by denoiser calls; none without a measure of quality."""
+    """Measures quality and entropy by denoiser calls; [] without a quality metric."""
     quality = (
         "accepted by the grammar" if reference.grammatical else "teacher nats/token"
     )
@@ -252,11 +261,11 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     if not reference.grammatical and reference.ar_model is None:
         return []
     points = []
-    for calls in options.num_steps:
-        texts = lm.sample(options.n, seed=0, num_steps=calls)
+    for num_steps in options.num_steps:
+        texts = lm.sample(options.n, seed=0, num_steps=num_steps)
         points.append(
             {
-                "num_steps": calls,
+                "num_steps": num_steps,
                 "quality": METRICS[quality].value(texts, reference),
                 "entropy": text_metrics.unigram_entropy(texts),
                 "measure": quality,
@@ -266,9 +275,14 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
 
 
 def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
-    """Measures samples and likelihood; prints the table, writes evaluation.json."""
+    """Measures samples and likelihood; prints a table and writes evaluation.json.
+
+    Returns what the file holds. Raises UserError.
+    """
     if "source" not in lm.config["data"] or "evaluate" not in lm.config:
-        raise UserError(f"{workdir}: does not name its data; use --mode sample")
+        raise UserError(
+            f"{workdir}: its config does not name its data; use --mode sample"
+        )
     config: Any = ml_collections.ConfigDict(lm.config)
     options = config.evaluate
     _check(options, lm)
@@ -283,8 +297,8 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     rows = compare([texts[:size] for texts in samples], held_out, reference)
     bounds = likelihood_rows(lm, held_out[: options.nll_texts], options.draws)
     if reference.ar_model is not None:
-        theirs = likelihood_rows(reference.ar_model, held_out[: options.nll_texts], 1)
-        bounds["teacher, nats/token"] = theirs["nats/token"]
+        ar_rows = likelihood_rows(reference.ar_model, held_out[: options.nll_texts], 1)
+        bounds["teacher, nats/token"] = ar_rows["nats/token"]
     points = frontier(lm, reference, options)
     _show(rows, bounds, points, samples[0][:8])
     record = {
@@ -306,21 +320,21 @@ def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
     print(f"{'':32s}{'samples':>18s}{'held-out text':>18s}")
     for name, row in rows.items():
         values = "".join(f"{m:10.3f} ±{e:6.3f}" for m, e in (row.samples, row.held_out))
-        tail = "  worse than text" if row.flag else ""
+        tail = "  worse than held-out text" if row.flag else ""
         print(f"{name:32s}" + (f"  {row.note}" if row.note else values + tail))
     for name, value in bounds.items():
         print(f"{name:32s}{value.mean:10.3f} ±{value.stderr:6.3f}")
     for point in points:
         print(
-            f"{point['calls']:5d} calls: {point['measure']} {point['quality']:.3f}, "
-            f"unigram entropy {point['entropy']:.3f}"
+            f"{point['num_steps']:5d} calls: {point['measure']} {point['quality']:.3f}"
+            f", unigram entropy {point['entropy']:.3f}"
         )
     print("\n".join(f"  | {text}" for text in texts))
 
 
 def _write(record: dict, workdir: Path, entropy: float) -> None:
-    of_file = record["evaluate"]["texts"]
-    path = workdir / ("evaluation_of_file.json" if of_file else "evaluation.json")
+    from_file = record["evaluate"]["texts"]
+    path = workdir / ("evaluation_of_file.json" if from_file else "evaluation.json")
     nan_free = json.loads(json.dumps(record), parse_constant=lambda _: None)
     path.write_text(json.dumps(nan_free, indent=1, ensure_ascii=False))
     print(path)

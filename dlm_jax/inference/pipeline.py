@@ -113,12 +113,12 @@ class DiffusionLM(TrainedModel):
         all of it is the term `rounding`.
         """
         score = self.cached(("nll", draws), lambda: scoring.make_nll(self, draws))
-        return scoring.by_batches(score, self.ema, ids, jax.random.key(seed))
+        return scoring.by_batches(jax.random.key(seed), score, self.ema, ids)
 
     def features(self, ids: Ids) -> np.ndarray:
         """Returns an autoregressive model's mean hidden state of each row [n h]."""
         score = self.cached("features", lambda: scoring.make_features(self))
-        return scoring.by_batches(score, self.ema, ids, jax.random.key(0))
+        return scoring.by_batches(jax.random.key(0), score, self.ema, ids)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Encodes texts as ids [n l] with START and END, padded or packed as in training.
@@ -156,12 +156,13 @@ def _constraints(
             "this model was trained on texts packed end to end (data.mode=block): it "
             "takes no constraint on lengths or positions"
         )
-    tok, words = lm.tokenizer, constraints.num_words(wanted)
+    tok = lm.tokenizer
     one = constraints.parse_constraints(tok, lm.length, lm.classifiers, **wanted)
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), one)
     if template is None:
         return rows
     parts = constraints.parse_template(tok, template, one.excluded)
+    words = constraints.num_words(wanted)
     filled = constraints.template_constraints(
         parts, lm.length, tok.vocab_size, n, abs(seed), words
     )

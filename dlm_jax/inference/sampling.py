@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from dlm_jax.diffusion import autoregressive, guidance, samplers
 from dlm_jax.diffusion.embedding import embed
@@ -19,11 +20,12 @@ from dlm_jax.inference.sampling_config import ROUNDINGS, SamplingConfig
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import sharding
-from dlm_jax.types import Ids, Latent, PyTree
+from dlm_jax.types import Array, Ids, Latent, PyTree
 
+Trajectory = Int[Array, "b n l"]
 # (key, params, schedule_state, index [b], constraints, classifier parameters by task)
 # -> (x0_hat [b l d], ids [b l], trajectory [b n l] or None)
-Chain = Callable[..., tuple[Latent, Ids, Ids | None]]
+Chain = Callable[..., tuple[Latent, Ids, Trajectory | None]]
 
 
 def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
@@ -38,7 +40,7 @@ def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
         index: jax.Array,
         constraints: Constraints,
         heads: dict[str, Any],
-    ) -> tuple[Latent, Ids, Ids | None]:
+    ) -> tuple[Latent, Ids, Trajectory | None]:
         cfg, table = lm.cfg, params.table
         classifiers = {
             task: lm.classifiers[task]._replace(params=p) for task, p in heads.items()

@@ -74,7 +74,7 @@ class SamplingConfig:
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         values = dict(section) | given
-        solver = values.get("solver", cls.solver)
+        solver = values["solver"] if "solver" in values else cls.solver
         choose("solver", samplers.SOLVERS, solver)
         own = samplers.solver_options(solver)
         fields = {field.name for field in dataclasses.fields(cls)}

@@ -49,7 +49,7 @@ def make_features(lm: TrainedModel) -> Score:
     return features
 
 
-def by_batches(score: Score, params: Params, ids: Ids, key: jax.Array) -> PyTree:
+def by_batches(key: jax.Array, score: Score, params: Params, ids: Ids) -> PyTree:
     """Scores all rows of ids [n l], BATCH at a time, each batch with its own key."""
     parts = []
     for i, (rows, mask) in enumerate(

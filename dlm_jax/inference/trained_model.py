@@ -53,7 +53,8 @@ class TrainedModel:
     @property
     def supports_conditioning(self) -> bool:
         """Whether it was trained with given tokens (config.loss.conditioning_prob)."""
-        return self.config["loss"].get("conditioning_prob", 0) > 0
+        loss = self.config["loss"]
+        return "conditioning_prob" in loss and loss["conditioning_prob"] > 0
 
     def schedule_from(self, schedule_state: PyTree) -> Schedule:
         """Returns the noise schedule, adapted to the statistics if there are any."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine: checkpoints, devices and hosts, progress."""
+"""Checkpoints, devices, hosts and progress reports."""

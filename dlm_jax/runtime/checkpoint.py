@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by Orbax: <workdir>/checkpoints/<step>/{state,config,tokenizer,run,sums}.
+"""Orbax checkpoints: <workdir>/checkpoints/<step>/{state,config,tokenizer,run,sums}.
 
-Saves are asynchronous and atomic: a step directory appears under its plain integer when
-it is complete. config, tokenizer and run are JSON; nothing here is ever unpickled. sums
-holds checksums of everything saved, because Orbax's compression does not notice a
+Saves are asynchronous and atomic: a step directory gets its final name, the integer,
+once it is complete. config, tokenizer and run are JSON; nothing is ever unpickled. sums
+holds checksums of everything saved, because Orbax's compression does not detect a
 flipped bit.
 """
 
@@ -31,10 +31,10 @@ from dlm_jax.types import PyTree
 class Records(NamedTuple):
     """The JSON records of a checkpoint.
 
-    config: the resolved config; tokenizer: `tokenizer.from_dict` reads it; run: the
-    kind of model ("diffusion", "autoregressive" or "classifier"), checksums of the
-    corpus and, for a classifier, of the embedding table and its labels, and the
-    training batches that rollbacks skipped.
+    config: the resolved config. tokenizer: the record that `tokenizer.from_dict` reads.
+    run: the kind of model ("diffusion", "autoregressive" or "classifier"), the checksum
+    of the corpus, a classifier's labels and the checksum of its embedding table, and
+    the training batches that rollbacks skipped.
     """
 
     config: dict
@@ -43,19 +43,19 @@ class Records(NamedTuple):
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint that cannot be read; path: its folder."""
+    """Raised for a checkpoint that cannot be read. path: its folder."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(
             f"{path}: damaged or not of this model ({reason}); start with "
-            "--allow_fallback to go on from the one before, or use another step"
+            "--allow_fallback to resume from the one before, or use another step"
         )
         self.path = path
 
 
 PathLike = str | os.PathLike  # a run's directory; also gs://...
 FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
-# a run may be resumed with these changed: they do not touch the training itself
+# settings that may change when a run resumes, as they do not affect its training
 RESUMABLE_CHANGES = {
     f"train.{name}"
     for name in (
@@ -71,17 +71,17 @@ RESUMABLE_CHANGES = {
 
 
 def resolve_workdir(workdir: PathLike) -> Any:
-    """A run's directory, absolute as Orbax needs it, or in a bucket (gs://...)."""
+    """Returns a run's directory as an absolute path or a bucket path (gs://...)."""
     if "://" in str(workdir):
         return epath.Path(workdir)
     return Path(os.path.abspath(workdir))
 
 
 def check_reachable(workdir: PathLike) -> None:
-    """UserError where a bucket cannot be asked."""
+    """Raises UserError if the bucket of workdir cannot be reached."""
     try:
         resolve_workdir(workdir).exists()
-    except Exception as error:  # a library is missing, a right, the bucket
+    except Exception as error:  # no library, no permission or no bucket
         raise UserError(
             f"--workdir {workdir}: cannot be reached ({_reason(error)}); buckets need "
             "pip install 'dlm_jax[bucket]' and your credentials"
@@ -89,12 +89,12 @@ def check_reachable(workdir: PathLike) -> None:
 
 
 def folder(workdir: PathLike) -> Any:
-    """Where a run's checkpoints lie."""
+    """Returns the folder of a run's checkpoints."""
     return resolve_workdir(workdir) / FOLDER
 
 
 def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
-    """The writer of a run: it keeps the newest `keep` steps."""
+    """Returns the checkpoint writer of a run, which keeps the newest `keep` steps."""
     _quiet()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, cleanup_tmp_directories=True
@@ -103,7 +103,7 @@ def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
 
 
 def _quiet() -> None:
-    """Orbax logs some fifty lines a save; its errors reach us as exceptions."""
+    """Silences Orbax's logs, some fifty lines per save; errors arrive as exceptions."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -114,9 +114,9 @@ def save(
     state: PyTree,
     records: Records,
 ) -> None:
-    """Starts an asynchronous save of `step`; UserError if nothing would be written.
+    """Starts an asynchronous save of `step`; raises UserError if it is not saved.
 
-    state: global arrays where there are several hosts (`sharding.Layout.whole`).
+    state: on several hosts, global arrays (`sharding.Layout.whole`).
     """
     sums = _sums(state) | _json_sums(records)
     parts = ocp.args.Composite(
@@ -128,33 +128,33 @@ def save(
         done = writer.save(step, args=parts)
     if not done:
         raise UserError(
-            f"{writer.directory}: step {step} was not saved, as step "
-            f"{writer.latest_step()} is there; take a fresh --workdir"
+            f"{writer.directory}: step {step} was not saved, because step "
+            f"{writer.latest_step()} exists; choose another --workdir"
         )
 
 
 def wait(writer: ocp.CheckpointManager) -> None:
-    """Waits until what was last saved is complete."""
+    """Waits until the last save is complete. Raises UserError."""
     with _saving(writer, "last"):
         writer.wait_until_finished()
 
 
 @contextlib.contextmanager
 def _saving(writer: ocp.CheckpointManager, step: int | str) -> Iterator[None]:
-    """A disk that is full, read-only or gone is one line."""
+    """Turns an error of the storage, such as a full disk, into a UserError."""
     try:
         yield
-    except Exception as error:  # Orbax and its storage raise many kinds
-        there = all_steps(writer.directory.parent)
+    except Exception as error:  # Orbax and its storage raise various types
+        steps = all_steps(writer.directory.parent)
         raise UserError(
-            f"{writer.directory}: step {step} cannot be saved ({_reason(error)}); the last "
-            f"complete checkpoint is {there[-1] if there else 'none'}: make room or mend "
-            "the folder, and start again to go on from it"
+            f"{writer.directory}: step {step} cannot be saved ({_reason(error)}); the "
+            f"last complete checkpoint is {steps[-1] if steps else 'none'}: free space "
+            "or repair the folder, and rerun the command to resume"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What the system says of it, out of a storage library's lines."""
+    """Returns the system's reason for a storage error, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     known = re.search(
         r"No space left on device|Read-only file system|Permission denied|"
@@ -165,44 +165,44 @@ def _reason(error: Exception) -> str:
 
 
 def check_saves(writer: ocp.CheckpointManager) -> None:
-    """UserError if a save that runs beside the training has failed."""
+    """Raises UserError if an asynchronous save has failed."""
     with _saving(writer, "last"):
         writer.check_for_errors()
 
 
 def all_steps(workdir: PathLike) -> list[int]:
-    """The complete checkpoints of a run, oldest first.
+    """Returns the steps of a run's complete checkpoints, in ascending order.
 
-    In a bucket, where nothing can be renamed, Orbax's COMMITTED says which are.
+    Buckets cannot rename folders, so there Orbax marks complete ones with COMMITTED.
     """
     path = folder(workdir)
     if not path.is_dir():
         return []
-    found = [p for p in path.iterdir() if p.name.isdigit()]
+    folders = [p for p in path.iterdir() if p.name.isdigit()]
     if "://" in str(path):
-        found = [p for p in found if (p / COMMITTED).exists()]
-    return sorted(int(p.name) for p in found)
+        folders = [p for p in folders if (p / COMMITTED).exists()]
+    return sorted(int(p.name) for p in folders)
 
 
 def latest_step(workdir: PathLike, step: int | None = None) -> int:
-    """The newest complete step, or `step` if it exists; UserError otherwise."""
-    there = all_steps(workdir)
-    if not there:
+    """Returns the newest complete step, or `step` if it exists. Raises UserError."""
+    steps = all_steps(workdir)
+    if not steps:
         raise UserError(
             f"{folder(workdir)}: no checkpoint; train first with this workdir"
         )
-    if step is not None and step not in there:
-        raise UserError(f"{folder(workdir)}: no step {step}; there are {there}")
-    return there[-1] if step is None else step
+    if step is not None and step not in steps:
+        raise UserError(f"{folder(workdir)}: no step {step}; choose one of {steps}")
+    return steps[-1] if step is None else step
 
 
 def restore(workdir: PathLike, step: int, like: PyTree) -> PyTree:
-    """The state saved at `step`; like: its shapes and shardings."""
+    """Restores the state saved at `step`. like: its shapes and shardings."""
     return _state(workdir, step, ocp.args.StandardRestore(like))
 
 
 def restore_part(workdir: PathLike, step: int, like: dict[str, PyTree]) -> PyTree:
-    """Some fields of the state, such as {"ema": ...}: enough to sample."""
+    """Restores only the fields of the state in `like`, such as {"ema": ...}."""
     args = ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -212,11 +212,11 @@ def restore_part(workdir: PathLike, step: int, like: dict[str, PyTree]) -> PyTre
 
 
 def _state(workdir: PathLike, step: int, args: Any) -> PyTree:
-    found = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
-    if not isinstance(found.sums, dict):
-        raise _damaged(workdir, step, "its checksums are no object")
-    _compare(workdir, step, _sums(found.state), found.sums)
-    return found.state
+    parts = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
+    if not isinstance(parts.sums, dict):
+        raise _damaged(workdir, step, "its checksums are not a JSON object")
+    _compare(workdir, step, _sums(parts.state), parts.sums)
+    return parts.state
 
 
 def read_records(workdir: PathLike, step: int) -> Records:
@@ -230,22 +230,22 @@ def read_records(workdir: PathLike, step: int) -> Records:
     json_args = ocp.args.JsonRestore()
     parts = _read(workdir, step, **dict.fromkeys((*Records._fields, "sums"), json_args))
     if not all(isinstance(parts[name], dict) for name in (*Records._fields, "sums")):
-        raise _damaged(workdir, step, "its records are no objects")
+        raise _damaged(workdir, step, "its records are not JSON objects")
     records = Records(*(parts[name] for name in Records._fields))
     _compare(workdir, step, _json_sums(records), parts.sums)
     return records
 
 
 def _sums(state: PyTree) -> dict[str, int]:
-    """A checksum of every leaf, by its path, made where it lies, split or not."""
+    """Returns {path: checksum} of the leaves, computed on their devices."""
     return _by_path(jax.device_get(_positioned(state)))
 
 
 @jax.jit
 def _positioned(tree: PyTree) -> PyTree:
-    """Of each leaf the sum of bits x an odd number of their place, modulo 2^32.
+    """Returns per leaf the sum of its bit patterns times odd weights, modulo 2^32.
 
-    Any order of the additions gives the same; a flipped bit always shows.
+    The order of additions does not matter, and any single flipped bit changes the sum.
     """
 
     def one(x: jax.Array) -> jax.Array:
@@ -253,8 +253,8 @@ def _positioned(tree: PyTree) -> PyTree:
         unsigned = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
         bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
         bits = jnp.ravel(bits).astype(jnp.uint32)
-        place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761)
-        return jnp.sum(bits * (place | 1), dtype=jnp.uint32)
+        weight = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761)
+        return jnp.sum(bits * (weight | 1), dtype=jnp.uint32)
 
     return jax.tree.map(one, tree)
 
@@ -273,7 +273,7 @@ def _json_sums(records: Records) -> dict[str, int]:
 def _compare(workdir: PathLike, step: int, sums: dict, saved: dict) -> None:
     for name, value in sums.items():
         if saved.get(name) != value:
-            raise _damaged(workdir, step, f"{name} has another checksum")
+            raise _damaged(workdir, step, f"the checksum of {name} differs")
 
 
 def _damaged(workdir: PathLike, step: int, reason: str) -> CorruptCheckpointError:
@@ -281,9 +281,9 @@ def _damaged(workdir: PathLike, step: int, reason: str) -> CorruptCheckpointErro
 
 
 def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
-    """Moves a damaged checkpoint of this run away, so that the one before is newest.
+    """Moves a damaged checkpoint to <workdir>/damaged and returns its new path.
 
-    Raises the error itself where that is another run's or there is no other step.
+    Raises `damaged` if it belongs to another run or the run has no other step.
     """
     step, path = (
         damaged.path.name,
@@ -299,29 +299,29 @@ def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
 
 
 def _read(workdir: PathLike, step: int, **parts: Any) -> Any:
-    """One read-only restore; whatever is wrong with the files is one line."""
+    """Restores parts of a checkpoint, read-only. Raises CorruptCheckpointError."""
     _quiet()
     _within(workdir, step)
     options = ocp.CheckpointManagerOptions(read_only=True)
-    silent = contextlib.redirect_stderr(io.StringIO())  # from its reading threads
+    silent = contextlib.redirect_stderr(io.StringIO())  # its threads print errors
     try:
         with silent, ocp.CheckpointManager(folder(workdir), options=options) as reader:
             return reader.restore(step, args=ocp.args.Composite(**parts))
-    except Exception as error:  # Orbax raises many kinds for damaged files
+    except Exception as error:  # Orbax raises various types for damaged files
         raise _damaged(workdir, step, _reason(error)) from error
 
 
 def _within(workdir: PathLike, step: int) -> None:
-    """Refuses a checkpoint with links, which may lead out of its folder."""
+    """Raises if a checkpoint contains symbolic links, which may leave its folder."""
     path = folder(workdir) / str(step)
-    inside = path.rglob("*") if isinstance(path, Path) else ()
-    for found in (path, *inside):
-        if isinstance(found, Path) and found.is_symlink():
-            raise _damaged(workdir, step, f"{found.name} is a link")
+    contents = path.rglob("*") if isinstance(path, Path) else ()
+    for entry in (path, *contents):
+        if isinstance(entry, Path) and entry.is_symlink():
+            raise _damaged(workdir, step, f"{entry.name} is a link")
 
 
 def checksum(tree: PyTree) -> int:
-    """One checksum of all the arrays of a tree, in their order."""
+    """Returns one checksum over all arrays of a tree, in order."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.asarray(leaf).tobytes(), total)
@@ -329,7 +329,7 @@ def checksum(tree: PyTree) -> int:
 
 
 def write_run_config(workdir: PathLike, config: dict) -> None:
-    """Makes the run directory this config's: <workdir>/config.json is its identity."""
+    """Writes <workdir>/config.json, the config that a resume must match. UserError."""
     try:
         resolve_workdir(workdir).mkdir(parents=True, exist_ok=True)
         write_json(resolve_workdir(workdir) / "config.json", config)
@@ -340,41 +340,41 @@ def write_run_config(workdir: PathLike, config: dict) -> None:
 
 
 def check_config_matches(workdir: PathLike, config: dict) -> None:
-    """UserError where the run directory is another config's, with the difference.
+    """Raises UserError naming a difference if the run began with another config.
 
-    Intervals may change, sampling settings too, and train.total_steps may grow where
-    the learning rate is constant.
+    RESUMABLE_CHANGES may differ, and train.total_steps may grow if the learning rate
+    is constant.
     """
     path = resolve_workdir(workdir) / "config.json"
     if not all_steps(workdir):
         return  # nothing is saved yet, so nothing can be lost
     try:
-        there = json.loads(path.read_text())
-        if not isinstance(there, dict):
-            raise ValueError("not an object")
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: missing or damaged beside checkpoints ({error}); restore it, or "
-            "take a fresh --workdir"
+            f"{path}: missing or damaged, but checkpoints exist ({error}); restore it, "
+            "or choose another --workdir"
         ) from error
-    differing = sorted(_differences(there, config))
+    differing = sorted(_differences(saved, config))
     if differing:
         name, old, new = differing[0]
         raise UserError(
             f"--workdir {workdir} was begun with {name}={old!r}, not {new!r} "
-            f"({len(differing)} differing): take a fresh --workdir or the old value"
+            f"({len(differing)} differing): choose another --workdir or the old value"
         )
 
 
 def write_json(path: Any, record: dict) -> None:
-    """Replaces the file at once, so that a kill leaves the old or the new one."""
+    """Replaces a file atomically: a kill leaves either the old or the new file."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False))
     part.replace(path)
 
 
 def flatten(record: dict, prefix: str = "") -> dict[str, Any]:
-    """{"train": {"batch": 64}} as {"train.batch": 64}; tuples become lists."""
+    """Flattens {"train": {"batch": 64}} to {"train.batch": 64}; tuples become lists."""
     flat = {}
     for name, value in record.items():
         if isinstance(value, dict):
@@ -385,9 +385,12 @@ def flatten(record: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
-    """What differs; a section, or an option that is off, came with a later version."""
+    """Returns (name, old, new) of the settings that differ and may not.
+
+    A section, or an option that is off, may be missing from an older version's config.
+    """
     a, b = flatten(old), flatten(new)
-    found = []
+    differing = []
     for name in a.keys() | b.keys():
         section = name.partition(".")[0]
         if section not in old or (name not in a and not b[name]):
@@ -401,5 +404,5 @@ def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
         grows = name == "train.total_steps" and b.get("optim.decay") == "constant"
         if grows and b[name] >= a[name]:
             continue
-        found.append((f"config.{name}", a.get(name), b.get(name)))
-    return found
+        differing.append((f"config.{name}", a.get(name), b.get(name)))
+    return differing

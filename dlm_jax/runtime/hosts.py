@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts: joining them, ending them together, signals.
+"""Hosts: joining them, ending them together, handling signals.
 
-One host's mistake ends all of them with one line; a lost host ends the others with a
-status that asks for a restart.
+A user error on one host ends all hosts with one line. A lost host ends the others with
+an exit status that requests a restart.
 """
 
 import contextlib
@@ -23,16 +23,17 @@ from jax.experimental import multihost_utils
 
 from dlm_jax.errors import UserError
 
-# seconds that hosts wait for: a sign of life, each other's start, each other's end
+# seconds that a host waits for a heartbeat of the others, their start, and their end
 HEARTBEAT, START, END = 30, 300, 60
-MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # what a host tells; seconds between questions
-ENDING = threading.RLock()  # one line is a process's last
+MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # key of a user error; seconds between polls
+ENDING = threading.RLock()  # held while exiting: a process prints only one last line
 
 
 def initialize(coordinator: str, processes: int, process: int) -> None:
-    """Joins the other hosts, before any device is touched; a no-op for one alone.
+    """Connects the hosts; call it before any use of devices. A no-op for one process.
 
-    Without a coordinator the cluster says who they are: Slurm, Open MPI or Cloud TPU.
+    Without a coordinator, the cluster (Slurm, Open MPI or Cloud TPU) names the hosts.
+    Raises UserError.
     """
     alone = processes == 1 and not coordinator and not process
     if alone and not in_cluster(os.environ):
@@ -40,13 +41,13 @@ def initialize(coordinator: str, processes: int, process: int) -> None:
     if not alone and (not coordinator or not 0 <= process < processes):
         raise UserError(
             f"--num_processes={processes} --process_id={process} "
-            f"--coordinator={coordinator!r}: give host:port of process 0 and a number "
-            "from 0 up to num_processes"
+            f"--coordinator={coordinator!r}: set --coordinator to host:port of process "
+            "0, and --process_id from 0 to below --num_processes"
         )
-    named = (None, None, None) if alone else (coordinator, processes, process)
+    arguments = (None, None, None) if alone else (coordinator, processes, process)
     try:
         jax.distributed.initialize(
-            *named,
+            *arguments,
             initialization_timeout=START,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=END,
@@ -59,21 +60,21 @@ def initialize(coordinator: str, processes: int, process: int) -> None:
 
 
 def _check_name(name: str) -> None:
-    """UserError unless Gloo, which links CPUs, will find this host by its own name.
+    """Raises UserError unless Gloo can resolve this host's own name.
 
-    JAX makes that link wherever a CPU is one of its backends, and its own word for the
-    failure names neither the host nor a remedy.
+    JAX connects CPU backends with Gloo, even beside accelerators. JAX's own error names
+    neither the host nor a remedy.
     """
-    config: Any = jax.config  # types do not show its settings
+    config: Any = jax.config  # its type lacks the settings
     gloo = config.jax_cpu_collectives_implementation == "gloo"
     if not gloo or "cpu" not in (config.jax_platforms or "cpu").split(","):
         return
-    found = []
+    addresses = []
     with contextlib.suppress(OSError):
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    if any(_is_here(family, address) for family, _, _, _, address in found):
+        addresses = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    if any(_is_here(family, address) for family, _, _, _, address in addresses):
         return
-    what = "is no address of this machine" if found else "does not resolve"
+    what = "is not an address of this machine" if addresses else "does not resolve"
     raise UserError(
         f"the host name {name} {what}; add it to /etc/hosts ('127.0.0.1 {name}' where "
         "all hosts are on this machine)"
@@ -81,27 +82,27 @@ def _check_name(name: str) -> None:
 
 
 def _is_here(family: int, address: Any) -> bool:
-    with contextlib.suppress(OSError), socket.socket(family) as tried:
-        tried.bind(address)
+    with contextlib.suppress(OSError), socket.socket(family) as probe:
+        probe.bind(address)
         return True
     return False
 
 
 def _key_value_store() -> Any:
-    """What hosts know together; JAX has no public name for it."""
+    """Returns the key-value store of all hosts, which has no public name in JAX."""
     return distributed.global_state.client
 
 
 def _process_index_and_count() -> tuple[int, int]:
-    """`hosts()`, but starts no backend: errors may be that none can be started."""
+    """Like `process_index_and_count`, but starts no backend: that may have failed."""
     return distributed.global_state.process_id, distributed.global_state.num_processes
 
 
 def fail_all_hosts(line: str) -> NoReturn:
-    """Ends all hosts, status 2: to start the others again would be no help."""
+    """Ends all hosts with status 2, as a restart would not help. line: the error."""
     if jax.distributed.is_initialized():
         text = line.encode("utf-8", "replace").decode()
-        with contextlib.suppress(Exception):  # another was first, or all are gone
+        with contextlib.suppress(Exception):  # another host was first, or all are gone
             _key_value_store().key_value_set(
                 MISTAKE, f"process {_process_index_and_count()[0]}: {text}"
             )
@@ -110,12 +111,12 @@ def fail_all_hosts(line: str) -> NoReturn:
 
 
 def _linger() -> None:
-    """The first host ends last: it keeps what they know."""
+    """Delays the exit of the first host, which holds the key-value store."""
     time.sleep(0 if _process_index_and_count()[0] else 2 * EVERY)
 
 
 def poll_remote_error() -> None:
-    """Ends this host, status 2, if another has told what their user must mend."""
+    """Ends this host with status 2 if another has reported a user error."""
     try:
         line = _key_value_store().key_value_try_get(MISTAKE)
     except Exception as error:
@@ -126,7 +127,7 @@ def poll_remote_error() -> None:
         return
     with ENDING:
         try:
-            print(f"error: {line}", file=sys.__stderr__)  # sys.stderr may be set aside
+            print(f"error: {line}", file=sys.__stderr__)  # sys.stderr may be redirected
             _linger()
         finally:
             exit_process(2)
@@ -140,7 +141,7 @@ def _listen() -> None:
 
 
 def in_cluster(env: Any) -> bool:
-    """Whether this process is one of a cluster's, by what the cluster sets."""
+    """Returns whether the environment says that this process is part of a cluster."""
     several = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(env[name]) > 1 for name in several if name in env):
         return True
@@ -149,12 +150,12 @@ def in_cluster(env: Any) -> bool:
 
 
 def process_index_and_count() -> tuple[int, int]:
-    """(this host's number, number of hosts)."""
+    """Returns (index of this host, number of hosts)."""
     return jax.process_index(), jax.process_count()
 
 
 def describe() -> str:
-    """One line on the devices at hand."""
+    """Describes the processes and devices in one line."""
     kind = jax.devices()[0].device_kind
     return (
         f"process {jax.process_index()} of {jax.process_count()}, "
@@ -163,34 +164,34 @@ def describe() -> str:
 
 
 def host_loss_reason(error: BaseException | None) -> str:
-    """What it, or what it came of, tells of another host's end; else "".
+    """Returns the line of an error or its causes that shows a lost host, or "".
 
-    A user's mistake and a disk's names a file, whatever that is called.
+    UserError and OSError never do: their messages may name a file such as "peer".
     """
     signs = ("Gloo", "heartbeat", "oordination", "preempted", "UNAVAILABLE", "peer")
     while error is not None and _process_index_and_count()[1] > 1:
-        said = "" if isinstance(error, UserError | OSError) else str(error)
-        if any(sign in said for sign in signs):
-            return said.splitlines()[0][:200]
+        message = "" if isinstance(error, UserError | OSError) else str(error)
+        if any(sign in message for sign in signs):
+            return message.splitlines()[0][:200]
         error = error.__cause__
     return ""
 
 
 def barrier(name: str) -> None:
-    """Until every host has come here."""
+    """Waits until every host has reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def broadcast_from_host0(number: int) -> int:
-    """The first host's number, on all of them."""
+    """Returns the first host's value of `number` on every host."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
 def exit_process(status: int) -> NoReturn:
-    """Ends this process; one of several at once, so that the others see it."""
+    """Ends this process; with several, without cleanup, so that the others notice."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -199,10 +200,10 @@ def exit_process(status: int) -> NoReturn:
 
 
 class Preemption:
-    """Whether to save and stop: SIGTERM, as preemption and maintenance send it.
+    """Detects SIGTERM, as preemption and maintenance send it: save and stop.
 
-    Asked once a step by every host; a signal to one stops all at the same step. With one
-    process Python's handler sees it, with several JAX's service does.
+    Every host calls it once per step. A signal to one host stops all at the same step.
+    With one process Python's signal handler detects it, with several JAX's service.
     """
 
     def __init__(self) -> None:
@@ -221,6 +222,6 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:
-        """Gives the signal back."""
+        """Restores the previous signal handler."""
         if self.handler:
             signal.signal(signal.SIGTERM, self.before)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics: JSON lines on disk, a bar on a terminal, plain lines elsewhere."""
+"""Metrics: JSON lines on disk, a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows and records a long run; quiet on all hosts but the first."""
+    """Shows and records the progress of a run; silent on all hosts but the first."""
 
     def __init__(self, path: Any, *, total: int, start: int, main: bool = True):
         self.path, self.main, self.total = path, main, total
@@ -31,11 +31,11 @@ class Progress:
         self.bar.update(step - self.bar.n)
 
     def record(self, step: int, values: Mapping[str, Any], *, kind: str) -> None:
-        """Appends one JSON line, and shows it."""
+        """Appends one JSON line to the file, and prints the values."""
         if not self.main:
             return
         passed = time.monotonic() - self.began
-        seconds = round(self.before + passed, 3)  # of the runs before this one too
+        seconds = round(self.before + passed, 3)  # including the runs before a resume
         row = {"step": step, "kind": kind, "seconds": seconds, **values}
         _append(self.path, json.dumps(row) + "\n")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -46,7 +46,7 @@ class Progress:
         )
 
     def say(self, line: str) -> None:
-        """One line, above the bar where there is one."""
+        """Prints one line, above the bar if there is one."""
         if not self.main:
             return
         if self.terminal:
@@ -55,7 +55,7 @@ class Progress:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the bar."""
         self.bar.close()
 
 
@@ -65,7 +65,7 @@ def _last_seconds(path: Any) -> float:
 
 
 def _prepare(path: Any, start: int) -> None:
-    """Sets another beginning's rows aside; ends a line that a kill cut short."""
+    """Moves the rows of an earlier start away; ends a line that a kill cut short."""
     if not start:
         _append(path.with_name("metrics_before.jsonl"), path.read_text())
         path.unlink()
@@ -74,7 +74,7 @@ def _prepare(path: Any, start: int) -> None:
 
 
 def _append(path: Any, text: str) -> None:
-    """Adds to a file; one in a bucket, which cannot grow, is written anew."""
+    """Appends to a file; files in a bucket cannot grow, so they are rewritten."""
     if isinstance(path, Path):
         with path.open("a") as file:
             file.write(text)
@@ -83,7 +83,7 @@ def _append(path: Any, text: str) -> None:
 
 
 def _rows(path: Any) -> list[dict]:
-    """All rows but those that a kill cut short."""
+    """Returns all rows except those that a kill cut short."""
     rows = []
     for line in path.read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -92,5 +92,5 @@ def _rows(path: Any) -> list[dict]:
 
 
 def read(path: Any, kind: str) -> list[dict]:
-    """The rows of one kind; of a step recorded twice, after a resume, the last."""
+    """Returns the rows of one kind; if a resume recorded a step again, the last one."""
     return list({r["step"]: r for r in _rows(path) if r["kind"] == kind}.values())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How state and rows lie on the devices.
+"""Distribution of the state and of rows over devices.
 
 Two layouts. `pmap`: every device holds the whole state (in_axes=None, out_axes=None, so
-no leading device axis). `fsdp`: parameters, average and optimiser state are split over
-all devices by jit. Sampling and evaluation split their rows in both (`spread`).
+no leading device axis). `fsdp`: jit splits parameters, EMA and optimizer state over all
+devices. In both, sampling and evaluation split their rows (`shard_rows`).
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from dlm_jax.errors import UserError
 from dlm_jax.types import PyTree
 
 AXIS = "data"
-SMALL = 2**12  # elements of a leaf that is not worth splitting
+SMALL = 2**12  # leaves with fewer elements are not split
 
 
 class Layout(NamedTuple):
-    """How state and rows lie on the devices; its parts go together.
+    """The functions that place state and rows on the devices.
 
-    axis: the mapped axis of the step, None where jit sees the global batch. begin(key,
-    init): the first state. like(shapes): what a checkpoint is restored into, and
-    loaded(tree) makes the state of it. whole(state): global arrays, for checkpoints and
-    for `spread` rows. step(fn, state): fn compiled. parts(accumulate), rows: the host's
-    rows of a step, read in that many parts and put on its devices.
+    axis: the step's mapped axis, None if jit sees the global batch. begin(key, init):
+    initializes the state. like(shapes): the target to restore a checkpoint into;
+    loaded(tree): converts the result to a state. whole(state): global arrays, for
+    checkpoints and `shard_rows`. step(fn, state): compiles fn. parts(accumulate):
+    number of parts that a host's rows are read in. rows(array): puts them on devices.
     """
 
     axis: str | None
@@ -43,9 +43,9 @@ class Layout(NamedTuple):
 
 
 def _mesh() -> Mesh:
-    """All devices of all hosts, each host's together."""
-    found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    return Mesh(np.array(found), (AXIS,))
+    """Returns a mesh of all devices of all hosts, grouped by host."""
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices), (AXIS,))
 
 
 def _everywhere() -> NamedSharding:
@@ -57,17 +57,17 @@ def _here() -> NamedSharding:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Copies onto all local devices; donation needs this before the first step."""
+    """Copies to all local devices, as donation requires before the first step."""
     return jax.device_put(tree, _here())
 
 
 def to_global(tree: PyTree) -> PyTree:
-    """Host-local replicas as global arrays without a copy: Orbax refuses the former."""
+    """Converts host-local replicas to global arrays, without a copy, for Orbax."""
     return tree if jax.process_count() == 1 else _renamed(tree, _everywhere())
 
 
 def to_local(tree: PyTree) -> PyTree:
-    """The inverse of `to_global`: global arrays as this host's replicas."""
+    """Converts global arrays to this host's replicas: the inverse of `to_global`."""
     return replicate(tree) if jax.process_count() == 1 else _renamed(tree, _here())
 
 
@@ -80,7 +80,7 @@ def _renamed(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def global_like(tree: PyTree) -> PyTree:
-    """Shapes and dtypes with the replicated sharding over all devices, to restore."""
+    """Returns shapes and dtypes replicated over all devices, as restore targets."""
     sharding = _everywhere()
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
@@ -98,7 +98,7 @@ def _mapped(step: Callable, state: PyTree) -> Callable:
 
 
 def _by_device(rows: np.ndarray) -> np.ndarray:
-    """This host's rows [1 b l] as [local devices, b / devices, l]."""
+    """Reshapes this host's rows [1 b l] to [local devices, b / devices, l]."""
     return rows[0].reshape(jax.local_device_count(), -1, *rows.shape[2:])
 
 
@@ -115,7 +115,7 @@ PMAP = Layout(
 
 
 def partition_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """The longest axis that the devices divide; a small leaf stays whole."""
+    """Splits the longest axis that `devices` divides; small leaves stay whole."""
     axes = [i for i, size in enumerate(shape) if size % devices == 0]
     if not axes or np.prod(shape) < SMALL:
         return PartitionSpec()
@@ -138,7 +138,7 @@ def _shardings(tree: PyTree) -> PyTree:
 
 
 def _begin_split(key: jax.Array, init: Callable) -> PyTree:
-    """No device ever holds the whole."""
+    """Initializes the state split: no device ever holds all of it."""
     like = _split_like(jax.eval_shape(init, key))
     return jax.jit(init, out_shardings=_shardings(like))(key)
 
@@ -149,7 +149,7 @@ def _jitted(step: Callable, state: PyTree) -> Callable:
 
 
 def _by_part(rows: np.ndarray) -> jax.Array:
-    """This host's rows [parts b l] as the global array, b split over all devices."""
+    """Returns the global array of rows [parts b l], with b split over all devices."""
     sharding = NamedSharding(_mesh(), PartitionSpec(None, AXIS))
     return jax.make_array_from_process_local_data(sharding, rows)
 
@@ -168,18 +168,21 @@ LAYOUTS = {"pmap": PMAP, "fsdp": FSDP}
 
 
 def check_batch(batch: int, accumulate: int = 1) -> None:
-    """UserError unless the devices and the microbatches divide the batch."""
+    """Raises UserError unless devices x microbatches divides the batch."""
     count = jax.device_count() * accumulate
     if batch % count:
         raise UserError(
             f"config.train.batch={batch} is not a multiple of {count} "
             f"({jax.device_count()} devices x optim.accumulate={accumulate}): "
-            f"take {batch // count * count or count}"
+            f"set it to {batch // count * count or count}"
         )
 
 
 def shard_rows(rows: PyTree) -> PyTree:
-    """Rows, the same on every host, split over all devices that divide their number."""
+    """Splits rows over all devices if those divide their number; else replicates.
+
+    rows: arrays with a leading axis, the same on every host.
+    """
     if jax.device_count() == 1:
         return rows
     mesh = _mesh()
@@ -193,7 +196,7 @@ def shard_rows(rows: PyTree) -> PyTree:
 
 
 def gather_to_host(tree: PyTree) -> PyTree:
-    """Arrays of all hosts as NumPy's, on every host."""
+    """Gathers global arrays as NumPy arrays on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -201,5 +204,5 @@ def gather_to_host(tree: PyTree) -> PyTree:
 
 @jax.jit
 def finite(tree: PyTree) -> jax.Array:
-    """Whether all of the numbers are, wherever they lie."""
+    """Returns whether all values of a tree are finite, as a boolean array."""
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config of a run, checked, as the static choices of a training step."""
+"""Checks the config of a run and returns the static settings of a training step."""
 
 import math
 from typing import Any
@@ -14,13 +14,13 @@ from dlm_jax.training.train_step import StepConfig
 
 
 def resolve_config(config: Any) -> StepConfig:
-    """The static choices of a resolved config; UserError names a wrong key."""
+    """Returns the static settings of a step. Raises UserError naming a wrong key."""
     _check_ranges(config)
-    cfg, noise = network(config), schedule.make_schedule(**config.schedule)
+    cfg, noise_schedule = network(config), schedule.make_schedule(**config.schedule)
     choose("config.loss.objective", losses.OBJECTIVES, config.loss.objective)
-    times = {**time_sampling.TIME_SAMPLERS, "importance": None}
-    choose("config.loss.time_sampler", times, config.loss.time_sampler)
-    losses.check_compatible(config.loss.objective, cfg, noise)
+    time_samplers = {**time_sampling.TIME_SAMPLERS, "importance": None}
+    choose("config.loss.time_sampler", time_samplers, config.loss.time_sampler)
+    losses.check_compatible(config.loss.objective, cfg, noise_schedule)
     if config.schedule.adaptive:
         choose(
             "config.schedule.adaptive",
@@ -30,9 +30,10 @@ def resolve_config(config: Any) -> StepConfig:
         if config.loss.objective in ("nelbo", "ar"):
             raise UserError(
                 f"config.schedule.adaptive={config.schedule.adaptive!r}: objective "
-                f"{config.loss.objective!r} is no function of the noise alone; set ''"
+                f"{config.loss.objective!r} is not a function of the noise alone; set "
+                "it to ''"
             )
-    if config.loss.time_sampler == "importance" and noise.num_steps is None:
+    if config.loss.time_sampler == "importance" and noise_schedule.num_steps is None:
         raise UserError(
             "config.loss.time_sampler='importance' needs config.schedule.num_steps > 0"
         )
@@ -42,13 +43,14 @@ def resolve_config(config: Any) -> StepConfig:
         )
     if config.loss.conditioning_prob and cfg.causal:
         raise UserError(
-            "config.loss.conditioning_prob > 0: a teacher is given what stands before"
+            "config.loss.conditioning_prob > 0: an autoregressive model conditions on "
+            "earlier tokens; set it to 0"
         )
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
     return StepConfig(
         cfg=cfg,
-        schedule=noise,
+        schedule=noise_schedule,
         optimizer=optimizer.make(config.optim, config.train.total_steps),
         batch=config.train.batch,
         normalize=config.embedding.normalize,
@@ -91,7 +93,7 @@ RANGES = {
 
 
 def _check_ranges(config: Any) -> None:
-    """UserError for the first number that cannot be."""
+    """Raises UserError for the first number out of its range."""
     for section, ranges in RANGES.items():
         for name, (least, most) in ranges.items():
             value = config[section][name]
@@ -102,7 +104,7 @@ def _check_ranges(config: Any) -> None:
 
 
 def network(config: Any) -> DenoiserConfig:
-    """config.model as a DenoiserConfig, checked against the data's length."""
+    """Returns config.model as a DenoiserConfig. Raises UserError."""
     cfg = DenoiserConfig(**config.model)
     choose("config.model.trunk", transformer.BLOCKS, cfg.trunk)
     choose("config.model.predicts", model.TO_X0, cfg.predicts)
@@ -114,11 +116,12 @@ def network(config: Any) -> DenoiserConfig:
         )
     if cfg.hidden_dim % cfg.heads:
         raise UserError(
-            f"config.model.heads={cfg.heads} does not divide hidden_dim={cfg.hidden_dim}"
+            f"config.model.heads={cfg.heads} does not divide "
+            f"hidden_dim={cfg.hidden_dim}"
         )
     if cfg.trunk == "adaln" and cfg.hidden_dim % (2 * cfg.heads):
         raise UserError(
-            f"config.model.hidden_dim={cfg.hidden_dim}: rotary positions need a multiple of 2 x "
-            f"config.model.heads={cfg.heads}"
+            f"config.model.hidden_dim={cfg.hidden_dim}: rotary positions need a "
+            f"multiple of 2 x config.model.heads={cfg.heads}"
         )
     return cfg

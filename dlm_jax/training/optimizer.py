@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimiser: a config into an optax chain, and the moving average of the weights."""
+"""The optimiser of config.optim as an optax chain, and the average of the weights."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import optax
 from dlm_jax.errors import choose
 from dlm_jax.types import PyTree
 
-# learning rate after warm-up, over `steps`
+# the learning rate after warm-up, over `steps`
 DECAYS = {
     "linear": lambda lr, steps: optax.linear_schedule(lr, 0.0, steps),
     "cosine": lambda lr, steps: optax.cosine_decay_schedule(lr, steps),
@@ -19,7 +19,7 @@ DECAYS = {
 
 
 def learning_rate(cfg: Any, total_steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up, then the decay to the last step."""
+    """Returns step -> learning rate: linear warm-up, then decay to the last step."""
     after = choose("config.optim.decay", DECAYS, cfg.decay)(
         cfg.lr, max(1, total_steps - cfg.warmup)
     )
@@ -36,9 +36,10 @@ def _adamw(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _muon(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on the trunk's matrices, AdamW (Nesterov's) at the same rate on the rest.
+    """Muon on the trunk's matrices; AdamW with Nesterov momentum on the rest.
 
-    consistent_rms 0.2 gives both the same size of update (arXiv:2502.16982).
+    At the same learning rate, consistent_rms=0.2 gives both updates the same root mean
+    square (arXiv:2502.16982).
     """
     return optax.contrib.muon(
         lr,
@@ -53,7 +54,7 @@ def _muon(cfg: Any, lr: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """Muon's leaves: the kernels inside the layers."""
+    """Marks Muon's parameters: the kernels inside the layers, except modulation."""
 
     def spec(path, leaf):
         names = [str(getattr(part, "key", "")) for part in path]
@@ -68,7 +69,7 @@ OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
 def make(cfg: Any, total_steps: int) -> optax.GradientTransformation:
-    """The chain of a config's `optim`: clipping, then the optimiser."""
+    """Returns clipping, then the optimiser, of config.optim. Raises UserError."""
     lr = learning_rate(cfg, total_steps)
     update = choose("config.optim.name", OPTIMIZERS, cfg.name)(cfg, lr)
     if not cfg.clip:
@@ -77,11 +78,14 @@ def make(cfg: Any, total_steps: int) -> optax.GradientTransformation:
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The length of all leaves together, without an array of their squares."""
+    """Computes the global L2 norm of all leaves, without an array of their squares."""
     squares = [jnp.vdot(x, x, precision="highest") for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
 def average(ema: PyTree, params: PyTree, rate: float) -> PyTree:
-    """rate * ema + (1 - rate) * params; it starts at the first weights, as published."""
+    """Returns rate * ema + (1 - rate) * params.
+
+    As in the published code, it starts at the initial weights and is not debiased.
+    """
     return jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, ema, params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step: gradients, update, average, schedule; a pure function."""
+"""A training step: gradients, update, moving average and schedule; a pure function."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ from dlm_jax.types import Array, Ids, PRNGKey, PyTree
 
 
 class TrainState(NamedTuple):
-    """Everything a resumed run needs; keys and data order follow from the step.
+    """Everything that resuming needs; random keys and data order follow from step.
 
-    step: updates done; ema: the average used for sampling; moments: () or the losses'
-    history for importance sampling of t; noise: () or what the schedule adapts to.
+    step: number of updates done. ema: moving average of params, used for sampling.
+    opt: optimiser state. moments: () or the loss history for importance sampling of t.
+    schedule_state: () or the statistics of an adaptive schedule.
     """
 
     step: Array
@@ -33,10 +34,10 @@ class TrainState(NamedTuple):
 
 
 class TrainingTask(NamedTuple):
-    """What is learnt. A row of data is a text's ids, then `labels` more numbers.
+    """What is trained. A row of data is a text's ids, then `labels` numbers.
 
-    init(key, recipe, vocab): parameters; terms(key, params, rows, draws, recipe): the
-    named terms of each row, with their `total()`.
+    init(key, step_cfg, vocab): returns parameters. terms(key, params, rows, draws,
+    step_cfg): returns the named loss terms of each row, with a method `total()`.
     """
 
     init: Callable[..., Any]
@@ -66,13 +67,13 @@ DIFFUSION_LM = TrainingTask(_init, _end_to_end)
 
 
 class StepConfig(NamedTuple):
-    """What a step needs besides arrays: the static choices of the run."""
+    """The static settings of a step: everything it needs besides arrays."""
 
     cfg: DenoiserConfig
     schedule: Schedule
     optimizer: optax.GradientTransformation
     objective: str
-    batch: int  # global
+    batch: int  # rows per step, over all devices
     time_sampler: str = "uniform"
     mask_pad: bool = False
     self_cond_prob: float = 0.0
@@ -83,11 +84,11 @@ class StepConfig(NamedTuple):
     frozen: bool = False
     ema: float = 0.9999
     accumulate: int = 1
-    skip: bool = False  # an update whose loss or gradient is no number
+    skip: bool = False  # skip updates whose loss or gradient is not finite
     task: TrainingTask = DIFFUSION_LM
 
     def at(self, noise: Any) -> "StepConfig":
-        """The recipe with the schedule that the state's `noise` gives."""
+        """Returns the settings with the schedule of a state's `schedule_state`."""
         if not self.adaptive:
             return self
         return self._replace(schedule=adaptive.ADAPTIVE_SCHEDULES[self.adaptive](noise))
@@ -96,7 +97,7 @@ class StepConfig(NamedTuple):
 def init_state(
     key: PRNGKey, step_cfg: StepConfig, vocab: int, table: Any = None
 ) -> TrainState:
-    """Step 0; table: a fixed start for the embedding [v d]."""
+    """Returns the state of step 0; table [v d]: initial embedding; None: random."""
     params = step_cfg.task.init(key, step_cfg, vocab)
     if table is not None:
         table = (
@@ -107,15 +108,15 @@ def init_state(
     moments = ()
     if step_cfg.time_sampler == "importance":
         moments = time_sampling.init_moments(step_cfg.schedule.num_steps or 0)
-    noise = adaptive.init(step_cfg.schedule) if step_cfg.adaptive else ()
+    adapted = adaptive.init(step_cfg.schedule) if step_cfg.adaptive else ()
     copy = jax.tree.map(jnp.copy, params)  # a donated buffer may not appear twice
-    return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, noise)
+    return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, adapted)
 
 
 def make_draws(
     key: PRNGKey, ids: Ids, step_cfg: StepConfig, first: Any, moments: Any
 ) -> time_sampling.NoiseDraws:
-    """The draws of rows first ... of the recipe's batch."""
+    """Draws times and noise for rows first, first + 1, ... of the global batch."""
     importance = step_cfg.time_sampler == "importance"
     return time_sampling.draw_noise(
         key,
@@ -138,13 +139,13 @@ def loss_fn(
     *,
     key: PRNGKey | None = None,
 ) -> tuple[Array, Any]:
-    """The batch's mean loss, and its terms; a key turns dropout on."""
+    """Returns the mean loss of the rows, and its terms [b]; a key turns dropout on."""
     terms = step_cfg.task.terms(key, params, ids, draws, step_cfg)
     return jnp.mean(terms.total()), terms
 
 
 def _gradients(key, state, ids, step_cfg, first):
-    """Mean gradient over the microbatches, each with a key of its own."""
+    """Returns the mean gradient over microbatches, and (terms, t, weight) per row."""
     k_draw, k_drop = jax.random.split(key)
     k_cut = jax.random.fold_in(key, 2)
     micro = ids.reshape(step_cfg.accumulate, -1, ids.shape[-1])
@@ -161,18 +162,18 @@ def _gradients(key, state, ids, step_cfg, first):
             rows = jnp.concatenate([cut, rows[:, size:]], -1)
         draws = make_draws(k_draw, rows, step_cfg, start, state.moments)
         k = jax.random.fold_in(k_drop, start) if dropout else None
-        value = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, terms), grads = value(state.params, rows, draws, step_cfg, key=k)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, terms), grads = grad_fn(state.params, rows, draws, step_cfg, key=k)
         return jax.tree.map(jnp.add, carry, grads), (terms, draws.t, draws.weight)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     numbered = (jnp.arange(step_cfg.accumulate), micro)
     if step_cfg.accumulate == 1:
-        grads, seen = one(zeros, jax.tree.map(lambda x: x[0], numbered))
+        grads, per_row = one(zeros, jax.tree.map(lambda x: x[0], numbered))
     else:
-        grads, seen = jax.lax.scan(one, zeros, numbered)
+        grads, per_row = jax.lax.scan(one, zeros, numbered)
     grads = jax.tree.map(lambda g: g / step_cfg.accumulate, grads)
-    return grads, jax.tree.map(lambda x: x.reshape(-1), seen)
+    return grads, jax.tree.map(lambda x: x.reshape(-1), per_row)
 
 
 def train_step(
@@ -183,9 +184,10 @@ def train_step(
     step_cfg: StepConfig,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update from this device's rows [b l]; axis: the mapped axis, None under jit.
+    """Performs one update on this device's rows [b l].
 
-    Metrics (means over the global batch): the loss, its named terms, the gradient norm.
+    axis: the mapped axis, None under jit. Returns the new state and the metrics, which
+    are means over the global batch: the loss, its named terms and the gradient norm.
     """
     key, step_cfg = (
         jax.random.fold_in(key, state.step),
@@ -214,14 +216,14 @@ def train_step(
 
 
 def _skip_nonfinite(new: TrainState, state: TrainState, metrics: dict) -> TrainState:
-    """The new state, or the old one where loss or gradient are no numbers."""
+    """Returns the new state, or the old one if the loss or gradient is not finite."""
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
     return kept._replace(step=new.step)
 
 
 def _constrain(params: Any, before: Any, step_cfg: StepConfig) -> Any:
-    """The table's constraint: frozen, or on the sphere."""
+    """Applies the constraint on the table: frozen, or rows of norm sqrt(d)."""
     if step_cfg.frozen:
         return params._replace(table=before.table)
     return (
@@ -230,7 +232,7 @@ def _constrain(params: Any, before: Any, step_cfg: StepConfig) -> Any:
 
 
 def _update_moments(moments, terms: Any, t, weight, axis):
-    """The history with these losses, as they are without importance weights."""
+    """Adds this batch's losses, without importance weights, to the history."""
     if not isinstance(moments, time_sampling.LossMoments):
         return moments
     error = (terms.diffusion + terms.t0) * terms.weight / weight  # see losses._vlb
@@ -241,7 +243,7 @@ def _update_moments(moments, terms: Any, t, weight, axis):
 
 
 def _update_schedule_state(noise, terms: Any, t, step_cfg: StepConfig, axis):
-    """What the schedule knows of the loss, with that of this batch."""
+    """Updates the adaptive schedule's statistics with this batch's losses."""
     if not step_cfg.adaptive:
         return noise
     u, loss = -step_cfg.schedule.log_snr(t), terms.diffusion + terms.t0
