@@ -107,9 +107,9 @@ def _evaluate(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _control(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax.evaluation import control_tasks
+    from dlm_jax.evaluation import control
 
-    control_tasks.evaluate_control(_load(config, workdir, step), workdir)
+    control.evaluate_control(_load(config, workdir, step), workdir)
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:

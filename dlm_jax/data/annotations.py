@@ -19,6 +19,7 @@ from jaxtyping import Int, Int32
 
 from dlm_jax.data import grammar, sources
 from dlm_jax.errors import UserError, choose
+from dlm_jax.ranges import check_ranges
 from dlm_jax.types import HeadSpec
 
 Fields = dict[str, str]
@@ -197,8 +198,7 @@ def load_annotated(config: Any, task: str, split: str) -> Annotated:
     """Loads the texts of a split, and an annotation of each. Raises UserError."""
     source, most = config.data.source, config.classifier.texts
     choose("config.classifier.task", HEADS, task)
-    if most < 0:
-        raise UserError(f"config.classifier.texts={most}: set it to 0 (all) or more")
+    check_ranges(config, "classifier")
     if source == "grammar" and task != "label":
         return _grammar_texts(config, task, split)
     if task in ("semantic", "label"):

@@ -21,6 +21,7 @@ from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
+from dlm_jax.ranges import check_ranges
 from dlm_jax.runtime import hosts
 from dlm_jax.types import PAD, START
 
@@ -222,11 +223,7 @@ def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
 
 def _check(options: Any, lm: DiffusionLM) -> None:
     """Raises UserError for settings that would fail only after sampling."""
-    for name, least in (("seeds", 1), ("n", 2), ("draws", 1), ("nll_texts", 2)):
-        if options[name] < least:
-            raise UserError(
-                f"config.evaluate.{name}={options[name]}: must be {least} or more"
-            )
+    check_ranges(lm.config, "evaluate")
     if not lm.cfg.causal:
         for num_steps in options.num_steps:
             lm.sampling_config(num_steps=num_steps)

@@ -74,16 +74,20 @@ class SamplingConfig:
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         values = dict(section) | given
-        solver = values["solver"] if "solver" in values else cls.solver
+        fields = {field.name for field in dataclasses.fields(cls)}
+        wanted = fields - {"solver_options", "trajectory"}
+        for name in sorted(wanted - values.keys()):
+            raise UserError(f"{name}: the saved config does not set it; pass it")
+        solver = values["solver"]
         choose("solver", samplers.SOLVERS, solver)
         own = samplers.solver_options(solver)
-        fields = {field.name for field in dataclasses.fields(cls)}
-        for name in sorted(given.keys() - fields - own.keys()):
+        for name in sorted(given.keys() - wanted - own.keys()):
             raise UserError(f"{name}: solver {solver!r} does not take it")
-        settings = {name: values[name] for name in fields & values.keys()}
-        if isinstance(settings.get("clamp"), bool):
-            settings["clamp"] = 1.0 if settings["clamp"] else -1.0
-        options = tuple((name, values.get(name, own[name])) for name in own)
+        settings = {name: values[name] for name in wanted}
+        if isinstance(values["clamp"], bool):
+            settings["clamp"] = 1.0 if values["clamp"] else -1.0
+        both = own | values
+        options = tuple((name, both[name]) for name in own)
         return cls(**settings, solver_options=options, trajectory=trajectory)
 
     def step(self, denoise: model.Denoise, schedule: Schedule) -> samplers.Step:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks the config of a run and returns the static settings of a training step."""
 
-import math
 from typing import Any
 
 from dlm_jax.diffusion import adaptive, losses, model, schedule, time_sampling
 from dlm_jax.errors import UserError, choose
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.ranges import check_ranges
 from dlm_jax.runtime import sharding
 from dlm_jax.training import optimizer
 from dlm_jax.training.train_step import StepConfig
@@ -15,7 +15,7 @@ from dlm_jax.training.train_step import StepConfig
 
 def resolve_config(config: Any) -> StepConfig:
     """Returns the static settings of a step. Raises UserError naming a wrong key."""
-    _check_ranges(config)
+    check_ranges(config, "train", "model", "optim", "loss", "data")
     cfg, noise_schedule = network(config), schedule.make_schedule(**config.schedule)
     choose("config.loss.objective", losses.OBJECTIVES, config.loss.objective)
     time_samplers = {**time_sampling.TIME_SAMPLERS, "importance": None}
@@ -64,43 +64,6 @@ def resolve_config(config: Any) -> StepConfig:
 
 
 ON_NONFINITE: dict[str, Any] = dict.fromkeys(("stop", "skip", "rollback"))
-COUNT, ZERO_OR_MORE = (1, math.inf), (0, math.inf)
-RATE, BELOW_ONE = (0, 1), (0, 1 - 1e-9)
-RANGES = {
-    "train": {
-        **dict.fromkeys(("batch", "total_steps", "log_steps", "keep"), COUNT),
-        **dict.fromkeys(("ckpt_steps", "valid_steps", "sample_steps"), ZERO_OR_MORE),
-        "valid_batches": COUNT,
-    },
-    "model": {
-        **dict.fromkeys(
-            ("dim", "hidden_dim", "layers", "heads", "mlp_dim", "positions"), COUNT
-        ),
-        **dict.fromkeys(("dropout", "attention_dropout"), BELOW_ONE),
-        "time_dim": COUNT,
-    },
-    "optim": {
-        **dict.fromkeys(("lr", "warmup", "weight_decay", "clip", "eps"), ZERO_OR_MORE),
-        **dict.fromkeys(("b1", "b2"), BELOW_ONE),
-        "ema": RATE,
-        "accumulate": COUNT,
-    },
-    "loss": dict.fromkeys(
-        ("self_cond_prob", "truncate_prob", "conditioning_prob"), RATE
-    ),
-    "data": {"seed": ZERO_OR_MORE, "valid_fraction": RATE},
-}
-
-
-def _check_ranges(config: Any) -> None:
-    """Raises UserError for the first number out of its range."""
-    for section, ranges in RANGES.items():
-        for name, (least, most) in ranges.items():
-            value = config[section][name]
-            if not least <= value <= most:
-                bound = f"at most {most:g}" if value > most else f"{least} or more"
-                bound = "below 1" if value > most == BELOW_ONE[1] else bound
-                raise UserError(f"config.{section}.{name}={value}: must be {bound}")
 
 
 def network(config: Any) -> DenoiserConfig:
