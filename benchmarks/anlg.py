@@ -148,7 +148,7 @@ def main() -> None:
         "copy of the last": [last for _, _, last in rows],
         "a sentence of another story": [train_rows[i][1] for i in others],
     }
-    unaware = lm.config | {"loss": lm.config["loss"] | {"known": 0.0}}
+    unaware = lm.config | {"loss": lm.config["loss"] | {"conditioning_prob": 0.0}}
     for name, config in (("told", lm.config), ("written in only", unaware)):
         model = loading.from_parts(
             lm.cfg, lm.params, tok, config, ema=lm.ema, schedule_state=lm.schedule_state

@@ -30,7 +30,7 @@ from dlm_jax.configs import grammar as grammar_config
 from dlm_jax.data import grammar
 from dlm_jax.diffusion import autoregressive, classifier
 from dlm_jax.diffusion.embedding import embed
-from dlm_jax.evaluation import control_targets, control_tasks
+from dlm_jax.evaluation import control, control_targets, control_tasks
 from dlm_jax.inference import pipeline
 from dlm_jax.types import PAD, START
 
@@ -120,7 +120,7 @@ def guided(task: str, steps: int) -> pipeline.DiffusionLM:
         f"configs/classifier.py:{need}",
         folder / f"fudge_{need}",
         classifier__model=teacher_run,
-        loss__truncate=1.0,
+        loss__truncate_prob=1.0,
     )
     return dlm_jax.load(teacher_run).with_classifier(run)
 
@@ -201,7 +201,7 @@ def _in_slices(
 def measure(
     method: str, task: str, lm: pipeline.DiffusionLM, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """A row as `control_tasks.measure` gives it."""
+    """A row as `control.measure` gives it."""
     config = grammar_config.get_config()
     found = pairs(task, config.data.seed + control_targets.TARGET_SEED, args.n)
     wanted, words, _ = (list(part) for part in zip(*found, strict=True))
@@ -227,8 +227,8 @@ def measure(
         "samples": samples,
         "seeds": seeds,
         "train_steps": args.steps,
-        "success": control_tasks.summaries(scores, samples),
-        **control_tasks.fluency(said, scorer),
+        "success": control.summaries(scores, samples),
+        **control.fluency(said, scorer),
         "seconds per 50": seconds,
         "texts": said[:: max(1, len(said) // 8)][:8],
     }

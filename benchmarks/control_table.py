@@ -45,7 +45,7 @@ def gather(folder: Path, out: Path) -> list[dict]:
         row.pop("config", None)
         # where they lay says nothing; checksums of the classifiers stand beside
         row["control"].pop("classifiers", None)
-        row["control"].pop("teacher", None)
+        row["control"].pop("ar_model", None)
         row["data"]["path"] = Path(row["data"]["path"]).name
         row["control"]["targets"] = Path(row["control"]["targets"]).name
     found = {key(row): row for row in [*old, *new]}
@@ -70,7 +70,7 @@ def table(rows: list[dict], baselines: list[dict]) -> str:
 def method(row: dict) -> str:
     """A row of ours in words."""
     preset = row["control"]["preset"]
-    words = [f"{row['calls']} calls", "" if preset == "tuned" else f"{preset} rule"]
+    words = [f"{row['num_steps']} calls", "" if preset == "tuned" else f"{preset} rule"]
     words.append("published targets" if row["control"]["targets"] else "")
     return ", ".join(filter(None, words))
 
@@ -117,7 +117,7 @@ def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
     for row in (r for r in rows if r["task"] == "unguided"):
         accepted.axhline(row["accepted"], color="#a8a8a8", lw=0.8)
         place = (len(single) - 0.5, row["accepted"])
-        accepted.text(*place, f"free, {row['calls']}", size=7, ha="right", va="bottom")
+        accepted.text(*place, f"free, {row['num_steps']}", size=7, ha="right", va="bottom")
     accepted.set_xlim(-0.5, len(single) - 0.5)
     success.plot([], [], ":", color="#111111", label="the paper, on E2E")
     named = success.get_legend_handles_labels()

@@ -150,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(args.out)
     known = measured() if args.measure else json.loads(out.read_text())["measured"]
-    restart = json.loads((ROOT / "docs" / "restart.json").read_text())
+    restart = json.loads((ROOT / "benchmarks/results/restart.json").read_text())
     rows = plan(known, restart, args)
     told = {n: getattr(args, n) for n in ("peak", "links", "share", "tokens")}
     record = {"measured": known, "told": told, "rows": rows}

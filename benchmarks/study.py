@@ -49,7 +49,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("modern", {"optim.name": "adamw", "optim.lr": 2e-3}),
     "fixed logistic schedule": (
         "modern",
-        {"schedule.adaptive": "", "model.noise_time": False},
+        {"schedule.adaptive": "", "model.time_input": "t"},
     ),
     "adaptive Gumbel schedule": ("modern", {"schedule.adaptive": "gumbel"}),
     "post-LN trunk": ("modern", {"model.trunk": "post_ln"}),
@@ -58,7 +58,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "regression": ("modern", {"model.predicts": "x0", "loss.objective": "x0"}),
     "likelihood objective": (
         "modern",
-        {"loss.objective": "nelbo", "schedule.adaptive": "", "model.noise_time": False},
+        {"loss.objective": "nelbo", "schedule.adaptive": "", "model.time_input": "t"},
     ),
 }
 MAIN = ("modern", "faithful")

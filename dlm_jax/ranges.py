@@ -39,7 +39,7 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
 }
 
 
-def check_ranges(config: Mapping[str, Any], *sections: str) -> None:
+def check_ranges(config: Any, *sections: str) -> None:
     """Raises UserError for the first number of these sections out of its range."""
     for section in sections:
         for name, (least, most) in RANGES[section].items():

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.runtime import checkpoint, logging
-from dlm_jax.training import trainer
+from dlm_jax.training.trainer import Trainer, language_job
 
 ROOT = Path(__file__).parent.parent
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -154,9 +154,8 @@ def storm(folder: Path, kills: int, in_saves: int, seed: int = 0) -> Report:
         )
     config = smoke.get_config()
     config.update_from_flattened_dict(options)
-    states = [
-        trainer.Trainer(config, str(workdir)).state for workdir in (killed, whole)
-    ]
+    job = language_job(config)
+    states = [Trainer(job, str(workdir)).state for workdir in (killed, whole)]
     for x, y in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(x, y)
     return Report(number, seen, resumes, redone)

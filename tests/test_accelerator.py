@@ -17,7 +17,7 @@ from conftest import wait_until
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import accelerator
-import alternate
+from lib import alternate
 from stages import Job, Wrong, machine, right
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +222,7 @@ def right_checks():
 CONTENDER = """
 import sys
 sys.path.insert(0, {folder!r})
-import alternate
+from lib import alternate
 
 def make(case, variant):
     if variant == "memory":

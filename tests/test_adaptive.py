@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.diffusion import adaptive, samplers, schedule
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import loop, trainer
+from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
+from dlm_jax.training.trainer import Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -105,8 +106,8 @@ def test_refuses_losses_that_are_no_function_of_the_noise(objective):
     config.model.update(
         self_cond=False, token_posterior_input=False, causal=objective == "ar"
     )
-    config.loss.update(objective=objective, self_cond=0.0)
-    with pytest.raises(UserError, match="no function of the noise"):
+    config.loss.update(objective=objective, self_cond_prob=0.0)
+    with pytest.raises(UserError, match="not a function of the noise"):
         resolve_config(config)
 
 
@@ -127,11 +128,12 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     newest = checkpoint.folder(halves) / "12"
     newest.rename(tmp_path / "moved")
     loop.train(_config(name), str(halves))
-    states = [trainer.Trainer(_config(name), str(w)).state for w in (whole, halves)]
+    job = language_job(_config(name))
+    states = [Trainer(job, str(w)).state for w in (whole, halves)]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         assert np.array_equal(a, b)
-    seen = states[0].noise
-    assert 0 < jnp.sum(seen.seen) <= 12 * 16
+    seen = states[0].schedule_state
+    assert 0 < jnp.sum(seen.counts) <= 12 * 16
     lm = loading.load(whole)
     t = np.linspace(0.1, 0.9, 9)
     wanted = adaptive.ADAPTIVE_SCHEDULES[name](seen).log_snr(jnp.asarray(t))
@@ -142,8 +144,8 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
         lambda a, b: jax.device_put(b, a.sharding), lm.schedule_state, start
     )
     latents = [
-        dataclasses.replace(lm, noise=noise).draw(2, num_steps=4).latents
-        for noise in (lm.schedule_state, start)
+        dataclasses.replace(lm, schedule_state=s).generate(2, num_steps=4).latents
+        for s in (lm.schedule_state, start)
     ]
     assert not np.array_equal(*latents)  # what is known is read, without compiling
     assert sum(run._cache_size() for run in lm.compiled.values()) == 1
@@ -156,7 +158,7 @@ def test_regression_follows_it_too(objective, tmp_path):
     config = _config(
         "warp", predicts="x0", self_cond=False, token_posterior_input=False
     )
-    config.loss.update(objective=objective, self_cond=0.0)
+    config.loss.update(objective=objective, self_cond_prob=0.0)
     config.train.update(total_steps=2, ckpt_steps=2)
     loop.train(config, str(tmp_path))
     lm = loading.load(tmp_path)

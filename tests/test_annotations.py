@@ -8,7 +8,7 @@ import nltk
 import numpy as np
 import pytest
 
-from configs import classifier as classifier_config
+from dlm_jax.configs import classifier as classifier_config
 from dlm_jax.data import annotations, grammar, sources
 from dlm_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def config_of(task, **values):
     return config
 
 
-def names(task, note):
+def label_vocab(task, note):
     return annotations.build_label_vocab(task, [note], LENGTH)
 
 
@@ -57,14 +57,14 @@ def test_fields_are_classes_and_silence_is_one():
 
 def test_tags_run_from_start_to_pad():
     note = grammar.tags_of(TREE)
-    known = names("pos", note)
+    known = label_vocab("pos", note)
     told = [known.classes["pos"][k] for k in annotations.encode([note], known)[0]]
     assert told == ["START", *note, "END"] + ["PAD"] * (LENGTH - len(note) - 2)
 
 
 def test_a_chart_holds_the_constituents_one_position_after_start():
     note = grammar.spans_of(TREE)
-    known = names("tree", note)
+    known = label_vocab("tree", note)
     chart = annotations.encode([note], known).reshape(LENGTH, LENGTH)
     assert (chart[np.tril_indices(LENGTH, -1)] == -1).all()
     found = {
@@ -79,37 +79,37 @@ def test_a_chart_holds_the_constituents_one_position_after_start():
 
 
 KNOWN = {
-    "semantic": names("semantic", {"food": "Italian", "area": "riverside"}),
-    "pos": names("pos", ["NOUN"]),
-    "tree": names("tree", [(0, 1, "NP"), (0, 2, "S")]),
+    "semantic": label_vocab("semantic", {"food": "Italian", "area": "riverside"}),
+    "pos": label_vocab("pos", ["NOUN"]),
+    "tree": label_vocab("tree", [(0, 1, "NP"), (0, 2, "S")]),
 }
 
 
-def asked(wish, value):
-    return annotations.TARGET_ENCODERS[wish](
-        value, KNOWN["tree" if wish == "span" else wish]
+def encode_target(constraint, value):
+    return annotations.TARGET_ENCODERS[constraint](
+        value, KNOWN["tree" if constraint == "span" else constraint]
     )
 
 
 def test_what_is_asked_and_no_more():
-    assert asked("semantic", {"food": "Italian"}).tolist() == [-1, 1]
-    row = asked("pos", ["NOUN", "NOUN"])
+    assert encode_target("semantic", {"food": "Italian"}).tolist() == [-1, 1]
+    row = encode_target("pos", ["NOUN", "NOUN"])
     assert [KNOWN["pos"].classes["pos"][k] for k in row[:5]] == [
         "START", "NOUN", "NOUN", "END", "PAD",
     ]  # fmt: skip
-    chart = asked("tree", [(0, 1, "NP"), (0, 2, "S")])
+    chart = encode_target("tree", [(0, 1, "NP"), (0, 2, "S")])
     assert (chart > 0).sum() == 2
     assert (chart >= 0).sum() == LENGTH * (LENGTH + 1) // 2  # "none" is asked elsewhere
 
 
 @pytest.mark.parametrize(
-    ("wish", "value", "message"),
+    ("constraint", "value", "message"),
     [
         ("semantic", {"food": "Greek"}, r"food 'Greek': not seen.*none, Italian"),
         ("semantic", {"fod": "Italian"}, r"'fod'.*knows only area, food"),
         ("semantic", "Italian", r"semantic='Italian': give \{field: value\}"),
         ("pos", ["XYZ"], r"pos 'XYZ': not seen"),
-        ("pos", ["PAD"], r"pos 'PAD': give the tags of the words alone"),
+        ("pos", ["PAD"], r"pos 'PAD': give only the tags of the words"),
         ("pos", ["NOUN"] * 20, r"pos: 20 words; the model has 16"),
         ("pos", [], r"pos: 0 words"),
         ("tree", [(0, 1, "QP")], r"tree 'QP': not seen"),
@@ -118,13 +118,13 @@ def test_what_is_asked_and_no_more():
         ("tree", [(0, 1, "NP"), (1, 2, "S")], r"\(0, 1\) and \(1, 2\) cross"),
         ("span", (-3, 2, "NP"), r"give \(first, last, label\)"),
         ("span", (2, 1, "NP"), r"give \(first, last, label\)"),
-        ("span", (0, 1, "none"), r"'none' is no label"),
+        ("span", (0, 1, "none"), r"'none' is not a constituent label"),
         ("span", (0, 15, "NP"), r"span: 16 words"),
     ],
 )
-def test_what_cannot_be_asked(wish, value, message):
+def test_what_cannot_be_asked(constraint, value, message):
     with pytest.raises(UserError, match=message):
-        asked(wish, value)
+        encode_target(constraint, value)
 
 
 @pytest.mark.parametrize("task", ["semantic", "pos", "tree"])
@@ -229,5 +229,5 @@ def test_trees_of_a_parser():
     found = annotations.parse_spans(Parser(), "a cat sleeps")
     assert set(found) == {(0, 2, "S"), (0, 1, "NP"), (2, 2, "VP")}
     if not importlib.util.find_spec("benepar"):
-        with pytest.raises(UserError, match="needs a parser"):
+        with pytest.raises(UserError, match="needs the parser"):
             annotations.load_parser("benepar_en3")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autoregressive teacher: causal, exact, and a sampler of what it scores."""
+"""The autoregressive model: causal, exact, and a sampler of what it scores."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,9 @@ from dlm_jax.diffusion import autoregressive, losses, model, schedule, time_samp
 from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import END, PAD, START
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from lib import fudge
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -162,9 +167,7 @@ def test_fudge_is_bayes_rule_on_the_next_token(params):
 
     def draw(weight):
         run = jax.jit(
-            lambda k: autoregressive.fudge(
-                k, params, CFG, 3, log_prob, weight=weight, top=VOCAB
-            )
+            lambda k: fudge.fudge(k, params, CFG, 3, log_prob, weight=weight, top=VOCAB)
         )
         return np.bincount(np.asarray(run(keys))[:, 1], minlength=VOCAB) / n
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import alternate
 import anlg
 import control_baselines
 import control_table
 import plan
+from lib import alternate
 
 
 def test_windows_of_held_out_stories_are_of_no_training_story(tmp_path):
@@ -62,7 +62,7 @@ def test_rows_of_other_settings_stay_apart():
 def test_a_baselines_row_is_kept_for_its_own_sizes():
     row = {"task": "pos", "method": "FUDGE", "targets": 9, "samples": 2, "seeds": 3}
     assert control_baselines._sizes(row) == ("pos", "FUDGE", 9, 2, 3, 2000)
-    assert control_baselines._sizes(row | {"num_steps": 5})[-1] == 5
+    assert control_baselines._sizes(row | {"train_steps": 5})[-1] == 5
 
 
 def test_ratios_are_taken_within_a_round():

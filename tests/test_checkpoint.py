@@ -18,11 +18,12 @@ import pytest
 from conftest import wait_until
 
 import dlm_jax
-from configs import smoke
 from dlm_jax import main
+from dlm_jax.configs import smoke
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import loop, trainer
+from dlm_jax.training import loop
+from dlm_jax.training.trainer import Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -77,11 +78,15 @@ def _config(texts, **changes):
     return config
 
 
-def _saved(texts, workdir, num_steps=(0,), keep=2, **changes):
+def _trainer(config, workdir):
+    return Trainer(language_job(config), str(workdir))
+
+
+def _saved(texts, workdir, steps=(0,), keep=2, **changes):
     """A run directory with the start's state under each of `steps`."""
-    run = trainer.Trainer(_config(texts, train__keep=keep, **changes), str(workdir))
+    run = _trainer(_config(texts, train__keep=keep, **changes), workdir)
     writer = checkpoint.manager(workdir, keep=keep)
-    for step in num_steps:
+    for step in steps:
         run.state = run.state._replace(step=run.state.step * 0 + step)
         run.save(writer)
     writer.close()
@@ -157,7 +162,7 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     assert f"from step {reached}" in capsys.readouterr().out
     loop.train(config, str(whole))
     assert checkpoint.latest_step(killed) == checkpoint.latest_step(whole) == STEPS
-    states = [trainer.Trainer(config, str(w)).state for w in (whole, killed)]
+    states = [_trainer(config, w).state for w in (whole, killed)]
     assert not np.array_equal(states[0].params.table, states[0].ema.table)
     _same_bits(*states)
 
@@ -187,7 +192,7 @@ def test_unfinished_save_is_ignored(texts, start, tmp_path):
     done = checkpoint.folder(workdir) / "2"
     shutil.copytree(done, done.with_name("9.orbax-checkpoint-tmp"))
     assert checkpoint.all_steps(workdir) == [1, 2]
-    assert int(trainer.Trainer(_config(texts), str(workdir)).state.step) == 2
+    assert int(_trainer(_config(texts), workdir).state.step) == 2
     assert dlm_jax.load(workdir).step == 2
 
 
@@ -215,11 +220,14 @@ def test_layout(texts, start):
     folders = checkpoint.folder(start)
     assert folders == start / "checkpoints"
     assert {p.name for p in folders.iterdir()} == {"1", "2"}
-    config, tokenizer = checkpoint.read_json(start, 2)
-    assert config == json.loads((start / "config.json").read_text())
-    assert config["train"]["total_steps"] == STEPS
-    assert tokenizer["kind"] == "word"
-    for name in ("config", "tokenizer"):
+    records = checkpoint.read_records(start, 2)
+    assert records.config == json.loads((start / "config.json").read_text())
+    assert records.config["train"]["total_steps"] == STEPS
+    assert records.tokenizer["kind"] == "word"
+    assert set(records.run) == {"kind", "corpus", "skipped_batches"}
+    assert records.run["kind"] == "diffusion"
+    assert records.run["skipped_batches"] == []
+    for name in ("config", "tokenizer", "run"):
         json.loads((folders / "2" / name / "metadata").read_text())
 
 
@@ -231,7 +239,7 @@ def test_keeps_the_newest(texts, tmp_path):
 def test_no_save_over_a_newer_step(texts, start, tmp_path):
     """Orbax itself would return False and say nothing."""
     workdir = shutil.copytree(start, tmp_path / "run")
-    run = trainer.Trainer(_config(texts), str(workdir))
+    run = _trainer(_config(texts), workdir)
     run.state = run.state._replace(step=run.state.step - 1)
     writer = checkpoint.manager(workdir, keep=2)
     _fails("step 1 was not saved", run.save, writer)
@@ -269,13 +277,13 @@ def _flip(path):
 @pytest.mark.parametrize("harm", [_truncate, _flip, Path.unlink])
 def test_damaged_arrays_are_named_or_never_read(harm, texts, start, tmp_path):
     """Whichever file is harmed, no state but the one that was saved comes back."""
-    whole, said = trainer.Trainer(_config(texts), str(start)).state, []
+    whole, said = _trainer(_config(texts), start).state, []
     for number in range(len(_data(start))):
         workdir = shutil.copytree(start, tmp_path / str(number))
         harm(_data(workdir)[number])
         before = _digest(workdir)
         try:
-            _same_bits(trainer.Trainer(_config(texts), str(workdir)).state, whole)
+            _same_bits(_trainer(_config(texts), workdir).state, whole)
         except UserError as error:
             said.append(str(error))
         assert _digest(workdir) == before
@@ -286,7 +294,13 @@ def test_damaged_arrays_are_named_or_never_read(harm, texts, start, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("harm", [_truncate, _flip, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["state/manifest.ocdbt", "config/metadata", "tokenizer/metadata"]
+    "name",
+    [
+        "state/manifest.ocdbt",
+        "config/metadata",
+        "tokenizer/metadata",
+        "run/metadata",
+    ],
 )
 def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     """It names the step, and leaves all files as they are."""
@@ -300,11 +314,21 @@ def test_damaged_checkpoint_is_one_line(harm, name, texts, start, tmp_path):
     assert dlm_jax.load(workdir).step == 1
 
 
-def _run(*args, **options):
+def test_a_checkpoint_of_an_older_version_is_one_line(texts, start, tmp_path):
+    """It has no record of the run, and its files stay as they are."""
+    workdir = shutil.copytree(start, tmp_path / "run")
+    shutil.rmtree(checkpoint.folder(workdir) / "2" / "run")
+    before = _digest(workdir)
+    for call in (lambda w: loop.train(_config(texts), str(w)), dlm_jax.load):
+        _fails("checkpoints/2: saved by an older version", call, workdir)
+    assert _digest(workdir) == before
+
+
+def _run(texts, workdir, **options):
     """A run of a few steps that saves each second one."""
     changes = {"train__total_steps": 6, "train__ckpt_steps": 2}
-    config = _config(args[0], **changes, optim__decay="constant")
-    loop.train(config, str(args[1]), *args[2:], **options)
+    config = _config(texts, **changes, optim__decay="constant")
+    loop.train(config, str(workdir), **options)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -323,7 +347,7 @@ def test_a_damaged_step_is_set_aside_on_request_only(texts, tmp_path, capsys):
     assert sum("damaged" in line for line in said) == 1
     assert _digest(harmed / "damaged" / "6") == damaged
     config = _config(texts, train__total_steps=6, optim__decay="constant")
-    _same_bits(*(trainer.Trainer(config, str(w)).state for w in (whole, harmed)))
+    _same_bits(*(_trainer(config, w).state for w in (whole, harmed)))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -360,7 +384,7 @@ def test_modes_that_write_to_disks_say_so_of_a_bucket(mode):
     kinds = {"capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run(command, **kinds)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --mode {mode} writes to a disk")
+    assert done.stderr.startswith(f"error: --mode {mode} needs a local folder")
 
 
 def _no_room():
@@ -380,20 +404,22 @@ HARMS = {
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path):
+def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path, monkeypatch):
     """The last good checkpoint is named, and stays."""
     harm, says, left = HARMS[name]
 
-    class Harmed(trainer.Trainer):
+    class Harmed(Trainer):
         def batch(self, step):
             if step == 3:
                 wait_until(lambda: checkpoint.all_steps(self.workdir), "a checkpoint")
                 harm(self.workdir)
             return super().batch(step)
 
+    monkeypatch.setattr(loop, "Trainer", Harmed)
     try:
-        _fails(says, _run, texts, tmp_path / "run", Harmed)
+        _fails(says, _run, texts, tmp_path / "run")
     finally:
+        monkeypatch.undo()
         limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if left is not None:
@@ -415,16 +441,6 @@ def test_every_flipped_bit_changes_its_sum():
             y = np.frombuffer(bytes(flipped), kind).reshape(x.shape)
             assert checkpoint._sums({"x": jax.numpy.asarray(y)}) != before
         assert checkpoint._sums({"x": jax.numpy.asarray(x[::-1])}) != before
-
-
-def test_sums_of_version_0_1_are_read(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_sums", checkpoint._crcs)
-    monkeypatch.setattr(checkpoint, "SUMMED", {})
-    _saved(texts, tmp_path, (1,))
-    monkeypatch.undo()
-    assert int(trainer.Trainer(_config(texts), str(tmp_path)).state.step) == 1
-    _flip(_data(tmp_path)[0])
-    _fails("checkpoints/1: damaged", trainer.Trainer, _config(texts), str(tmp_path))
 
 
 # --- another config
@@ -465,13 +481,13 @@ def test_a_run_of_before_an_option_existed_is_resumed(texts, tmp_path):
     """As long as the option is off."""
     record = json.loads(_config(texts).to_json_best_effort())
     before = record | {
-        "loss": {n: v for n, v in record["loss"].items() if n != "known"}
+        "loss": {n: v for n, v in record["loss"].items() if n != "conditioning_prob"}
     }
     del before["control"]
     checkpoint.write_run_config(tmp_path, before)
     (checkpoint.folder(tmp_path) / "1").mkdir(parents=True)
     checkpoint.check_config_matches(tmp_path, record)
-    record["loss"]["known"] = 0.9
+    record["loss"]["conditioning_prob"] = 0.9
     _fails(
         "config.loss.conditioning_prob=None, not 0.9",
         checkpoint.check_config_matches,

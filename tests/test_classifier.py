@@ -29,7 +29,7 @@ CFG = DenoiserConfig(
     trunk="adaln", dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 TABLE = init_table(jax.random.key(0), VOCAB, DIM, normalize=True)
-LAYOUTS = [
+SPECS = [
     HeadSpec("fields", (2,), 3),
     HeadSpec("tags", (LENGTH,), 3),
     HeadSpec("chart", (LENGTH, LENGTH), 3),
@@ -59,13 +59,13 @@ def batch(seed, spec, n=64):
 def scores(params, seed, spec, **change):
     ids, labels, draws = batch(seed, spec)
     draws = draws._replace(**change)
-    known = {"cfg": CFG, "layout": spec, "table": TABLE, "schedule": NOISE}
+    known = {"cfg": CFG, "spec": spec, "table": TABLE, "schedule": NOISE}
     return classifier.loss(params, ids, labels, draws, **known)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda spec: spec.head)
+@pytest.fixture(scope="module", params=SPECS, ids=lambda spec: spec.head)
 def trained(request):
-    """A head after 300 steps, and its layout."""
+    """A head after 300 steps, and its spec."""
     spec = request.param
     params = classifier.init(jax.random.key(1), CFG, spec)
     optimizer = optax.adam(1e-2)
@@ -73,7 +73,7 @@ def trained(request):
     @jax.jit
     def step(params, state, ids, labels, draws):
         def mean(params):
-            known = {"cfg": CFG, "layout": spec, "table": TABLE, "schedule": NOISE}
+            known = {"cfg": CFG, "spec": spec, "table": TABLE, "schedule": NOISE}
             return jnp.mean(
                 classifier.loss(params, ids, labels, draws, **known).total()
             )
@@ -148,9 +148,12 @@ def test_it_steers(trained):
         samplers.per_example_keys(jax.random.key(5), n), (LENGTH, DIM)
     )
 
-    def met(updates):
+    def met(num_updates):
         step = guidance.gradient_guidance(
-            samplers.ddim(denoise, NOISE, eta=1.0), log_prob, NOISE, updates=updates
+            samplers.ddim(denoise, NOISE, eta=1.0),
+            log_prob,
+            NOISE,
+            num_updates=num_updates,
         )
         run = jax.jit(lambda x: samplers.sample(jax.random.key(6), step, x, times)[0])
         words = np.asarray(rounding.nearest(TABLE, run(x_T).x0_hat))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wishes: known tokens come back for every solver, strength 0 changes nothing."""
+"""Constraints: known tokens come back for every solver, strength 0 changes nothing."""
 
 import dataclasses
 
@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from conftest import sizes
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.tokenizer import train_sentencepiece
 from dlm_jax.diffusion import classifier, samplers
 from dlm_jax.errors import UserError
-from dlm_jax.inference import conditioning, constraints
-from dlm_jax.inference.constraints import GuidanceClassifier, GuidanceConfig
-from dlm_jax.training import trainer
+from dlm_jax.inference import conditioning, constraints, loading, sampling
+from dlm_jax.inference.constraints import GuidanceClassifier
+from dlm_jax.inference.guidance_config import GuidanceConfig
+from dlm_jax.training.trainer import Trainer, language_job
 from dlm_jax.types import END, PAD, START
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -34,12 +35,14 @@ def lm(tmp_path_factory):
     config.data.update(source="text", path=path, length=LENGTH, too_long="truncate")
     config.model.update(layers=1, hidden_dim=16, mlp_dim=16, dim=8, positions=LENGTH)
     config.sample.update(n=3, batch=8, num_steps=6)
-    made = trainer.Trainer(config, str(folder / "run")).lm
-    names = LabelVocab("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
+    run = Trainer(language_job(config), str(folder / "run"))
+    cfg, state, tok = run.step_cfg.cfg, run.state, run.corpus.tokenizer
+    made = loading.from_parts(cfg, state.params, tok, run.record, ema=state.ema)
+    vocab = LabelVocab("pos", {"pos": ["START", "END", "PAD", "DET", "NOUN"]}, LENGTH)
     cfg = dataclasses.replace(made.cfg, self_cond=False, token_posterior_input=False)
-    params = classifier.init(jax.random.key(1), cfg, names.head_spec)
+    params = classifier.init(jax.random.key(1), cfg, vocab.head_spec)
     return dataclasses.replace(
-        made, classifiers={"pos": GuidanceClassifier(params, cfg, names)}
+        made, classifiers={"pos": GuidanceClassifier(params, cfg, vocab)}
     )
 
 
@@ -50,11 +53,11 @@ def ids_of(lm, text):
 def test_known_tokens_are_in_the_sample_not_only_in_the_output(lm):
     """Without a list of allowed words it is infilling alone that puts them there."""
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(
+    wanted = constraints.template_constraints(
         parts, LENGTH, lm.tokenizer.vocab_size, 6, 0
     )
-    drawn = lm.generate(6, constraints=wishes._replace(allowed=None), clamp=False)
-    clean, known = np.asarray(lm.ema.table)[wishes.ids], wishes.known
+    drawn = lm.generate(6, constraints=wanted._replace(allowed=None), clamp=False)
+    clean, known = np.asarray(lm.ema.table)[wanted.ids], wanted.known
     np.testing.assert_allclose(drawn.latents[known], clean[known], atol=1e-6)
 
 
@@ -62,49 +65,48 @@ def test_known_tokens_are_in_the_sample_not_only_in_the_output(lm):
 @pytest.mark.parametrize("noised", [True, False])
 def test_known_tokens_come_back_exactly(lm, solver, noised):
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(
+    wanted = constraints.template_constraints(
         parts, LENGTH, lm.tokenizer.vocab_size, 6, 0
     )
     drawn = lm.generate(
         6,
-        constraints=wishes,
+        constraints=wanted,
         guidance=GuidanceConfig(noise_known=noised),
         solver=solver,
-        eta=None,
     )
-    assert (drawn.ids[wishes.known] == wishes.ids[wishes.known]).all()
-    clean = np.asarray(lm.ema.table)[wishes.ids]
+    assert (drawn.ids[wanted.known] == wanted.ids[wanted.known]).all()
+    clean = np.asarray(lm.ema.table)[wanted.ids]
     np.testing.assert_allclose(
-        drawn.latents[wishes.known], clean[wishes.known], atol=1e-6
+        drawn.latents[wanted.known], clean[wanted.known], atol=1e-6
     )
-    assert (wishes.ids[~wishes.known] == PAD).all()  # what is open is not given away
-    assert (drawn.ids[~wishes.known] > PAD).all()  # and no special fills it
+    assert (wanted.ids[~wanted.known] == PAD).all()  # what is open is not given away
+    assert (drawn.ids[~wanted.known] > PAD).all()  # and no special fills it
     assert all(
         text.startswith("the ") and text.endswith(" house") for text in drawn.texts
     )
 
 
-def test_what_is_compared_with_a_free_reading_is_noised_in_the_sample(lm):
-    """Else the reading that is not told would see the known tokens, clean."""
+def test_known_tokens_under_classifier_free_guidance_are_noised_in_the_sample(lm):
+    """Else the unconditional half would see the known tokens, clean."""
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(
+    wanted = constraints.template_constraints(
         parts, LENGTH, lm.tokenizer.vocab_size, 6, 0
     )
     table, x = lm.ema.table, np.zeros((6, LENGTH, 8), "f")
     keys = samplers.per_example_keys(jax.random.key(0), 6)
     times = samplers.Times(*map(np.float32, (0.6, 0.5, 0.4)))
-    clean, seen = np.asarray(table)[wishes.ids][wishes.known], {}
-    for scale in (1.0, 2.0):
-        rest = (table, lm.schedule, wishes, {}, GuidanceConfig(cfg_weight=scale))
+    clean, seen = np.asarray(table)[wanted.ids][wanted.known], {}
+    for weight in (1.0, 2.0):
+        rest = (table, lm.schedule, wanted, {}, GuidanceConfig(cfg_weight=weight))
         step = conditioning.constrain_step(lambda keys, state, times: state, *rest)
         state = step(keys, samplers.State(x, x), times)
-        np.testing.assert_array_equal(state.x0_hat[wishes.known], clean)
-        seen[scale] = np.abs(state.x_t[wishes.known] - clean).mean()
+        np.testing.assert_array_equal(state.x0_hat[wanted.known], clean)
+        seen[weight] = np.abs(state.x_t[wanted.known] - clean).mean()
     assert seen[1.0] == 0
     assert seen[2.0] > 0.1
 
 
-def test_nothing_wished_or_no_strength_changes_nothing(lm):
+def test_no_constraint_or_no_strength_changes_nothing(lm):
     free = lm.generate(5, seed=3)
     asked = constraints.parse_constraints(
         lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
@@ -128,17 +130,17 @@ def test_nothing_wished_or_no_strength_changes_nothing(lm):
     assert (leaning.ids != free.ids).any()
 
 
-def test_a_text_depends_on_its_own_wish_alone(lm):
+def test_a_text_depends_on_its_own_constraint_alone(lm):
     rows = [
         constraints.parse_constraints(lm.tokenizer, LENGTH, lm.classifiers, length=n)
         for n in (2, 5, 7)
     ]
-    wishes = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-    texts = lm.generate(3, seed=1, constraints=wishes).texts
+    wanted = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    texts = lm.generate(3, seed=1, constraints=wanted).texts
     assert [len(text.split()) for text in texts] == [2, 5, 7]
-    assert lm.generate(3, seed=1, constraints=wishes, batch=1).texts == texts
+    assert lm.generate(3, seed=1, constraints=wanted, batch=1).texts == texts
     compiled = sum(run._cache_size() for run in lm.compiled.values())
-    lm.generate(3, seed=1, constraints=jax.tree.map(lambda x: x[::-1], wishes))
+    lm.generate(3, seed=1, constraints=jax.tree.map(lambda x: x[::-1], wanted))
     assert sum(run._cache_size() for run in lm.compiled.values()) == compiled
 
 
@@ -186,9 +188,7 @@ def test_a_template_of_a_given_length(lm):
         lm.infill("the ___", n=1, pos=["NOUN"])
     assert constraints.num_words({"tree": [(0, 0, "DET"), (0, 3, "S")]}) == 4
     assert constraints.num_words({"pos": []}) is None
-    with pytest.raises(
-        UserError, match="'the' is both in the template and to be lacked"
-    ):
+    with pytest.raises(UserError, match="'the' is in the template and must not occur"):
         lm.infill("the ___", n=1, lacks=["dog", "the"])
 
 
@@ -202,9 +202,9 @@ def test_a_classifier_and_a_template(lm):
     vocab = lm.tokenizer.vocab_size
     placed = constraints.template_constraints(parts, LENGTH, vocab, n, 1, len(tags))
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), asked)
-    wishes = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
-    of = conditioning.label_log_prob(wishes, lm.classifiers, lm.schedule)
-    options = {"constraints": wishes, "seed": 1, "clamp": False}
+    wanted = rows._replace(ids=placed.ids, known=placed.known, allowed=placed.allowed)
+    of = conditioning.label_log_prob(wanted, lm.classifiers, lm.schedule)
+    options = {"constraints": wanted, "seed": 1, "clamp": False}
     free, steered = (
         lm.generate(n, guidance=GuidanceConfig(lr=lr), **options) for lr in (0.0, 1.0)
     )
@@ -218,8 +218,8 @@ def test_a_guided_text_does_not_depend_on_its_batch(lm):
     asked = constraints.parse_constraints(
         lm.tokenizer, LENGTH, lm.classifiers, pos=["DET", "NOUN"]
     )
-    wishes = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
-    options = {"seed": 3, "constraints": wishes, "guidance": GuidanceConfig(lr=0.5)}
+    wanted = jax.tree.map(lambda x: np.repeat(x, 5, 0), asked)
+    options = {"seed": 3, "constraints": wanted, "guidance": GuidanceConfig(lr=0.5)}
     assert lm.generate(5, **options).texts == lm.generate(5, batch=2, **options).texts
 
 
@@ -247,31 +247,43 @@ def test_bad_templates(lm, template, message):
         ({"contains": ""}, "contains: empty"),
         (
             {"contains": "the old house", "length": 2},
-            "a phrase of 3 words, and room for 2",
+            "a phrase of 3 words does not fit into 2",
         ),
-        ({"contains": "cat " * 9}, "a phrase of 9 words, and room for 8"),
-        ({"contains": "cat", "lacks": "cat"}, "'cat' is both wished and to be lacked"),
-        ({"pos": ["NOUN"], "length": 2}, "disagree on how many words.*length 2, pos 1"),
+        ({"contains": "cat " * 9}, "a phrase of 9 words does not fit into 8"),
+        ({"contains": "cat", "lacks": "cat"}, "'cat' must both occur and not occur"),
+        (
+            {"pos": ["NOUN"], "length": 2},
+            "imply different numbers of words: length 2, pos 1",
+        ),
         (
             {"contains": ["cat", "dog", "old"], "length": 2},
-            "phrases of 3 different words, and room for 2",
+            "phrases of 3 different words do not fit into 2",
         ),
         ({"span": (3, 8, "NP"), "length": 4}, "span: needs a classifier"),
-        ({"span": (0, 1, "NP"), "tree": [(0, 1, "S")]}, "ask one of the two"),
+        ({"span": (0, 1, "NP"), "tree": [(0, 1, "S")]}, "set one of the two"),
         ({"pos": ["VERB"]}, "pos 'VERB': not seen"),
         ({"tree": [(0, 1, "NP")]}, "tree: needs a classifier"),
         ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
         ({"semantic": {"animal": "zebra"}}, "'zebra' is not in"),
         ({"semantic": "cat"}, "semantic='cat': give"),
-        (
-            {"length": 3, "guidance": GuidanceConfig(rule="adam")},
-            "plan.rule='adam': choose one of",
-        ),
     ],
 )
-def test_bad_wishes(lm, asked, message):
+def test_bad_constraints(lm, asked, message):
     with pytest.raises(UserError, match=message):
         lm.control(1, **asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "adam"}, "guidance.rule='adam': choose one of"),
+        ({"num_updates": -1}, "guidance.num_updates=-1: must be 0 or more"),
+        ({"token_time_floor": 1.5}, "token_time_floor=1.5: must be from 0 to 1"),
+    ],
+)
+def test_bad_guidance(options, message):
+    with pytest.raises(UserError, match=message):
+        GuidanceConfig(**options)
 
 
 def test_packed_text_has_no_places(lm):
@@ -284,7 +296,7 @@ def test_packed_text_has_no_places(lm):
     assert packed.control(1, contains="cat")
 
 
-def test_words_are_wished_without_a_classifier(lm):
+def test_words_are_asked_for_without_a_classifier(lm):
     asked = constraints.parse_constraints(
         lm.tokenizer,
         LENGTH,
@@ -314,19 +326,20 @@ def test_words_are_wished_without_a_classifier(lm):
 def test_memory_does_not_grow_with_the_steps(lm):
     """Infilled and guided: as many values of the largest size for 4 calls as for 32."""
     parts = constraints.parse_template(lm.tokenizer, "the ___ saw [...] house")
-    wishes = constraints.template_constraints(
+    wanted = constraints.template_constraints(
         parts, LENGTH, lm.tokenizer.vocab_size, 4, 0
     )
     asked = constraints.parse_constraints(
         lm.tokenizer, LENGTH, lm.classifiers, pos=["DET"] * 3
     )
     labels = jax.tree.map(lambda x: np.repeat(x, 4, 0), asked.labels)
-    wishes = wishes._replace(labels=labels)
+    wanted = wanted._replace(labels=labels)
 
     def values(steps):
-        chain = lm._chain(lm.sampling_config(num_steps=steps), GuidanceConfig())
+        config = lm.sampling_config(num_steps=steps)
+        chain = sampling.make_chain(lm, config, GuidanceConfig())
         heads = {"pos": lm.classifiers["pos"].params}
-        args = (jax.random.key(0), lm.ema, (), np.arange(4), wishes, heads)
+        args = (jax.random.key(0), lm.ema, (), np.arange(4), wanted, heads)
         return sorted(sizes(jax.make_jaxpr(chain)(*args).jaxpr))
 
     few, many = values(4), values(32)
@@ -334,12 +347,12 @@ def test_memory_does_not_grow_with_the_steps(lm):
     assert len(few) == len(many)  # one loop, whatever its length
 
 
-def test_a_teacher_and_pieces_grant_no_wishes(lm):
-    teacher = dataclasses.replace(
+def test_an_autoregressive_model_and_pieces_take_no_constraints(lm):
+    ar_model = dataclasses.replace(
         lm, cfg=dataclasses.replace(lm.cfg, causal=True), compiled={}
     )
-    with pytest.raises(UserError, match="a teacher writes from left to right"):
-        teacher.control(1, length=3)
+    with pytest.raises(UserError, match="autoregressive model takes no constraints"):
+        ar_model.control(1, length=3)
     pieces = train_sentencepiece([TEXT] * 50, vocab_size=20)
     with pytest.raises(UserError, match="sentencepiece"):
         constraints.parse_constraints(pieces, LENGTH, {}, length=3)
@@ -347,37 +360,43 @@ def test_a_teacher_and_pieces_grant_no_wishes(lm):
         constraints.parse_template(pieces, "the ___")
 
 
-def test_a_model_that_learned_to_be_given_tokens(lm):
-    """It hears of them in every call, and scale makes more of them."""
+def test_a_model_trained_with_given_tokens(lm):
+    """It is given them in every call, and cfg_weight makes more of them."""
     template = "the ___ saw [...]"
-    config = lm.config | {"loss": lm.config["loss"] | {"known": 0.9}}
+    config = lm.config | {"loss": lm.config["loss"] | {"conditioning_prob": 0.9}}
     ema = jax.tree.map(lambda x: x + 0.1, lm.ema)  # a fresh one ignores context
     lm = dataclasses.replace(lm, ema=ema, compiled={})
-    told = dataclasses.replace(lm, config=config, compiled={})
+    conditional = dataclasses.replace(lm, config=config, compiled={})
     options = {"n": 8, "seed": 1, "num_steps": 6, "clamp": False}
-    given = told.infill(template, **options)
+    given = conditional.infill(template, **options)
     assert given != lm.infill(template, **options)
     assert all(text.startswith("the ") and text.split()[2] == "saw" for text in given)
-    scaled = told.infill(template, guidance=GuidanceConfig(cfg_weight=3.0), **options)
+    scaled = conditional.infill(
+        template, guidance=GuidanceConfig(cfg_weight=3.0), **options
+    )
     assert scaled != given
     parts = constraints.parse_template(lm.tokenizer, template)
-    wishes = constraints.template_constraints(
+    wanted = constraints.template_constraints(
         parts, LENGTH, lm.tokenizer.vocab_size, 8, 1
     )
     args = (lm.ema, lm.cfg, lm.schedule)
     x, t = np.zeros((8, LENGTH, 8), np.float32), np.full(8, 0.7, np.float32)
-    plain = conditioning.constrain_denoiser(*args, wishes, {}, GuidanceConfig())(
+    plain = conditioning.constrain_denoiser(*args, wanted, {}, GuidanceConfig())(
         x, t, x
     )
     nothing, once = (
         conditioning.constrain_denoiser(
-            *args, wishes, {}, GuidanceConfig(cfg_weight=scale), given=True
+            *args,
+            wanted,
+            {},
+            GuidanceConfig(cfg_weight=weight),
+            supports_conditioning=True,
         )(x, t, x)
-        for scale in (0.0, 1.0)
+        for weight in (0.0, 1.0)
     )
     np.testing.assert_allclose(nothing, plain, atol=1e-5)
     assert np.abs(once - plain).max() > 1e-4
-    with pytest.raises(UserError, match="did not learn to be given tokens"):
+    with pytest.raises(UserError, match="was not trained with given tokens"):
         lm.infill(template, guidance=GuidanceConfig(cfg_weight=3.0))
 
 

@@ -6,7 +6,7 @@ import json
 import nltk
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import annotations, grammar, sources
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import control_targets
@@ -56,7 +56,7 @@ def test_published_targets(tmp_path):
         len(s.text.split()) for s in control_targets.load_published(tmp_path, "length")
     ]
     assert (min(sizes), max(sizes)) == (8, 38)
-    with pytest.raises(UserError, match="none published of tree; there are length"):
+    with pytest.raises(UserError, match="targets for task tree; choose length"):
         control_targets.load_published(tmp_path, "tree")
     with pytest.raises(UserError, match=r"target_pos\.json"):
         control_targets.load_published(tmp_path / "nothing", "pos")
@@ -113,7 +113,7 @@ class Parser:
 
 
 def test_trees_of_e2e_need_a_parser(e2e, monkeypatch):
-    with pytest.raises(UserError, match="needs a parser"):
+    with pytest.raises(UserError, match="needs the parser"):
         control_targets.load_targets(e2e, "tree", 5)
     monkeypatch.setattr(annotations, "load_parser", lambda name: Parser())
     found = control_targets.load_targets(e2e, "span", 3)[0]
@@ -123,6 +123,6 @@ def test_trees_of_e2e_need_a_parser(e2e, monkeypatch):
     assert scorer.spans("") == []
 
 
-def test_without_a_teacher_there_are_no_nats(e2e):
+def test_without_an_autoregressive_model_there_are_no_nats(e2e):
     scorer = control_targets.make_scorer(e2e, "length", None)
     assert not (scorer.nats(["a b"]) > 0).any()

@@ -5,20 +5,22 @@ import dataclasses
 import json
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import annotations, grammar, tokenizer
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
-from dlm_jax.evaluation import control_targets, control_tasks
+from dlm_jax.evaluation import control, control_targets, control_tasks
 from dlm_jax.evaluation.control_tasks import CONTROL_TASKS
 from dlm_jax.inference import constraints, loading
 from dlm_jax.inference.constraints import GuidanceClassifier
+from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer
+from dlm_jax.training.trainer import Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -42,7 +44,7 @@ def scorer(config):
 def workdir(config, tmp_path_factory):
     """An untrained model of the grammar, saved."""
     folder = tmp_path_factory.mktemp("tasks") / "run"
-    run = trainer.Trainer(config, str(folder))
+    run = Trainer(language_job(config), str(folder))
     writer = checkpoint.manager(folder, keep=1)
     run.save(writer)
     writer.close()
@@ -58,11 +60,10 @@ def lm(config, workdir):
     )
     for task in ("semantic", "pos", "tree"):
         notes = [annotations.ANNOTATORS[task](t) for t in grammar.trees(0, 400)]
-        names = annotations.build_label_vocab(task, notes, made.length)
-        params = classifier.init(jax.random.key(0), cfg, names.head_spec)
-        classifiers[task] = GuidanceClassifier(params, cfg, names)
-    made.classifiers.update(classifiers)
-    return made
+        vocab = annotations.build_label_vocab(task, notes, made.length)
+        params = classifier.init(jax.random.key(0), cfg, vocab.head_spec)
+        classifiers[task] = GuidanceClassifier(params, cfg, vocab)
+    return dataclasses.replace(made, classifiers=classifiers)
 
 
 def score(task, text, target, scorer):
@@ -122,10 +123,10 @@ def test_two_tasks_score_apart(scorer):
     assert (found["value"], found["tags"]) == (0, 1)
 
 
-def test_a_field_is_wished_by_classifier_and_by_word(lm):
+def test_a_field_is_asked_for_by_classifier_and_by_word(lm):
     tok = lm.tokenizer
     near, cheap = {"near": "Café Sicilia"}, {"price": "cheap"}
-    rows = [CONTROL_TASKS["semantic"].wish(target, lm) for target in (near, cheap)]
+    rows = [CONTROL_TASKS["semantic"].constrain(target, lm) for target in (near, cheap)]
     both = constraints.batch_constraints(rows)
     (phrase,) = both.phrases
     assert phrase.tolist() == [tok.encode("Café Sicilia"), [*tok.encode("cheap"), -1]]
@@ -136,10 +137,25 @@ def test_a_field_is_wished_by_classifier_and_by_word(lm):
     ]
     few = tok.to_dict() | {"words": [w for w in tok.to_dict()["words"] if w != "cheap"]}
     ignorant = dataclasses.replace(lm, tokenizer=tokenizer.from_dict(few))
-    assert CONTROL_TASKS["semantic"].wish(cheap, ignorant).phrases[0].tolist() == [[-1]]
-    composed = CONTROL_TASKS["semantic+pos"].wish((cheap, ["NOUN"]), lm)
+    assert CONTROL_TASKS["semantic"].constrain(cheap, ignorant).phrases[0].tolist() == [
+        [-1]
+    ]
+    composed = CONTROL_TASKS["semantic+pos"].constrain((cheap, ["NOUN"]), lm)
     assert set(composed.labels) == {"semantic", "pos"}
     assert len(composed.phrases) == 1
+
+
+def test_every_preset_has_settings_of_every_task(config):
+    """Also from a saved config, whose tuples are lists."""
+    record = json.loads(config.to_json_best_effort())
+    for preset in config.control.presets:
+        record["control"]["preset"] = preset
+        record["control"]["presets"][preset]["tree"]["t_range"] = [0.1, 0.9]
+        saved = ml_collections.ConfigDict(record)
+        found = {n: control.guidance_of(saved, n) for n in CONTROL_TASKS}
+        assert found["tree"].t_range == (0.1, 0.9)
+        assert found["tree"].mean_over_labels == (preset == "published")
+        assert control.guidance_of(saved, "unguided") == DEFAULT_GUIDANCE
 
 
 def test_every_task_runs_and_a_row_is_measured_once(lm, workdir, config, capsys):
@@ -149,20 +165,20 @@ def test_every_task_runs_and_a_row_is_measured_once(lm, workdir, config, capsys)
         wanted = [
             task.target(s, rng) for s in control_targets.load_targets(config, name, 2)
         ]
-        plan = control_tasks.GUIDANCE_PRESETS["tuned"][name]
-        row = control_tasks.run_task(
-            lm, task, wanted, scorer, plan, samples=2, seeds=2, num_steps=3
+        guidance = control.guidance_of(config, name)
+        row = control.run_task(
+            lm, task, wanted, scorer, guidance, samples=2, seeds=2, num_steps=3
         )
         assert len(row["success"]) >= 1
         assert all(0 <= mean <= 1 for mean, _ in row["success"].values())
-        assert row["classifier calls"] == 3 * plan.updates * len(task.needs)
+        assert row["classifier calls"] == 3 * guidance.num_updates * len(task.needs)
     assert row["texts"]
 
 
 def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
     lm = loading.load(workdir)
     lm.config["control"].update(task="length", n=2, samples=2, seeds=2, num_steps=[3])
-    rows = control_tasks.evaluate_control(lm, str(workdir))
+    rows = control.evaluate_control(lm, str(workdir))
     assert rows[0]["success"]["exact length"][0] == 1
     assert "| length | 3 | exact length 100.0" in capsys.readouterr().out
     (path,) = (workdir / "control").glob("*.json")
@@ -170,23 +186,26 @@ def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
     assert written["config"]["seed"] == config.seed
     assert written["step"] == lm.step
     path.write_text(json.dumps(written | {"accepted": 0.123}))
-    assert control_tasks.evaluate_control(lm, str(workdir))[0]["accepted"] == 0.123
+    assert control.evaluate_control(lm, str(workdir))[0]["accepted"] == 0.123
     for section, change in (("control", {"n": 3}), ("sample", {"clamp": -1.0})):
         lm.config[section].update(change)  # another experiment is another row
-        assert control_tasks.evaluate_control(lm, str(workdir))[0]["accepted"] != 0.123
+        assert control.evaluate_control(lm, str(workdir))[0]["accepted"] != 0.123
     assert len(list((workdir / "control").glob("*.json"))) == 3
 
 
+def identity(lm, task):
+    config = ml_collections.ConfigDict(lm.config)
+    return control._identity(lm, config, task, 3, None)
+
+
 def test_a_row_names_its_classifiers(lm):
-    about = control_tasks._about(lm, "span", 3, None)
-    assert set(about["classifiers in use"]) == {"tree"}
+    mine = identity(lm, "span")
+    assert set(mine["classifiers in use"]) == {"tree"}
     tree = lm.classifiers["tree"]
     moved = tree._replace(params=jax.tree.map(lambda x: x + 1, tree.params))
     other = dataclasses.replace(lm, classifiers={**lm.classifiers, "tree": moved})
-    assert control_tasks._about(other, "span", 3, None) != about
-    assert control_tasks._about(other, "pos", 3, None) == control_tasks._about(
-        lm, "pos", 3, None
-    )
+    assert identity(other, "span") != mine
+    assert identity(other, "pos") == identity(lm, "pos")
 
 
 def test_a_row_names_the_text_of_its_tagger_and_its_targets(lm, tmp_path):
@@ -197,34 +216,34 @@ def test_a_row_names_the_text_of_its_tagger_and_its_targets(lm, tmp_path):
     labels = lm.config["classifier"] | {"conllu": str(file)}
     config = lm.config | {"data": data, "control": options, "classifier": labels}
     other = dataclasses.replace(lm, config=config)
-    before = control_tasks._about(other, "pos", 3, None)
+    before = identity(other, "pos")
     file.write_text("two")
-    after = control_tasks._about(other, "pos", 3, None)
+    after = identity(other, "pos")
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"target files", "tagger's text"}
 
 
 def test_targets_that_have_no_place_are_left_out(lm):
     words = " ".join(["pub"] * (lm.length - 1))
-    assert not control_tasks._can_say(lm, "length", control_targets.Sentence(words))
-    assert control_tasks._can_say(lm, "unguided", control_targets.Sentence(words))
+    assert not control_tasks.is_feasible(lm, "length", control_targets.Sentence(words))
+    assert control_tasks.is_feasible(lm, "unguided", control_targets.Sentence(words))
     flat = control_targets.Sentence("a pub", spans=[(0, 1, "S")])
-    assert not control_tasks._can_say(lm, "span", flat)
-    assert control_tasks._can_say(lm, "tree", flat)
+    assert not control_tasks.is_feasible(lm, "span", flat)
+    assert control_tasks.is_feasible(lm, "tree", flat)
 
 
 def test_nothing_can_be_said_of_texts_outside_the_language(scorer):
-    assert control_tasks.fluency(["pub pub", "a a"], scorer)["nats/token"] is None
+    assert control.fluency(["pub pub", "a a"], scorer)["nats/token"] is None
     silent = scorer._replace(
         nats=lambda texts: np.full(len(texts), np.nan), exact=False
     )
-    assert control_tasks.fluency([TEXT], silent)["nats/token"] is None
+    assert control.fluency([TEXT], silent)["nats/token"] is None
     heard = scorer._replace(nats=lambda texts: np.ones(len(texts)), exact=False)
-    assert control_tasks.fluency(["pub pub"], heard)["accepted"] is None
-    assert control_tasks.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(
+    assert control.fluency(["pub pub"], heard)["accepted"] is None
+    assert control.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(
         1 / 3
     )
-    known = control_tasks.fluency([TEXT, "pub pub"], scorer)
+    known = control.fluency([TEXT, "pub pub"], scorer)
     assert known["accepted"] == 0.5
     exact = -grammar.log_prob(TEXT) / (len(TEXT.split()) + 1)
     assert known["nats/token"] == pytest.approx(exact)
@@ -233,12 +252,15 @@ def test_nothing_can_be_said_of_texts_outside_the_language(scorer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "length", "num_steps": [0]}, r"config\.control\.num_steps: 0 must be 1"),
+        (
+            {"task": "length", "num_steps": [0]},
+            r"num_steps=0: must be 1",
+        ),
         ({"task": "mood"}, r"config\.control\.task='mood': choose all"),
-        ({"task": "tree"}, r"config\.control\.classifiers: none of task tree"),
+        ({"task": "tree"}, r"config\.control\.classifiers: no classifier of task tree"),
         ({"preset": "best"}, r"config\.control\.preset='best'"),
         ({"task": "length", "n": 0}, r"config\.control\.n=0: must be 1 or more"),
-        ({"task": "length", "teacher": "SELF"}, "control.ar_model=.*not of objective"),
+        ({"task": "length", "ar_model": "SELF"}, "control.ar_model=.*not of objective"),
     ],
 )
 def test_bad_options(workdir, change, message):
@@ -246,4 +268,4 @@ def test_bad_options(workdir, change, message):
     own = {k: str(workdir) if v == "SELF" else v for k, v in change.items()}
     lm.config["control"].update(own)
     with pytest.raises(UserError, match=message):
-        control_tasks.evaluate_control(lm, str(workdir))
+        control.evaluate_control(lm, str(workdir))

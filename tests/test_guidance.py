@@ -65,7 +65,7 @@ def test_time_per_token():
 # --- of a Denoise
 
 
-def test_given_tells_clean_vectors_at_time_0():
+def test_known_tokens_are_given_clean_at_time_0():
     seen = {}
 
     def denoise(x_t, t, x0_prev):
@@ -95,17 +95,17 @@ def test_classifier_free_is_a_line_through_both():
 
 def test_classifier_free_mixes_words_too():
     def certain(x_t, t, x0_prev):
-        return x_t, jax.nn.log_softmax(3.0 * exact_read(x_t, t, x0_prev)[1])
+        return x_t, jax.nn.log_softmax(3.0 * exact_logits(x_t, t, x0_prev)[1])
 
-    x0_hat, log_p = guidance.classifier_free_guidance(certain, exact_read, weight=2.0)(
-        X, T, X
-    )
-    np.testing.assert_allclose(x0_hat, 2 * X - exact_read(X, T, X)[0], rtol=1e-5)
-    want = 2 * certain(X, T, X)[1] - exact_read(X, T, X)[1]
+    x0_hat, log_p = guidance.classifier_free_guidance(
+        certain, exact_logits, weight=2.0
+    )(X, T, X)
+    np.testing.assert_allclose(x0_hat, 2 * X - exact_logits(X, T, X)[0], rtol=1e-5)
+    want = 2 * certain(X, T, X)[1] - exact_logits(X, T, X)[1]
     np.testing.assert_allclose(log_p, want, rtol=1e-5)
 
 
-def test_tokens_under_guidance_are_told_less_noise():
+def test_tokens_under_guidance_are_given_less_noise():
     weights = np.array([0.0, 1.0, 2.0, 0.5, 4.0], np.float32)[:, None]
 
     def of(x, t):
@@ -114,50 +114,51 @@ def test_tokens_under_guidance_are_told_less_noise():
     def times(x_t, t, x0_prev):
         return jnp.broadcast_to(t[..., None], x_t.shape)
 
-    told = guidance.token_time_guidance(times, of, share=0.6)(X, T, X)[..., 0]
+    given = guidance.token_time_guidance(times, of, floor=0.6)(X, T, X)[..., 0]
     size = weights[:, 0] / 4
-    np.testing.assert_allclose(told, T[:, None] * (1 - 0.4 * size), rtol=1e-5)
-    same = guidance.token_time_guidance(times, of, share=1.0)(X, T, X)[..., 0]
+    np.testing.assert_allclose(given, T[:, None] * (1 - 0.4 * size), rtol=1e-5)
+    same = guidance.token_time_guidance(times, of, floor=1.0)(X, T, X)[..., 0]
     np.testing.assert_allclose(same, np.broadcast_to(T[:, None], (3, 5)), rtol=1e-6)
-    flat = guidance.token_time_guidance(times, lambda x, t: 0.0 * of(x, t), share=0.6)(
+    flat = guidance.token_time_guidance(times, lambda x, t: 0.0 * of(x, t), floor=0.6)(
         X, T, X
     )
     np.testing.assert_allclose(flat[..., 0], same)
 
 
-def exact_read(x_t, t, x0_prev):
+def exact_logits(x_t, t, x0_prev):
     """Bayes for words drawn uniformly and alone: p(w | x_t) by N(alpha E_w, sigma^2)."""
     raw = model.token_posterior_logits(TABLE, jnp.asarray(x_t), t, NOISE)
     return model.expected_embedding(TABLE, raw), jax.nn.log_softmax(raw)
 
 
-def test_only_renormalises_over_the_allowed():
+def test_restrict_tokens_renormalises_over_the_allowed():
     allowed = np.zeros((3, 5, 7), bool)
     allowed[..., [1, 4]] = True
-    x0_hat, log_p = guidance.restrict_tokens(exact_read, TABLE, allowed)(X, T, X)
-    p = np.exp(exact_read(X, T, X)[1]) * allowed
+    x0_hat, log_p = guidance.restrict_tokens(exact_logits, TABLE, allowed)(X, T, X)
+    p = np.exp(exact_logits(X, T, X)[1]) * allowed
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(np.exp(log_p), p, atol=1e-6)
     np.testing.assert_allclose(x0_hat, p @ TABLE, atol=1e-5)
 
 
-def test_steer_is_bayes_rule():
-    """Guided by a wish, the estimate is the exact mean of x_0 under the wish."""
+def test_token_guidance_is_bayes_rule():
+    """Guided by a condition, the estimate is the exact mean of x_0 under it."""
     ids = RNG.integers(0, 7, (3, 5))
     known = np.zeros((3, 5), bool)
     known[:, 2] = True
-    guided = guidance.token_guidance(exact_read, guidance.spells(ids, known), NOISE)(
-        X, T, X
-    )
-    wanted = np.where(known[..., None], TABLE[ids], exact_read(X, T, X)[0])
+
+    def known_words(log_p):
+        own = jnp.take_along_axis(log_p, jnp.asarray(ids)[..., None], -1)[..., 0]
+        return jnp.sum(jnp.where(known, own, 0.0), -1)
+
+    guided = guidance.token_guidance(exact_logits, known_words, NOISE)(X, T, X)
+    wanted = np.where(known[..., None], TABLE[ids], exact_logits(X, T, X)[0])
     np.testing.assert_allclose(guided, wanted, atol=2e-4)
-    bare = guidance.token_guidance(
-        exact_read, guidance.spells(ids, known), NOISE, weight=0.0
-    )
-    np.testing.assert_array_equal(bare(X, T, X), exact_read(X, T, X)[0])
+    bare = guidance.token_guidance(exact_logits, known_words, NOISE, weight=0.0)
+    np.testing.assert_array_equal(bare(X, T, X), exact_logits(X, T, X)[0])
 
 
-# --- wishes
+# --- conditions on the tokens
 
 
 def one_text(words, sure=50.0):
@@ -166,22 +167,17 @@ def one_text(words, sure=50.0):
 
 
 @pytest.mark.parametrize(
-    ("wish", "meets", "fails"),
+    ("condition", "meets", "fails"),
     [
-        (
-            guidance.spells(np.array([[1, 2, 3]]), np.array([[True, False, True]])),
-            [1, 5, 3],
-            [1, 2, 2],
-        ),
         (guidance.contains_phrase(np.array([[2, 3]])), [1, 2, 3], [2, 1, 3]),
         (guidance.contains_phrase(np.array([[3, -1]])), [1, 2, 3], [1, 2, 2]),
         (guidance.excludes_tokens(np.array([[4, 5]])), [1, 2, 3], [1, 4, 3]),
         (guidance.excludes_tokens(np.array([[4, -1]])), [1, 5, 3], [1, 4, 3]),
     ],
 )
-def test_wishes_know_texts_that_meet_them(wish, meets, fails):
-    assert abs(float(wish(one_text(meets))[0])) < 1e-4
-    assert float(wish(one_text(fails))[0]) < -10
+def test_conditions_know_texts_that_meet_them(condition, meets, fails):
+    assert abs(float(condition(one_text(meets))[0])) < 1e-4
+    assert float(condition(one_text(fails))[0]) < -10
 
 
 def test_a_phrase_at_any_place_by_enumeration():
@@ -192,12 +188,12 @@ def test_a_phrase_at_any_place_by_enumeration():
     np.testing.assert_allclose(found, [np.log(wanted)], rtol=1e-5)
 
 
-def test_no_phrase_is_no_wish():
+def test_no_phrase_is_no_condition():
     found = guidance.contains_phrase(np.array([[-1, -1]]))(one_text([1, 2, 3]))
     np.testing.assert_array_equal(found, [0])
 
 
-def test_every_wish_at_once():
+def test_every_condition_at_once():
     log_p = one_text([1, 2, 3])
     a, b = (
         guidance.contains_phrase(np.array([[2]])),
@@ -263,7 +259,7 @@ def test_published_rule(golden):
         update=guidance.UPDATE_RULES["sign"].update,
         power=1,
         lr=0.1,
-        updates=3,
+        num_updates=3,
         fluency=0.0005,
     )
     np.testing.assert_allclose(found, golden["langevin/out"], atol=1e-5)
@@ -277,9 +273,14 @@ def towards(target):
 def test_guidance_raises_the_log_probability(rule):
     target = RNG.normal(size=X.shape).astype(np.float32)
     log_prob, values = towards(target), []
-    for updates in (0, 1, 3):
+    for num_updates in (0, 1, 3):
         step = guidance.gradient_guidance(
-            SOLVERS["ddim"], log_prob, NOISE, rule=rule, updates=updates, fluency=0.0
+            SOLVERS["ddim"],
+            log_prob,
+            NOISE,
+            rule=rule,
+            num_updates=num_updates,
+            fluency=0.0,
         )
         keys = samplers.per_example_keys(jax.random.key(0), 3)
         times = samplers.Times(*map(jnp.float32, (0.6, 0.5, 0.4)))
@@ -294,16 +295,16 @@ def test_no_update_and_no_time_change_nothing():
         samplers.sample(jax.random.key(0), s, X, samplers.timesteps(6))[0].x_t
         for s in (
             SOLVERS["ddim"],
-            guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, updates=0),
+            guidance.gradient_guidance(SOLVERS["ddim"], log_prob, NOISE, num_updates=0),
             guidance.gradient_guidance(
-                SOLVERS["ddim"], log_prob, NOISE, between=(0.95, 1.0)
+                SOLVERS["ddim"], log_prob, NOISE, t_range=(0.95, 1.0)
             ),
         )
     )
     for found in same:
         np.testing.assert_array_equal(found, plain)
     acts = guidance.gradient_guidance(
-        SOLVERS["ddim"], log_prob, NOISE, between=(0.4, 0.7)
+        SOLVERS["ddim"], log_prob, NOISE, t_range=(0.4, 0.7)
     )
     moved = samplers.sample(jax.random.key(0), acts, X, samplers.timesteps(6))[0].x_t
     assert not np.array_equal(moved, plain)
@@ -320,7 +321,7 @@ def test_fluency_holds_the_sample():
             update=guidance.UPDATE_RULES["gradient"].update,
             power=2,
             lr=1.0,
-            updates=3,
+            num_updates=3,
             fluency=fluency,
         )
         for fluency in (0.0, 0.5)

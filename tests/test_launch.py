@@ -345,8 +345,8 @@ def test_the_image_holds_what_it_runs():
 def test_hosts_of_a_cluster_find_each_other(tool, tmp_path):
     """Open MPI for real where it is installed; Slurm by what it sets."""
     program = (
-        "import os, jax; from dlm_jax.runtime import hosts; hosts.start('', 1, 0); "
-        "os.write(1, b'found %d %d\\n' % hosts.index_and_count())"  # in one piece
+        "import os, jax; from dlm_jax.runtime import hosts; hosts.initialize('', 1, 0); "
+        "os.write(1, b'found %d %d\\n' % hosts.process_index_and_count())"  # in one piece
     )
     command, count = [sys.executable, "-c", program], {"JAX_NUM_CPU_DEVICES": "1"}
     if tool == "mpirun":

@@ -159,7 +159,9 @@ class _Quadrature:
 def test_is_the_bound_of_the_ancestral_chain(name, length):
     """Unbiased for the integral of the KLs, and so not below the exact -log p(w)."""
     noise = schedule.discretize(schedule.SCHEDULES["sqrt"](), 12)
-    noise = noise._replace(table=noise.table[:6])  # eps at more noise leaves the grid
+    noise = noise._replace(
+        log_alpha_bar_table=noise.log_alpha_bar_table[:6]
+    )  # eps at more noise leaves the grid
     predict, texts = _network(name, noise), _texts(length)
     chain = _Quadrature(predict, noise, length)
     exact, wanted = chain.exact(texts), chain.bound(texts)
@@ -236,7 +238,7 @@ def test_no_term_can_be_dropped(term):
     """Without it, the would-be bound falls below the exact -log p(w)."""
     noise = schedule.discretize(schedule.SCHEDULES["sqrt"](), 300)
     noise = noise._replace(
-        table=noise.table[60:120]
+        log_alpha_bar_table=noise.log_alpha_bar_table[60:120]
     )  # a middle, so that both ends count
     terms, log_p, repeats = _gap(noise, True, 1, repeats=80_000)
     whole, error = _weighted(terms.total(), log_p, repeats)
@@ -296,7 +298,7 @@ def test_nelbo_is_the_bound_per_position():
     params = params._replace(table=jnp.asarray(TABLE))
     many = jnp.asarray(np.tile(_texts(2), (20_000, 1)))
     draws = time_sampling.draw_noise(
-        jax.random.key(0), (*many.shape, 1), times="low_discrepancy"
+        jax.random.key(0), (*many.shape, 1), time_sampler="low_discrepancy"
     )
     options = {"cfg": cfg, "schedule": noise, "objective": "nelbo"}
     loss = jax.jit(lambda ids: losses.end_to_end(params, ids, draws, **options))

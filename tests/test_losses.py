@@ -61,7 +61,7 @@ def run(objective="x0", *, params=PARAMS, ids=IDS, noise=T20, draws=None, **opti
 draw = jax.jit(
     time_sampling.draw_noise,
     static_argnums=1,
-    static_argnames=("total", "times", "num_steps", "self_cond"),
+    static_argnames=("total", "time_sampler", "num_steps", "self_cond_prob"),
 )
 
 
@@ -122,7 +122,7 @@ def test_rounding_and_prior(network):
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     want = -np.take_along_axis(log_p, IDS[..., None], -1).mean((1, 2))
     np.testing.assert_allclose(terms.rounding, want, rtol=1e-5)
-    want = np.exp(T20.table[-1]) * np.mean(X_0**2, (1, 2))
+    want = np.exp(T20.log_alpha_bar_table[-1]) * np.mean(X_0**2, (1, 2))
     np.testing.assert_allclose(terms.prior, want, rtol=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_ce_is_cross_entropy(network):
     np.testing.assert_allclose(terms.total(), want, rtol=1e-5)
 
 
-def test_known_tokens_are_told_and_not_asked(network):
+def test_known_tokens_are_given_and_not_asked(network):
     """Clean, at time 0; what is known and what is open add up to the whole."""
     seen = []
 
@@ -243,8 +243,8 @@ def test_known_tokens_are_told_and_not_asked(network):
     assert some[2] == 0
     assert some[0] < whole[0]
     assert some[1] == whole[1]
-    (noisy, _), (told, times) = seen[:2]
-    np.testing.assert_array_equal(told, np.where(known[..., None], CLEAN, noisy))
+    (noisy, _), (given, times) = seen[:2]
+    np.testing.assert_array_equal(given, np.where(known[..., None], CLEAN, noisy))
     np.testing.assert_array_equal(times, np.where(known, 0, T[:, None]))
 
 
@@ -252,7 +252,7 @@ def test_what_is_known():
     """A share of the rows; prefixes, gaps and single tokens; by the row's number."""
     first, rest, shared = (
         time_sampling.draw_noise(
-            jax.random.key(0), (b, 12, 1), first=i, total=2000, known=0.8
+            jax.random.key(0), (b, 12, 1), first=i, total=2000, conditioning_prob=0.8
         ).known
         for i, b in ((0, 1500), (1500, 500), (0, 2000))
     )
@@ -359,7 +359,7 @@ def rows(first, b, seed=1):
         first=first,
         total=8,
         num_steps=20,
-        self_cond=0.5,
+        self_cond_prob=0.5,
     )
 
 
@@ -401,13 +401,13 @@ def test_noise_and_feedback():
 def test_low_discrepancy_is_even():
     """One time in every n-th part of [0, 1), so each of n indices exactly once."""
     for seed in range(5):
-        t = draw(jax.random.key(seed), (20, 1, 1), times="low_discrepancy").t
+        t = draw(jax.random.key(seed), (20, 1, 1), time_sampler="low_discrepancy").t
         np.testing.assert_allclose(np.diff(np.sort(t)), 0.05, atol=1e-6)
         assert 0 <= min(t) < 0.05
 
 
 def test_antithetic_pairs():
-    t = np.asarray(draw(jax.random.key(3), WIDE, times="antithetic").t)
+    t = np.asarray(draw(jax.random.key(3), WIDE, time_sampler="antithetic").t)
     np.testing.assert_allclose(t[::2] + t[1::2], 1, rtol=1e-6)
     even = t[::2]  # each a half of its pair, uniform
     assert abs(even.mean() - 0.5) < 5 * (1 / 12 / even.size) ** 0.5

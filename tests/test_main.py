@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax import main
+from dlm_jax.configs import classifier, default, e2e, e2e_small, grammar, smoke, stories
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import hosts
 from dlm_jax.training import loop
@@ -148,7 +148,11 @@ MISTAKES = {
     "schedule": (None, {"schedule__name": "flat"}, "schedule.name='flat': choose"),
     "heads": (None, {"model__heads": 3}, "heads=3 does not divide"),
     "positions": (None, {"model__positions": 8}, "positions=8"),
-    "importance": (None, {"loss__time_sampler": "importance"}, "schedule.num_steps > 0"),
+    "importance": (
+        None,
+        {"loss__time_sampler": "importance"},
+        "schedule.num_steps > 0",
+    ),
     "feedback": (None, {"model__self_cond": False}, "self_cond"),
     "batch": (None, {"train__batch": 0}, "train.batch=0"),
     "logging": (None, {"train__log_steps": 0}, "train.log_steps=0"),
@@ -158,7 +162,11 @@ MISTAKES = {
     "grammar's seed": (None, {"data__seed": -1}, "data.seed=-1: must be 0 or more"),
     "odd heads": (None, {"model__hidden_dim": 30}, "model.hidden_dim=30: rotary"),
     "dropout": (None, {"model__dropout": 1.0}, "model.dropout=1.0: must be below 1"),
-    "share": (None, {"loss__self_cond_prob": 1.5}, "self_cond=1.5: must be at most 1"),
+    "share": (
+        None,
+        {"loss__self_cond_prob": 1.5},
+        "self_cond_prob=1.5: must be at most 1",
+    ),
     "rate": (None, {"optim__lr": -1.0}, "optim.lr=-1.0: must be 0 or more"),
     "interval": (None, {"train__ckpt_steps": -1}, "train.ckpt_steps=-1"),
     "table": (None, {"embedding__path": "no.npy"}, "embedding.path=no.npy"),
@@ -211,11 +219,11 @@ def test_hosts_are_checked(coordinator, processes, process):
         hosts.initialize(coordinator, processes, process)
 
 
-SMALL = ("modern", "faithful", "teacher")
+SMALL = ("modern", "faithful", "autoregressive")
 VARIANTS = {
     default: ((),),
     smoke: ((),),
-    e2e: [(v,) for v in ("pad", "block", "modern", "teacher")],
+    e2e: [(v,) for v in ("pad", "block", "modern", "autoregressive")],
     classifier: [(v,) for v in classifier.TASKS],
     **{module: [(v,) for v in SMALL] for module in (grammar, e2e_small, stories)},
 }
@@ -227,7 +235,7 @@ VARIANTS = {
 def test_every_shipped_config_describes_a_run(module, variant):
     config = module.get_config(*variant)
     step_cfg = resolve_config(config)
-    assert step_cfg.cfg.causal == (variant == ("teacher",))
+    assert step_cfg.cfg.causal == (variant == ("autoregressive",))
     assert config.data.length <= config.model.positions
     if variant:
         with pytest.raises(ValueError, match="choose one of"):

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import array_record, sources, tokenizer
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer
+from dlm_jax.training.trainer import Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -196,7 +196,7 @@ RUNS = {
     ),
     "tokenizer of another kind": _saved("tokenizer", lambda t: t | {"kind": "runes"}),
     "tokenizer of a list": _saved("tokenizer", lambda t: [1]),
-    "rollbacks of a number": _saved("tokenizer", lambda t: t | {"jumps": 5}),
+    "rollbacks of a number": _saved("run", lambda r: r | {"skipped_batches": 5}),
     "a record with a flipped bit": _json(
         f"{STEP}/tokenizer/metadata", lambda t: t | {"kind": "runes"}
     ),
@@ -210,7 +210,7 @@ STRANGERS = {  # sampled from, so that the saved config is what counts
     "saved config of a larger network": _model(hidden_dim=64),
     "saved config without heads": _model(heads=0),
     "saved config of endless layers": _model(layers=10**9),
-    "saved config of words": _model(width="wide"),
+    "saved config of words": _model(hidden_dim="wide"),
     "saved config of an unknown knob": _model(colour="red"),
     "saved config of endless steps": _saved(
         "config", lambda c: c | {"schedule": c["schedule"] | {"num_steps": 10**11}}
@@ -237,9 +237,9 @@ PROGRAM = """
 import json, os, signal, sys
 from dlm_jax import main
 from dlm_jax.data import prepare
-from dlm_jax.evaluation import control_tasks, report
+from dlm_jax.evaluation import control, report
 from dlm_jax.runtime import hosts
-from dlm_jax.training import trainer
+from dlm_jax.training import loop
 results = {}
 for name, flags, out in json.load(sys.stdin):
     child = os.fork()
@@ -312,7 +312,7 @@ SAYS = {
     "CSV of nothing": "column|empty|no text|no line",
     "tokenizer of another kind": "runes",
     "a link": "is a link",
-    "sums of a list": "no object",
+    "sums of a list": "not a JSON object",
     "rollbacks of a number": "rollbacks",
     "a record with a flipped bit": "checksum",
     "saved config without heads": "heads|zero|divi",
@@ -329,7 +329,7 @@ def endings(tmp_path_factory):
     base = tmp_path_factory.mktemp("malformed")
     config = smoke.get_config()
     config.train.total_steps = 2
-    run = trainer.Trainer(config, str(base / "run"))
+    run = Trainer(language_job(config), str(base / "run"))
     run.state = run.state._replace(step=run.state.step + 1)
     writer = checkpoint.manager(base / "run", keep=2)
     run.save(writer)

@@ -58,7 +58,7 @@ def test_conversions(params, noisy):
         np.testing.assert_allclose(found, x_0, atol=1e-4, err_msg=name)
 
 
-def test_output_prior(params, noisy):
+def test_token_posterior_logits(params, noisy):
     """log N(x_t; alpha E_v, sigma^2) up to a constant over the vocabulary."""
     _, t, _, x_t = noisy
     prior = np.asarray(model.token_posterior_logits(params.table, x_t, t, T200), float)
@@ -70,7 +70,7 @@ def test_output_prior(params, noisy):
     np.testing.assert_allclose(apart, apart[..., :1] * np.ones(6), atol=1e-3)
 
 
-def test_output_prior_alone(monkeypatch, params, noisy):
+def test_token_posterior_input(monkeypatch, params, noisy):
     """A silent network leaves each position's own posterior, also shown to it."""
     _, t, _, x_t = noisy
     network = mock.Mock(return_value=jnp.zeros((2, 3, 6)))
@@ -80,8 +80,10 @@ def test_output_prior_alone(monkeypatch, params, noisy):
     prior = model.token_posterior_logits(params.table, x_t, t, T200)
     raw = model.apply(params, cfg, x_t, t, x_t, schedule=T200)
     np.testing.assert_array_equal(raw, prior)
-    alone = network.call_args.kwargs["alone"]
-    np.testing.assert_array_equal(alone, model.expected_embedding(params.table, prior))
+    posterior_x0 = network.call_args.kwargs["posterior_x0"]
+    np.testing.assert_array_equal(
+        posterior_x0, model.expected_embedding(params.table, prior)
+    )
     with pytest.raises(ValueError, match="schedule="):
         model.apply(params, cfg, x_t, t, x_t)
 
@@ -129,8 +131,8 @@ def double(monkeypatch):
     """
     with monkeypatch.context() as patch, jax.enable_x64(True):
         patch.setitem(transformer.DTYPES, "float32", ("float64", "float64"))
-        patch.setattr(transformer, "times", lambda a, b, *dtypes: a @ b)
-        patch.setattr(transformer, "across", lambda a, b, *dtypes: a @ b.mT)
+        patch.setattr(transformer, "matmul", lambda a, b, *dtypes: a @ b)
+        patch.setattr(transformer, "matmul_nt", lambda a, b, *dtypes: a @ b.mT)
         patch.setattr(transformer, "gelu", lambda x, phi: x * phi(x)[0])
         yield lambda tree: jax.tree.map(lambda a: jnp.asarray(a, float), tree)
 
@@ -168,7 +170,7 @@ def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
     with double(monkeypatch) as wide:
         right = slopes(wide(params), wide(draws))
     whole = slopes(params, draws)
-    monkeypatch.setattr(model, "WHOLE", 5)
+    monkeypatch.setattr(model, "MAX_DENSE_VOCAB", 5)
     found = slopes(params, draws)
     for a, b, c in zip(whole, found, right, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import default
+from dlm_jax.configs import default
 from dlm_jax.errors import UserError
 from dlm_jax.training import optimizer
 

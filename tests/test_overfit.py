@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import batching, encoding, grammar, tokenizer
 from dlm_jax.inference import loading
 from dlm_jax.training import train_step
@@ -53,25 +53,25 @@ PUBLISHED = {
 }
 
 
-def _config(step_cfg, steps):
+def _config(changes, steps):
     config = smoke.get_config()
     config.data.length = LENGTH
     config.model.update(hidden_dim=64, mlp_dim=128, heads=4, dim=16, positions=LENGTH)
     config.train.update(batch=32, total_steps=steps)
     config.optim.update(warmup=20, ema=0.98)
     config.sample.batch = 64
-    config.update_from_flattened_dict(step_cfg)
+    config.update_from_flattened_dict(changes)
     return config
 
 
 @pytest.mark.parametrize(
-    ("recipe", "num_steps"),
+    ("changes", "steps"),
     [(CROSS_ENTROPY, 700), (PUBLISHED, 900)],
     ids=["cross-entropy", "published"],
 )
-def test_says_the_eight_sentences_and_no_other(step_cfg, steps):
+def test_says_the_eight_sentences_and_no_other(changes, steps):
     assert all(map(grammar.accepts, SENTENCES))
-    config = _config(step_cfg, steps)
+    config = _config(changes, steps)
     words = tokenizer.train_word(SENTENCES, min_count=0)
     ids = encoding.encode(SENTENCES, words, length=LENGTH, mode="pad", too_long="error")
     step_cfg = resolve_config(config)
@@ -92,7 +92,7 @@ def test_says_the_eight_sentences_and_no_other(step_cfg, steps):
         words,
         record,
         ema=state.ema,
-        noise=state.schedule_state,
+        schedule_state=state.schedule_state,
     )
     found = lm.sample(64, seed=0)
     others = [text for text in found if text not in SENTENCES]

@@ -18,11 +18,11 @@ import pytest
 from conftest import wait_until
 from jax.sharding import PartitionSpec
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint, hosts, logging, sharding
 from dlm_jax.runtime.sharding import AXIS
-from dlm_jax.training import trainer
+from dlm_jax.training.trainer import Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -152,9 +152,8 @@ def layouts(tmp_path_factory):
 def test_devices_and_hosts_train_the_same_model(layout, layouts):
     """Also where a run of two hosts goes on with four, or with one and split."""
     config, workdirs, _ = layouts
-    one, many = (
-        trainer.Trainer(config, str(workdirs[n])).state for n in ("one", layout)
-    )
+    job = language_job(config)
+    one, many = (Trainer(job, str(workdirs[n])).state for n in ("one", layout))
     assert int(many.step) == STEPS
     paths = jax.tree_util.tree_leaves_with_path(one)
     for (path, x), y in zip(paths, jax.tree.leaves(many), strict=True):
@@ -255,9 +254,8 @@ def test_a_lost_or_stopped_host_stops_all_and_nothing_is_lost(tmp_path):
     stopped = checkpoint.latest_step(run)
     assert before < stopped < total
     _finish(_start(config, run, 2))
-    one, other = (
-        trainer.Trainer(config, str(tmp_path / n)).state for n in ("undisturbed", "run")
-    )
+    job = language_job(config)
+    one, other = (Trainer(job, str(tmp_path / n)).state for n in ("undisturbed", "run"))
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -327,8 +325,8 @@ def test_errors_are_handled_without_a_backend():
         "import jax; from dlm_jax.runtime import hosts; "
         "jax.config.update('jax_platforms', 'none_such'); "
         "hosts.distributed.global_state.num_processes = 2; "
-        "print(repr(hosts.lost(RuntimeError('peer closed'))), flush=True); "
-        "hosts._linger(); hosts.fail('')"
+        "print(repr(hosts.host_loss_reason(RuntimeError('peer closed'))), flush=True); "
+        "hosts._linger(); hosts.fail_all_hosts('')"
     )
     command = [sys.executable, "-c", program]
     kinds = {"capture_output": True, "text": True, "timeout": 120}
@@ -342,7 +340,7 @@ HERE = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
 @pytest.mark.parametrize(
     ("found", "says"),
-    [([], "does not resolve"), (FAR, "is no address of this"), (FAR + HERE, None)],
+    [([], "does not resolve"), (FAR, "is not an address of this"), (FAR + HERE, None)],
 )
 def test_a_host_is_to_be_found_by_its_name(found, says, monkeypatch):
     def look_up(name, *_, **__):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles: text i follows from (seed, i), a setting compiles once, mistakes are named."""
+"""Models: text i follows from (seed, i), a setting compiles once, mistakes are named."""
 
 import dataclasses
 import json
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import dlm_jax
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import samplers
 from dlm_jax.errors import UserError
-from dlm_jax.inference import loading, pipeline
+from dlm_jax.inference import loading
+from dlm_jax.inference.sampling_config import default_section
 from dlm_jax.runtime import checkpoint
-from dlm_jax.training import trainer
+from dlm_jax.training.trainer import Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -47,7 +48,7 @@ def _config(folder):
 def workdir(tmp_path_factory):
     """A run's directory with one checkpoint, whose average differs from the weights."""
     folder = tmp_path_factory.mktemp("generate")
-    run = trainer.Trainer(_config(folder), str(folder / "run"))
+    run = Trainer(language_job(_config(folder)), str(folder / "run"))
     ema = jax.tree.map(lambda x: x + 0.1, run.state.ema)
     run.state = run.state._replace(step=run.state.step + 7, ema=ema)
     writer = checkpoint.manager(folder / "run", keep=1)
@@ -96,18 +97,18 @@ def test_a_text_depends_on_its_seed_and_number(lm):
 def test_samples_from_the_average(lm):
     mine = lm.generate(4, seed=0).latents
     swapped = dataclasses.replace(lm, ema=lm.params, params=lm.ema)
-    assert not np.allclose(mine, swapped.draw(4, seed=0).latents, atol=1e-3)
+    assert not np.allclose(mine, swapped.generate(4, seed=0).latents, atol=1e-3)
 
 
-def test_shapes_and_trace(lm):
-    plain, filmed = (
-        lm.generate(3, num_steps=5, trace=trace) for trace in (False, True)
+def test_shapes_and_trajectory(lm):
+    plain, traced = (
+        lm.generate(3, num_steps=5, trajectory=wanted) for wanted in (False, True)
     )
     assert plain.ids.shape == (3, LENGTH)
     assert plain.latents.shape == (3, LENGTH, DIM)
     assert plain.trajectory is None
-    assert filmed.trajectory.shape == (3, 5, LENGTH)
-    np.testing.assert_array_equal(filmed.trajectory[:, -1], plain.ids)
+    assert traced.trajectory.shape == (3, 5, LENGTH)
+    np.testing.assert_array_equal(traced.trajectory[:, -1], plain.ids)
 
 
 def test_compiles_once_for_each_batch_and_setting(workdir):
@@ -132,7 +133,7 @@ def test_every_solver_ends_on_finite_latents(solver, lm):
         2, solver=solver, clamp=solver == "marginal", rounding="nearest"
     )
     assert np.isfinite(found.latents).all()
-    assert set(samplers.SOLVERS) == set(pipeline.OPTIONS)
+    assert samplers.solver_options(solver).keys() <= default_section().keys()
 
 
 def test_clamp_ends_on_word_vectors(lm):
@@ -149,10 +150,14 @@ def test_clamp_ends_on_word_vectors(lm):
         ({"n": 0}, "n=0"),
         ({"n": -1}, "n=-1"),
         ({"num_steps": 0}, "num_steps=0"),
-        ({"num_steps": T + 1}, f"num_steps={T + 1}: this model has {T} at most"),
+        (
+            {"num_steps": T + 1},
+            f"num_steps={T + 1}: this model's schedule has {T} steps at most",
+        ),
         ({"batch": 0}, "batch=0"),
         ({"solver": "euler"}, "solver='euler': choose one of ancestral"),
-        ({"sigma": "huge"}, "sigma='huge'"),
+        ({"solver": "ancestral", "sigma": "huge"}, "sigma='huge'"),
+        ({"sigma": "small"}, "sigma: solver 'marginal' does not take it"),
         ({"rounding": "up"}, "rounding='up'"),
     ],
 )
@@ -174,7 +179,7 @@ def _fails(says, *args):
 def test_load_of_nothing(tmp_path, workdir):
     _fails("no checkpoint", tmp_path)
     _fails("no checkpoint", tmp_path / "none")
-    _fails(r"no step 3; there are \[7\]", workdir, 3)
+    _fails(r"no step 3; choose one of \[7\]", workdir, 3)
     assert not list(tmp_path.iterdir())
 
 

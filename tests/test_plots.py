@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import sources, tokenizer
 from dlm_jax.diffusion import embedding, losses, model, samplers, time_sampling
 from dlm_jax.errors import UserError
@@ -32,7 +32,7 @@ def init(cfg, vocab):
 
 
 def build(**change):
-    """A tiny untrained bundle on the grammar; change: of the config's parts."""
+    """A tiny untrained model on the grammar; change: of the config's parts."""
     config = smoke.get_config()
     config.data.update(size=50, valid_size=12)
     config.model.update(dim=6, hidden_dim=8, layers=1, heads=2, mlp_dim=8, time_dim=4)
@@ -73,7 +73,7 @@ def test_all_plots_are_png_files_of_a_sane_size(lm, tmp_path, capsys):
 
 
 def with_data(lm, **change):
-    """The same bundle, with its compiled chains, under other data."""
+    """The same model, with its compiled chains, under other data."""
     config = lm.config | {"data": lm.config["data"] | change}
     return dataclasses.replace(lm, config=config)
 
@@ -83,10 +83,10 @@ def test_what_cannot_be_drawn_is_left_out_with_a_line(lm, tmp_path, capsys):
     lm = with_data(lm, source="text", path=missing)
     names = [path.name for path in plots.save_plots(lm, tmp_path)]
     assert names == ["embedding.png", "film.png"]
-    assert f"no loss over t: {missing}" in capsys.readouterr().out
+    assert f"no plot of the loss over t: {missing}" in capsys.readouterr().out
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
     assert plots.training(tmp_path / "metrics.jsonl") is None
-    assert "holds no whole row" in capsys.readouterr().out
+    assert "has no complete row" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/plots"):
         plots.save_plots(lm, tmp_path / "file")
@@ -140,9 +140,9 @@ def test_spread_parts_labels_and_leaves_the_others():
 
 
 @pytest.mark.parametrize("num_steps", [0, 20])
-def test_the_last_line_of_the_film_is_the_text(lm, steps):
-    if steps:
-        lm = build(schedule={"name": "sqrt", "num_steps": steps, "scale": 0.0})
+def test_the_last_line_of_the_film_is_the_text(lm, num_steps):
+    if num_steps:
+        lm = build(schedule={"name": "sqrt", "num_steps": num_steps, "scale": 0.0})
     frames = plots.frames(lm, seed=3)
     assert "".join(frames[-1].words).strip() == lm.sample(1, seed=3)[0]
     assert frames[-1].words
@@ -240,7 +240,7 @@ def test_times_of_a_table_are_its_indices():
 def test_a_discretised_run_has_its_curve_too():
     parts = {
         "schedule": {"name": "sqrt", "num_steps": 20, "scale": 0.0},
-        "loss": {"objective": "x0", "self_cond": 0.0},
+        "loss": {"objective": "x0", "self_cond_prob": 0.0},
         "model": {"predicts": "x0", "self_cond": False, "token_posterior_input": False},
     }
     lm = build(**parts)

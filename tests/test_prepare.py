@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import array_record, corpus, prepare, sources
 from dlm_jax.errors import UserError
-from dlm_jax.training import loop, trainer
+from dlm_jax.training import loop
+from dlm_jax.training.trainer import Trainer, language_job
 
 TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)]
 
@@ -82,8 +83,9 @@ def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
     states = []
     for source, path in (("text", "t.txt"), ("prepared", "p")):
         config.data.source, config.data.path = source, str(tmp_path / path)
-        loop.train(config, str(tmp_path / f"run_{source}"))
-        states.append(trainer.Trainer(config, str(tmp_path / f"run_{source}")).state)
+        workdir = str(tmp_path / f"run_{source}")
+        loop.train(config, workdir)
+        states.append(Trainer(language_job(config), workdir).state)
     np.testing.assert_array_equal(*(state.params.table for state in states))
     assert array_record.read_texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
 

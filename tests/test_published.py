@@ -12,7 +12,7 @@ import pytest
 
 import dlm_jax
 from dlm_jax import published
-from dlm_jax.diffusion import model, rounding, schedule
+from dlm_jax.diffusion import model, schedule
 from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
 
@@ -207,14 +207,14 @@ def test_parameter_counts_of_the_published_models(vocab, dim, count):
 
 
 @pytest.mark.usefixtures("torch_stub")
-def test_a_folder_becomes_a_bundle_that_samples(tmp_path):
+def test_a_folder_becomes_a_model_that_samples(tmp_path):
     lm = dlm_jax.load(write(tmp_path))
     assert lm.length == 64
     assert lm.cfg.predicts == "x0"
     assert lm.cfg.heads == 12
     assert lm.tokenizer.tokens() == list(VOCAB)
-    table = schedule.discretize(schedule.SCHEDULES["sqrt"](), 2000).table
-    np.testing.assert_array_equal(lm.schedule.table, table)
+    table = schedule.discretize(schedule.SCHEDULES["sqrt"](), 2000).log_alpha_bar_table
+    np.testing.assert_array_equal(lm.schedule.log_alpha_bar_table, table)
     texts = lm.sample(3, num_steps=4, seed=1)
     assert len(texts) == 3
     assert all(isinstance(text, str) for text in texts)
@@ -239,10 +239,13 @@ def test_flags_reach_network_schedule_and_rounding(tmp_path):
     assert lm.cfg.predicts == "eps"
     assert (lm.schedule.num_steps, lm.length) == (50, 16)
     cosine = schedule.discretize(schedule.SCHEDULES["cosine"](), 50)
-    np.testing.assert_array_equal(lm.schedule.table, cosine.table)
+    np.testing.assert_array_equal(
+        lm.schedule.log_alpha_bar_table, cosine.log_alpha_bar_table
+    )
     found = lm.generate(2, num_steps=3)
     # -|x - E_v|, the published logits_mode 2, is largest at the nearest word
-    scores = rounding.distance_logits(lm.ema.table, found.latents)
+    apart = np.asarray(found.latents)[:, :, None] - np.asarray(lm.ema.table)
+    scores = -np.linalg.norm(apart, axis=-1)
     np.testing.assert_array_equal(found.ids, np.argmax(scores, -1))
 
 
@@ -322,7 +325,7 @@ def test_a_broken_folder_is_refused(tmp_path):
         ),
         (
             published_weights(hidden_dim=20),
-            "a hidden_dim of 20 does not divide by 12 heads",
+            "a width of 20 does not divide by 12 heads",
         ),
     ],
 )

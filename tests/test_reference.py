@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import default
+from dlm_jax.configs import default
 from dlm_jax.diffusion import (
     embedding,
     guidance,
@@ -83,16 +83,16 @@ def run(net, golden, draws, objective, **change):
 
 
 @pytest.mark.parametrize(("num_steps", "table"), [(2000, T2000), (200, T200)])
-def test_schedule_tables(golden, steps, table):
-    read = golden.under(f"sqrt{steps}/")
-    t = np.arange(steps) / steps
+def test_schedule_tables(golden, num_steps, table):
+    read = golden.under(f"sqrt{num_steps}/")
+    t = np.arange(num_steps) / num_steps
     alpha_bar = table.alpha_bar(t)
-    close(schedule.betas(SQRT, steps), read["betas"], atol=1e-10)
+    close(schedule.betas(SQRT, num_steps), read["betas"], atol=1e-10)
     close(alpha_bar, read["alphas_cumprod"], atol=1e-10)
     close(alpha_bar**-0.5, read["sqrt_recip_alphas_cumprod"], rtol=1e-10)
     alpha, sigma = table.alpha_sigma(t)
     close(sigma / alpha, read["sqrt_recipm1_alphas_cumprod"], rtol=1e-10)
-    coef_1, coef_2, var = schedule.posterior_coefficients(t, t - 1 / steps, table)
+    coef_1, coef_2, var = schedule.posterior_coefficients(t, t - 1 / num_steps, table)
     close(coef_1, read["posterior_mean_coef1"], atol=1e-10)
     close(coef_2, read["posterior_mean_coef2"], atol=1e-10)
     close(var, read["posterior_variance"], atol=1e-10)
@@ -101,10 +101,13 @@ def test_schedule_tables(golden, steps, table):
 
 
 @pytest.mark.parametrize("spec", ["200", "ddim200", "10,15,20"])
-def test_respacing(golden, spec):
-    kept = schedule.respace(2000, spec)
-    assert kept == golden[f"respace/{spec}/map"].tolist()
-    betas = schedule.respaced_betas(T2000, kept)
+def test_steps_over_a_part_of_the_indices(golden, spec):
+    """The noise between two kept indices; "ddim200" keeps those of our 200 steps."""
+    kept = golden[f"respace/{spec}/map"]
+    if spec == "ddim200":
+        close(samplers.timesteps(200).now[::-1] * 2000, kept, atol=1e-9)
+    before = np.append(-1.0, kept[:-1] / 2000)
+    betas = T2000.beta(kept / 2000, before)
     close(betas, golden[f"respace/{spec}/betas"], atol=1e-10)
 
 
@@ -124,11 +127,11 @@ def test_rounding(golden, net):
         golden["logits1"],
         atol=1e-5,
     )
-    close(
-        rounding.distance_logits(params.table, golden["n1"]),
-        golden["logits2"],
-        atol=1e-5,
-    )
+    # the published logits_mode 2 is the negative distance
+    nearest = rounding.nearest(params.table, golden["n1"])
+    np.testing.assert_array_equal(nearest, np.argmax(golden["logits2"], -1))
+    apart = golden["n1"] - np.asarray(params.table)[nearest]
+    close(-np.linalg.norm(apart, axis=-1), np.max(golden["logits2"], -1), atol=1e-5)
     close(rounding.project(params.table, golden["n1"]), golden["clamp_out"], atol=1e-6)
 
 
@@ -258,7 +261,7 @@ def test_ddim_step(golden, net, monkeypatch, clamped, eta):
 
     The published coefficients come from float32 alpha_bar (Q20): 1e-4.
     """
-    monkeypatch.setattr(samplers, "noise", lambda keys, shape: golden["n0"])
+    monkeypatch.setattr(samplers, "standard_normal", lambda keys, shape: golden["n0"])
     x, now = jnp.asarray(golden["n1"]), jnp.array([0, 1, 99, 199]) / 200
     step = samplers.ddim(denoiser_of(net, clamped), T200, eta=eta)
     keys = samplers.per_example_keys(jax.random.key(0), 4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dlm_jax
-from configs import grammar as grammar_config
-from configs import smoke
+from dlm_jax.configs import grammar as grammar_config
+from dlm_jax.configs import smoke
 from dlm_jax.data import grammar, tokenizer
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import report, text_metrics
@@ -19,10 +19,10 @@ SEEDS, SIZE = 3, 100
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A small teacher of the grammar, trained by the command's own loop."""
-    workdir = tmp_path_factory.mktemp("teacher") / "run"
-    config = grammar_config.get_config("teacher")
+def ar_model(tmp_path_factory):
+    """A small autoregressive model of the grammar, trained by the command's own loop."""
+    workdir = tmp_path_factory.mktemp("ar_model") / "run"
+    config = grammar_config.get_config("autoregressive")
     config.data.update(size=5000, valid_size=64)
     config.evaluate.n = 8
     config.model.update(
@@ -34,12 +34,12 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(teacher):
+def reference(ar_model):
     texts = grammar.sample(5, 5000)
     held_out = grammar.sample(6, 500)
     grams = frozenset(text_metrics.all_grams(texts))
     return report.Reference(
-        frozenset(texts), grams, held_out, dlm_jax.load(teacher), grammatical=True
+        frozenset(texts), grams, held_out, dlm_jax.load(ar_model), grammatical=True
     )
 
 
@@ -132,8 +132,8 @@ def test_order(tables):
     assert worst_first[-2:] == ["parrot", "real"]
 
 
-def test_measure_without_its_teacher_says_so(reference):
-    alone = reference._replace(teacher=None, grammatical=False)
+def test_measure_without_its_ar_model_says_so(reference):
+    alone = reference._replace(ar_model=None, grammatical=False)
     held_out = grammar.sample(8, 2 * SIZE)
     table = report.compare([_real(0), _real(1)], held_out, alone)
     for name in ("teacher nats/token", "energy distance"):
@@ -168,8 +168,8 @@ def _run(workdir, **options):
     return report.evaluate(lm, str(workdir))
 
 
-def test_writes_what_it_prints(trained, teacher, capsys):
-    record = _run(trained, teacher=teacher)
+def test_writes_what_it_prints(trained, ar_model, capsys):
+    record = _run(trained, ar_model=ar_model)
     saved = json.loads((trained / "evaluation.json").read_text())
     assert (trained / "plots" / "frontier.png").stat().st_size > 1000
     bound = saved["likelihood"]
@@ -179,18 +179,18 @@ def test_writes_what_it_prints(trained, teacher, capsys):
     ]
     assert sum(parts) == pytest.approx(bound["nats/token"]["mean"])
     assert bound["bits/token"]["mean"] == pytest.approx(sum(parts) / np.log(2))
-    # hardly trained: far above the language, and above its teacher
+    # hardly trained: far above the language, and above the autoregressive model
     assert bound["above the language, nats/token"]["mean"] > 0.5
     assert bound["teacher, nats/token"]["mean"] < bound["nats/token"]["mean"]
     assert [p["num_steps"] for p in saved["frontier"]] == [2, 4]
     out = capsys.readouterr().out
     assert all(name in out for name in report.METRICS)
-    assert "worse than text" in out
+    assert "worse than held-out text" in out
 
 
-def test_teacher_comes_near_the_language(teacher):
+def test_autoregressive_model_comes_near_the_language(ar_model):
     texts = grammar.sample(11, 500)
-    gap = report.likelihood_rows(dlm_jax.load(teacher), texts, 1)[
+    gap = report.likelihood_rows(dlm_jax.load(ar_model), texts, 1)[
         "above the language, nats/token"
     ]
     assert 0 < gap.mean < 0.6
@@ -212,12 +212,12 @@ def test_evaluates_a_file_of_texts(trained, tmp_path):
         _run(trained, texts=str(tmp_path / "nothing.txt"))
 
 
-def test_teacher_must_be_one_and_of_this_text(trained, teacher):
+def test_ar_model_must_be_one_and_of_this_text(trained, ar_model):
     with pytest.raises(UserError, match="not of objective 'ar'"):
-        _run(trained, teacher=str(trained))
+        _run(trained, ar_model=str(trained))
     words = tokenizer.train_word(["wholly other words"] * 9, min_count=0)
     other = dataclasses.replace(dlm_jax.load(trained), tokenizer=words)
-    other.config["evaluate"]["teacher"] = teacher
+    other.config["evaluate"]["ar_model"] = ar_model
     with pytest.raises(UserError, match="other text"):
         report.evaluate(other, str(trained))
 

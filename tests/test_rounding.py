@@ -112,27 +112,6 @@ def test_project_is_idempotent(vocab):
     assert {tuple(row) for row in np.asarray(once).reshape(-1, 3).tolist()} <= words
 
 
-def test_distance_logits():
-    rng = np.random.default_rng(6)
-    table = rng.normal(size=(7, 3)).astype(np.float32)
-    x = rng.normal(size=(2, 5, 3)).astype(np.float32)
-    # the square's round-off, 1e-6, is 1e-3 under the root only at distance 0
-    np.testing.assert_allclose(
-        rounding.distance_logits(table, x), -distances(table, x), atol=1e-4
-    )
-
-
-def test_distance_logits_on_a_word():
-    """The published root has an infinite slope at zero distance (B16)."""
-    table = whole_numbers(7, 5, 3)
-    x = jnp.asarray(table[None, :2])
-    scores = rounding.distance_logits(table, x)
-    np.testing.assert_array_equal(np.diagonal(scores[0]), 0)
-    total = lambda *a: rounding.distance_logits(*a).sum()  # noqa: E731
-    for grad in jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(table), x):
-        assert np.isfinite(grad).all()
-
-
 def test_logits():
     table, x = whole_numbers(8, 6, 3), whole_numbers(9, 2, 4, 3)
     bias = np.arange(6, dtype=np.float32)

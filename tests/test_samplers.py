@@ -50,19 +50,14 @@ def normal(seed, *shape):
 
 
 def test_grid():
-    """grid(200) is the published "ddim200" of T = 2000; clean data follows the last."""
+    """timesteps(200) is the published "ddim200" of T = 2000; clean data follows the last."""
     times = samplers.timesteps(200)
-    kept = schedule.respace(2000, "ddim200")
+    kept = np.arange(0, 2000, 10)
     np.testing.assert_allclose(times.now * 2000, kept[::-1], atol=1e-9)
     np.testing.assert_array_equal(times.next[:-1], times.now[1:])
     np.testing.assert_array_equal(times.prev[1:], times.now[:-1])
     assert times.prev[0] == times.now[0]
     assert times.next[-1] < 0
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
-        samplers.grid_of(kept, 2000),
-        times,
-    )
 
 
 def test_part_of_a_grid():
@@ -152,7 +147,7 @@ def test_ddim_is_its_equation_12(eta):
         samplers.per_example_keys(KEY, 2),
     )
     i = np.array([150, 140])
-    (a, a_next) = np.exp(T200.table[i])
+    (a, a_next) = np.exp(T200.log_alpha_bar_table[i])
     times = Times(*(jnp.asarray(t) for t in (0.75, 0.75, 0.70)))
     state = samplers.ddim(true_x_0(x_0), T200, eta=eta)(keys, State(x_t, x_0), times)
     sigma = eta * np.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))

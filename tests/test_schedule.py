@@ -67,8 +67,12 @@ def test_published_coefficients():
 def test_coarse_table_is_every_tenth_of_the_fine():
     """REFERENCE 6.1 item 4: abar200 = abar2000[9::10], but for the clipped last."""
     fine, coarse = TABLES["sqrt"], schedule.make_schedule("sqrt", 200)
-    np.testing.assert_allclose(coarse.table[:-1], fine.table[9::10][:-1], rtol=1e-12)
-    assert coarse.table[-1] > fine.table[-1]
+    np.testing.assert_allclose(
+        coarse.log_alpha_bar_table[:-1],
+        fine.log_alpha_bar_table[9::10][:-1],
+        rtol=1e-12,
+    )
+    assert coarse.log_alpha_bar_table[-1] > fine.log_alpha_bar_table[-1]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -135,7 +139,7 @@ def test_curve_and_table():
 
 def test_time_stands_for_its_nearest_index():
     table, t = TABLES["sqrt"], np.array([0.4, 0.6, 1999.4, 5000]) / 2000
-    want = np.exp(table.table[[0, 1, 1999, 1999]])
+    want = np.exp(table.log_alpha_bar_table[[0, 1, 1999, 1999]])
     np.testing.assert_allclose(table.alpha_bar(t), want, rtol=1e-12)
 
 
@@ -146,35 +150,6 @@ def test_unknown_names():
         schedule.make_schedule("sqrt", scale=1.0)
     with pytest.raises(UserError, match="discretize"):
         schedule.require_num_steps(schedule.make_schedule("sqrt"))
-
-
-def test_respacing():
-    """Sections of their own stride keep both ends; "ddimN" needs an integer stride."""
-    kept = schedule.respace(300, "10,15,20")
-    for part, size in zip(
-        np.split(np.array(kept), [10, 25]), (10, 15, 20), strict=True
-    ):
-        assert len(part) == size
-        assert part[-1] - part[0] == 99  # sections of 100
-    assert schedule.respace(2000, "ddim200") == list(range(0, 2000, 10))
-    log = np.cumsum(np.log1p(-schedule.respaced_betas(TABLES["sqrt"], [3, 40, 1999])))
-    np.testing.assert_allclose(log, TABLES["sqrt"].table[[3, 40, 1999]], rtol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("ddim1500", "no integer stride gives 1500 of 2000"),
-        ("2001", "a section of 2000 has not 2001"),
-        ("10,1001", "a section of 1000 has not 1001"),
-        ("many", "'many': give counts"),
-        ("ddim2,3", "give counts"),
-        ("10,,3", "give counts"),
-    ],
-)
-def test_impossible_respacing(spec, message):
-    with pytest.raises(UserError, match=message):
-        schedule.respace(2000, spec)
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -237,7 +237,7 @@ def test_tfds_prepares_once_and_reads_without_tensorflow(tfds_set, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"path": "no_such_set"}, "no_such_set is not a known data set"),
+        ({"path": "no_such_set"}, "no_such_set is neither a known data set"),
         ({"path": "bad name!"}, "bad name! .* config.data.path"),
         ({"path": "dlm_cafes:9.9.9"}, "9.9.9"),
         ({"tfds_train": "dev"}, "'dev' .*train.*test.* tfds_train"),
@@ -315,9 +315,9 @@ def test_block():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"texts": []}, "0 texts give no row"),
+        ({"texts": []}, "0 texts fill no row"),
         ({"texts": ["a"], "mode": "block"}, "no row of config.data.length=5"),
-        ({"texts": ["a a a a"], "too_long": "drop"}, "1 texts give no row"),
+        ({"texts": ["a a a a"], "too_long": "drop"}, "1 texts fill no row"),
         ({"texts": ["a"], "length": 1}, "config.data.length=1"),
         ({"texts": ["a"], "mode": "cut"}, "config.data.mode='cut': .* pad, block"),
         ({"texts": ["a"], "too_long": "x"}, "config.data.too_long='x': .* truncate"),
@@ -368,7 +368,7 @@ def test_hosts_share_the_batch(hosts):
 
 
 def test_hosts_must_divide_the_batch():
-    _fails("batch 8 does not divide over 3 hosts", _rows, 0, hosts=3)
+    _fails("batch 8 is not divisible by 3 hosts", _rows, 0, hosts=3)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 23, 50])

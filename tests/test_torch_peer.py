@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the peers need the extra `peer`")
 pytest.importorskip("transformers", reason="the peers need the extra `peer`")
 
-from configs import e2e_small  # noqa: E402
+from dlm_jax.configs import e2e_small  # noqa: E402
 from dlm_jax.diffusion import (  # noqa: E402
     classifier,
     guidance,
@@ -26,7 +26,7 @@ from dlm_jax.training.config import resolve_config  # noqa: E402
 from dlm_jax.types import HeadSpec  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import torch_peer as peer  # noqa: E402
+from lib import torch_peer as peer  # noqa: E402
 
 VOCAB, BATCH, LENGTH = 13, 4, 6
 IDS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
@@ -40,9 +40,11 @@ def close(found, wanted, tolerance=2e-5):
 
 @pytest.fixture(scope="module", params=["faithful", "modern"])
 def ours(request):
-    """(config, recipe, parameters) of a tiny run whose zeros are moved."""
+    """(config, step config, parameters) of a tiny run whose zeros are moved."""
     config = e2e_small.get_config(request.param)
-    config.model.update(dim=8, width=16, layers=2, heads=2, ff=32, positions=LENGTH)
+    config.model.update(
+        dim=8, hidden_dim=16, layers=2, heads=2, mlp_dim=32, positions=LENGTH
+    )
     config.model.update(dropout=0.0, attention_dropout=0.0, dtype="float32")
     config.schedule.adaptive = ""
     config.data.length, config.train.batch = LENGTH, BATCH
@@ -66,8 +68,8 @@ def test_loss_and_gradients_are_ours(ours, plain):
     draws = time_sampling.draw_noise(
         jax.random.key(2),
         (BATCH, LENGTH, step_cfg.cfg.dim),
-        steps=step_cfg.schedule.num_steps,
-        self_cond=1.0,
+        num_steps=step_cfg.schedule.num_steps,
+        self_cond_prob=1.0,
     )
     draws = draws._replace(t=draws.t.at[0].set(0.0))
     value, grads = jax.value_and_grad(
@@ -138,7 +140,13 @@ def test_the_estimate_and_a_step_without_noise_are_ours(ours, plain, clamp):
 def test_a_push_of_the_classifier_is_ours(ours):
     _, step_cfg, _ = ours
     cfg = DenoiserConfig(
-        dim=8, width=16, layers=1, heads=2, ff=32, positions=LENGTH, trunk="adaln"
+        dim=8,
+        hidden_dim=16,
+        layers=1,
+        heads=2,
+        mlp_dim=32,
+        positions=LENGTH,
+        trunk="adaln",
     )
     layout = HeadSpec("tags", (LENGTH,), 5)
     head = classifier.init(jax.random.key(4), cfg, layout)
@@ -156,7 +164,7 @@ def test_a_push_of_the_classifier_is_ours(ours):
         update=guidance.UPDATE_RULES["sign"].update,
         power=1,
         lr=0.2,
-        updates=3,
+        num_updates=3,
         fluency=0.01,
     )
     tagger = peer.Tagger(cfg, 5, step_cfg.schedule, plain=True)

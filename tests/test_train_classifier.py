@@ -10,16 +10,18 @@ import pytest
 from scipy import stats
 
 import dlm_jax
-from configs import classifier as classifier_config
-from configs import smoke
+from dlm_jax.configs import classifier as classifier_config
+from dlm_jax.configs import smoke
 from dlm_jax.data import annotations
 from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
-from dlm_jax.inference import conditioning, constraints
-from dlm_jax.inference.constraints import GuidanceConfig
+from dlm_jax.inference import conditioning
+from dlm_jax.inference.constraints import Constraints
+from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.runtime import checkpoint, logging
-from dlm_jax.training import loop, train_step, trainer
+from dlm_jax.training import loop, train_step
 from dlm_jax.training import train_classifier as command
+from dlm_jax.training.trainer import Trainer, language_job
 from dlm_jax.types import PAD
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -82,7 +84,7 @@ def test_it_learns_what_the_words_say(trained):
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
     config, other = config_of(folder), str(folder / "again")
     config.train.ckpt_steps = 60
-    halved = command.ClassifierTrainer(config, other)
+    halved = Trainer(command.classifier_job(config), other)
     step_fn = halved.layout.step(
         lambda key, state, rows: train_step.train_step(
             key, state, rows, step_cfg=halved.step_cfg, axis=halved.layout.axis
@@ -108,16 +110,15 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, trained):
 
 def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     """Classifiers of prefixes (FUDGE): the ids end early, the labels stand."""
-    run = command.ClassifierTrainer(
-        config_of(folder, **{"loss.truncate_prob": 1.0}), str(tmp_path)
-    )
+    config = config_of(folder, **{"loss.truncate_prob": 1.0})
+    run = Trainer(command.classifier_job(config), str(tmp_path))
     seen = []
 
     def terms(key, params, rows, draws, step_cfg):
         seen.append(rows)
-        return run.step_cfg.work.terms(key, params, rows, draws, step_cfg)
+        return run.step_cfg.task.terms(key, params, rows, draws, step_cfg)
 
-    step_cfg = run.step_cfg._replace(work=run.step_cfg.work._replace(terms=terms))
+    step_cfg = run.step_cfg._replace(task=run.step_cfg.task._replace(terms=terms))
     rows = np.asarray(run.batch(0))[0]
     with jax.disable_jit():
         train_step.train_step(jax.random.key(0), run.state, rows, step_cfg=step_cfg)
@@ -128,21 +129,20 @@ def test_a_cut_text_keeps_its_labels(folder, tmp_path):
     assert (got[:, :LENGTH][cut] == PAD).all()
 
 
-def log_probs(lm, wanted, plan, n=64):
+def log_probs(lm, wanted, guidance, n=64):
     """log p(label | text) of each of n texts, at the least noise, and the texts."""
-    guide = lm.classifiers["label"]
-    row = annotations.TARGET_ENCODERS["label"]({"label": wanted}, guide.names)
-    wishes = constraints.Constraints(labels={"label": np.repeat(row[None], n, 0)})
+    params, cfg, vocab = lm.classifiers["label"]
+    row = annotations.TARGET_ENCODERS["label"]({"label": wanted}, vocab)
+    labels = np.repeat(row[None], n, 0)
     drawn = lm.generate(
-        n, seed=0, num_steps=16, batch=n, constraints=wishes, guidance=plan
+        n,
+        seed=0,
+        num_steps=16,
+        batch=n,
+        constraints=Constraints(labels={"label": labels}),
+        guidance=guidance,
     )
-    of = classifier.log_prob(
-        guide.params,
-        guide.cfg,
-        guide.names.head_spec,
-        wishes.labels["label"],
-        lm.schedule,
-    )
+    of = classifier.log_prob(params, cfg, vocab.head_spec, labels, lm.schedule)
     clean = lm.ema.table[drawn.ids]
     return np.asarray(of(clean, np.zeros(n, np.float32))), drawn.texts
 
@@ -191,10 +191,10 @@ def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
     path.write_text("text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9)
     changes = {"data.source": "csv", "data.path": str(path), "train.total_steps": 2}
     command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
-    guide = conditioning.load_classifier(
+    found = conditioning.load_classifier(
         tmp_path / "run", dlm_jax.load(folder / "model").ema.table
     )
-    assert guide.names.classes == {"label": ["x", "y"]}
+    assert found.vocab.classes == {"label": ["x", "y"]}
 
 
 def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
@@ -202,7 +202,7 @@ def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
     shutil.copytree(folder / "model", model)
     changes = {"classifier.model": str(model), "train.total_steps": 2}
     command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
-    run = trainer.Trainer(smoke_of(folder), str(model))
+    run = Trainer(language_job(smoke_of(folder)), str(model))
     moved = jax.tree.map(lambda x: x + 1, (run.state.params, run.state.ema))
     step = run.state.step + 1
     run.state = run.state._replace(step=step, params=moved[0], ema=moved[1])
@@ -215,7 +215,7 @@ def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
 
 def test_of_another_table_or_no_classifier(folder, trained):
     lm = dlm_jax.load(folder / "model")
-    with pytest.raises(UserError, match="is no classifier"):
+    with pytest.raises(UserError, match="holds a diffusion model: train a classifier"):
         lm.with_classifier(folder / "model")
     with pytest.raises(UserError, match="another embedding table"):
         conditioning.load_classifier(trained, lm.ema.table + 1)

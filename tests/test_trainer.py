@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import smoke
+from dlm_jax.configs import smoke
 from dlm_jax.data import batching, corpus
 from dlm_jax.diffusion import time_sampling
 from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint, logging, sharding
-from dlm_jax.training import loop, train_step, trainer, validation
+from dlm_jax.training import loop, train_step, validation
 from dlm_jax.training.config import resolve_config
+from dlm_jax.training.trainer import NonFiniteError, Trainer, language_job
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -46,7 +47,7 @@ X0 = {
     "loss.self_cond_prob": 0.0,
     "loss.mask_pad": True,
 }
-RECIPES = {
+CONFIGS = {
     "ce": {"loss.self_cond_prob": 1.0},
     "x0": {
         **X0,
@@ -59,15 +60,15 @@ RECIPES = {
 
 
 @functools.cache
-def _recipe(name, **changes):
+def _step_cfg(name, **changes):
     config = smoke.get_config()
-    config.update_from_flattened_dict(SMALL | RECIPES[name])
+    config.update_from_flattened_dict(SMALL | CONFIGS[name])
     return resolve_config(config)._replace(**changes)
 
 
 @functools.cache
 def _start(name):
-    step_cfg = _recipe(name)
+    step_cfg = _step_cfg(name)
     return jax.jit(lambda key: train_step.init_state(key, step_cfg, VOCAB))(
         jax.random.key(0)
     )
@@ -81,7 +82,7 @@ def _ids():
 @functools.cache
 def _step(name, devices=1, **changes):
     """The step on the whole batch; on several devices by pmap's meaning, `vmap`."""
-    step_cfg = _recipe(name, **changes)
+    step_cfg = _step_cfg(name, **changes)
     if devices == 1:
         return jax.jit(functools.partial(train_step.train_step, step_cfg=step_cfg))
     one = functools.partial(train_step.train_step, step_cfg=step_cfg, axis="data")
@@ -133,7 +134,7 @@ def test_a_step_has_its_own_draws():
 
 def test_every_microbatch_has_its_own_dropout(monkeypatch):
     """With equal rows and equal draws only the dropout can tell microbatches apart."""
-    step_cfg = _recipe("x0", accumulate=4, batch=4, times="uniform")
+    step_cfg = _step_cfg("x0", accumulate=4, batch=4, time_sampler="uniform")
     step_cfg = step_cfg._replace(cfg=_with(step_cfg.cfg, dropout=0.5))
     same = train_step.make_draws(KEY, _ids()[:1], step_cfg._replace(batch=1), 0, ())
     monkeypatch.setattr(train_step, "make_draws", lambda *args: same)
@@ -186,7 +187,7 @@ def test_importance_sampling_warms_up():
 
 @pytest.mark.parametrize("objective", ["x0", "vlb"])
 def test_moments_hold_losses_without_their_weight(objective):
-    step_cfg = _recipe("x0", objective=objective, batch=4, times="uniform")
+    step_cfg = _step_cfg("x0", objective=objective, batch=4, time_sampler="uniform")
     params, ids = _start("x0").params, _ids()[:4]
     draws = train_step.make_draws(KEY, ids, step_cfg, 0, ())._replace(
         t=jnp.arange(4) / T
@@ -209,7 +210,7 @@ def test_moments_hold_losses_without_their_weight(objective):
 
 
 def test_validation_is_deterministic_and_without_dropout():
-    step_cfg = _recipe("x0", batch=8, self_cond=0.5)
+    step_cfg = _step_cfg("x0", batch=8, self_cond_prob=0.5)
     dropped = step_cfg._replace(cfg=_with(step_cfg.cfg, dropout=0.5))
     ids = _ids()[:13]  # a batch and a part of one
     calls = [validation.Validation(ids, r, 2) for r in (step_cfg, dropped)]
@@ -228,6 +229,10 @@ def _run_config(folder, **changes):
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(SMALL | X0 | options | dotted)
     return config
+
+
+def _trainer(config, workdir):
+    return Trainer(language_job(config), str(workdir))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
@@ -251,12 +256,13 @@ def test_a_mistake_in_sampling_shows_before_the_training(tmp_path):
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_bad_metrics_and_weights_are_never_saved(name, tmp_path):
-    run = trainer.Trainer(_run_config(tmp_path), str(tmp_path / "run"))
+    run = _trainer(_run_config(tmp_path), tmp_path / "run")
     progress = logging.Progress(tmp_path / "m.jsonl", total=9, start=0, main=False)
-    values = {"loss": 1.0, "grad_norm": 1.0}
-    trainer._report(run, progress, 3, values)
-    with pytest.raises(UserError, match=f"{name} is inf at step 3"):
-        trainer._report(run, progress, 3, values | {name: np.inf})
+    values, report = {"loss": 1.0, "grad_norm": 1.0}, loop._Report(run, progress)
+    report(3, values)
+    report(4, values | {name: np.inf})
+    with pytest.raises(UserError, match=f"{name} is inf at step 4"):
+        report.flush()
     run.state = run.state._replace(ema=jax.tree.map(lambda x: x / 0, run.state.ema))
     with pytest.raises(UserError, match="weights are not finite at step 0"):
         run.save(None)
@@ -305,7 +311,7 @@ def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
     config = spoilt()
     step = _bad_step(config)
     says = f"loss is nan at step {step + 1}: .*training data: {_rows_of(config, step)}$"
-    with pytest.raises(trainer.NonFiniteError, match=says):
+    with pytest.raises(NonFiniteError, match=says):
         loop.train(config, str(tmp_path / "run"))
 
 
@@ -315,13 +321,13 @@ def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert len(said) == 1
     assert _rows_of(config, _bad_step(config)) in said[0]
-    state = trainer.Trainer(config, str(tmp_path / "run")).state
+    state = _trainer(config, tmp_path / "run").state
     assert int(state.step) == 14
     assert sharding.finite(state._replace(step=()))
 
 
 def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
-    run = trainer.Trainer(spoilt(train__on_nonfinite="skip"), str(tmp_path / "run"))
+    run = _trainer(spoilt(train__on_nonfinite="skip"), tmp_path / "run")
     step = jax.jit(functools.partial(train_step.train_step, step_cfg=run.step_cfg))
     after, seen = step(KEY, run.state, run.corpus.train[[BAD, 0]])
     assert np.isnan(seen["loss"])
@@ -341,14 +347,14 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     loop.train(config, str(tmp_path / "run"))
     assert "going back to step" in capsys.readouterr().out
     saved = step // 3 * 3
-    whole = trainer.Trainer(config, str(tmp_path / "run"))
+    whole = _trainer(config, tmp_path / "run")
     assert whole.skipped_batches == [(saved, step + 1 - saved)]
-    first = whole.index(saved, hosts=1)
+    first = whole.row_index(saved, hosts=1)
     assert " ".join(map(str, first.ravel())) == _rows_of(config, step + 1)
     config = spoilt(train__on_nonfinite="rollback", train__total_steps=saved + 3)
     loop.train(config, str(tmp_path / "two"))
     loop.train(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
-    two = trainer.Trainer(spoilt(train__on_nonfinite="rollback"), str(tmp_path / "two"))
+    two = _trainer(spoilt(train__on_nonfinite="rollback"), tmp_path / "two")
     assert two.skipped_batches == whole.skipped_batches
     for x, y in zip(*map(jax.tree.leaves, (two.state, whole.state)), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -356,7 +362,7 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
 
 def test_nowhere_to_roll_back_to(spoilt, tmp_path):
     config = spoilt(train__on_nonfinite="rollback", train__ckpt_steps=100)
-    with pytest.raises(trainer.NonFiniteError, match="last checkpoint is none"):
+    with pytest.raises(NonFiniteError, match="last checkpoint is none"):
         loop.train(config, str(tmp_path / "run"))
 
 

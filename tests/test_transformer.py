@@ -218,7 +218,7 @@ def test_every_layer_drops_others(cfg):
         return original(x, seed, rate)
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr(transformer, "drop", spy)
+        patch.setattr(transformer, "dropout", spy)
         transformer.apply(weights(deep), deep, 11, *inputs(), key=key_of(5))
     assert len(seeds) == 1 + 3 * 2
     assert len({tuple(seed) for seed in seeds}) == len(seeds)
@@ -233,7 +233,7 @@ def test_products_and_their_gradients(product, shapes, dtype):
     a, b = (rng.integers(-8, 9, shape).astype("f") for shape in shapes)
     if product is ops.matmul_nt:
         b = np.ascontiguousarray(b.swapaxes(-1, -2))
-    axes = {"times": "...mk,...kn->...mn", "across": "...mk,...nk->...mn"}
+    axes = {"matmul": "...mk,...kn->...mn", "matmul_nt": "...mk,...nk->...mn"}
     g = rng.integers(-8, 9, (*a.shape[:-1], shapes[1][-1])).astype("f")
 
     def plain(a, b):

@@ -133,7 +133,7 @@ def device_memory() -> float | None:
 
 
 def _imported(alone: str) -> float:
-    program = f"import alternate; {alone}; print(alternate.resident('VmRSS'))"
+    program = f"from lib import alternate; {alone}; print(alternate.resident('VmRSS'))"
     options: Any = {"cwd": HERE, "capture_output": True, "text": True, "check": True}
     done = subprocess.run([sys.executable, "-c", program], **options)
     return float(done.stdout)

@@ -44,8 +44,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: Any, *, rotary: bool, plain: bool):
         super().__init__()
         self.cfg, self.rotary, self.plain = cfg, rotary, plain
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
-        self.out = nn.Linear(cfg.width, cfg.width)
+        self.qkv = nn.Linear(cfg.hidden_dim, 3 * cfg.hidden_dim)
+        self.out = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
 
     def forward(self, x):
         b, l, h = x.shape
@@ -77,10 +77,10 @@ class PostBlock(nn.Module):
 
     def __init__(self, cfg: Any, *, plain: bool):
         super().__init__()
-        h, self.rate = cfg.width, cfg.dropout
+        h, self.rate = cfg.hidden_dim, cfg.dropout
         self.attention = Attention(cfg, rotary=False, plain=plain)
         self.attention_norm = nn.LayerNorm(h, 1e-12)
-        self.up, self.down = nn.Linear(h, cfg.ff), nn.Linear(cfg.ff, h)
+        self.up, self.down = nn.Linear(h, cfg.mlp_dim), nn.Linear(cfg.mlp_dim, h)
         self.norm = nn.LayerNorm(h, 1e-12)
 
     def forward(self, x, time):
@@ -94,10 +94,10 @@ class AdaBlock(nn.Module):
 
     def __init__(self, cfg: Any, *, plain: bool):
         super().__init__()
-        h, self.rate = cfg.width, cfg.dropout
+        h, self.rate = cfg.hidden_dim, cfg.dropout
         self.modulation = nn.Linear(h, 6 * h)
         self.attention = Attention(cfg, rotary=True, plain=plain)
-        self.up, self.down = nn.Linear(h, cfg.ff), nn.Linear(cfg.ff, h)
+        self.up, self.down = nn.Linear(h, cfg.mlp_dim), nn.Linear(cfg.mlp_dim, h)
 
     def forward(self, x, time):
         drop = partial(F.dropout, p=self.rate, training=self.training)
@@ -118,10 +118,10 @@ class Bert(nn.Module):
         from transformers.models.bert.modeling_bert import BertConfig, BertEncoder
 
         config = BertConfig(
-            hidden_size=cfg.width,
+            hidden_size=cfg.hidden_dim,
             num_hidden_layers=cfg.layers,
             num_attention_heads=cfg.heads,
-            intermediate_size=cfg.ff,
+            intermediate_size=cfg.mlp_dim,
             hidden_dropout_prob=cfg.dropout,
             attention_probs_dropout_prob=cfg.attention_dropout,
             attn_implementation="eager",
@@ -137,7 +137,7 @@ class Trunk(nn.Module):
 
     def __init__(self, cfg: Any, inputs: int, *, plain: bool):
         super().__init__()
-        self.cfg, self.post, h = cfg, cfg.trunk == "post_ln", cfg.width
+        self.cfg, self.post, h = cfg, cfg.trunk == "post_ln", cfg.hidden_dim
         self.in_ = nn.Linear(inputs, h)
         self.positions = nn.Parameter(torch.zeros(cfg.positions, h))
         block = PostBlock if self.post else AdaBlock
@@ -179,9 +179,9 @@ class Denoiser(nn.Module):
             cfg.dim * (1 + cfg.self_cond + cfg.token_posterior_input),
         )
         self.time = nn.Linear(cfg.time_dim, 4 * cfg.time_dim)
-        self.time_2 = nn.Linear(4 * cfg.time_dim, cfg.width)
+        self.time_2 = nn.Linear(4 * cfg.time_dim, cfg.hidden_dim)
         self.trunk = Trunk(cfg, inputs, plain=plain)
-        self.head = nn.Linear(cfg.width, out) if out else nn.Identity()
+        self.head = nn.Linear(cfg.hidden_dim, out) if out else nn.Identity()
 
     def forward(self, x_t, t, x0_prev=None, alone=None):
         half = self.cfg.time_dim // 2
@@ -210,7 +210,7 @@ class Model(nn.Module):
     def raw(self, table, x_t, t, x0_prev):
         """The network's output and the estimate that it means."""
         cfg, told, alone, start = self.cfg, t, None, 0.0
-        if cfg.noise_time:
+        if cfg.time_input == "log_snr":
             told = ((10.0 - self.noise.log_snr(t)) / 24.0).clip(0.0, 1.0)
         if cfg.token_posterior_input:
             alpha, sigma = (part[:, None, None] for part in self.noise(t))
@@ -535,7 +535,7 @@ class Tagger(nn.Module):
         super().__init__()
         self.noise = Noise(schedule)
         self.trunk = Denoiser(cfg, 0, plain=plain)
-        self.head = nn.Linear(cfg.width, classes)
+        self.head = nn.Linear(cfg.hidden_dim, classes)
 
     def log_prob(self, x: Any, t: Any, labels: Any) -> Any:
         alpha, sigma = self.noise(t)
@@ -602,7 +602,7 @@ def make(case: Any, variant: str) -> Callable[[], Any]:
         of = (ours.tagger_config(config), ours.CLASSES, step_cfg.schedule)
         tagger, labels = Tagger(*of, plain=plain), ids % ours.CLASSES
         guide = pusher(tagger, labels, variant, updates=case.updates)
-    times = samplers.schedule_timesteps(step_cfg.schedule, case.steps)
+    times = samplers.schedule_timesteps(step_cfg.schedule, case.num_steps)
     of = {"solver": config.sample.solver, "clamp": case.clamp, "guide": guide}
     run = chain(net, variant, times, **of)
     x_T = torch.randn(*ids.shape, step_cfg.cfg.dim, device=device())

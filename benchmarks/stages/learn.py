@@ -27,8 +27,8 @@ import dlm_jax
 from dlm_jax.data import sources
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError
+from dlm_jax.evaluation import control, report, text_metrics
 from dlm_jax.evaluation import control_targets as held_out
-from dlm_jax.evaluation import control_tasks, report, text_metrics
 from dlm_jax.evaluation.control_tasks import CONTROL_TASKS, ControlTask
 from dlm_jax.inference import constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
@@ -217,7 +217,7 @@ def _control(lm: DiffusionLM, config: Any, name: str, n: int) -> dict[str, Any]:
     targets = [task.target(s, rng) for s in found]
     scorer = held_out.make_scorer(config, name, None)
     options: Any = {"samples": 1, "seeds": 1, "num_steps": 32}
-    row = control_tasks.run_task(lm, task, targets, scorer, GuidanceConfig(), **options)
+    row = control.run_task(lm, task, targets, scorer, GuidanceConfig(), **options)
     keep = ("success", "texts", "seconds per 50", "unigram entropy")
     return {"targets": targets, **{k: row[k] for k in keep}}
 
@@ -240,7 +240,7 @@ def table(record: dict[str, Any]) -> list[str]:
     if "train_steps" not in record:
         return ["nothing was trained"]
     lines = [
-        f"{record.get('parameters', 0):,} parameters, {record['steps']} steps of "
+        f"{record.get('parameters', 0):,} parameters, {record['train_steps']} steps of "
         f"{record['batch']} texts in {record['training seconds']:.0f} s"
     ]
     curve = record["held-out cross-entropy by step, nats per position"]

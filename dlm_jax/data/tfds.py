@@ -17,7 +17,7 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
 
     cfg.path: its TFDS name, such as "e2e_cleaned" or "name/config:1.0.0".
     """
-    name = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
+    part = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:
         builder = _prepared(cfg)
         if cfg.column not in (builder.info.features or {}):
@@ -26,13 +26,13 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
                 f"TFDS {cfg.path} has no column {cfg.column!r}: "
                 f"set config.data.column to one of {names}"
             )
-        records = builder.as_data_source(split=name)
+        records = builder.as_data_source(split=part)
         cells = (cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
         texts = [text for text in cells if text]
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_tfds_failure(error, cfg, name)) from error
+        raise UserError(_tfds_failure(error, cfg, part)) from error
     return texts if cfg.tfds_valid else hold_out(texts, cfg, split)
 
 
@@ -50,7 +50,7 @@ def _prepared(cfg: Any) -> Any:
 
 
 def _check_preparable(builder: Any, cfg: Any) -> None:
-    """Raises within seconds where TFDS would fail after a download or minutes."""
+    """Raises early where TFDS would fail after a download or minutes of retries."""
     import requests
 
     urls = list(builder.url_infos or {})
