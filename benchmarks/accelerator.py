@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything worth knowing about an accelerator, in the minutes that there are.
+"""Measures correctness, speed and training on an accelerator within a time limit.
 
     python benchmarks/accelerator.py --out FOLDER --minutes 9 --data FOLDER_OF_E2E
     python benchmarks/accelerator.py --out FOLDER --rehearse     # tiny, on the CPU
 
-Four stages, each in a process and a time box of its own: what the machine can do
-(`machine`), whether it computes the right numbers (`right`), training and sampling
-beside PyTorch (`speed`), and a small model trained in what is left (`learn`). FOLDER gets
-a JSON file a stage, as soon as there is something to say, `log.txt`, and the model. What
-does not fit is skipped and named. Status 1 if a stage failed, 2 for a user's mistake.
+Each of the four stages runs in its own process with its own time limit. `machine`
+measures peak rates. `right` compares results with the CPU. `speed` compares training and
+sampling with PyTorch. `learn` trains a small model in the remaining time. FOLDER receives
+a JSON file per stage, which grows as results arrive, `log.txt` and the model. A stage
+that does not fit is skipped, and the table says so. The exit status is 1 if a stage
+failed and 2 for a user's mistake.
 """
 
 import argparse
@@ -28,13 +29,13 @@ from typing import Any, NoReturn
 HERE = Path(__file__).resolve().parent
 ROOT = str(HERE.parent)
 sys.path.insert(0, ROOT)  # this checkout, whatever is installed
-# a stage's share of the time that is left when it starts; what it leaves goes on
+# a stage's share of the time left when it starts; unused time goes to later stages
 STAGES = {"machine": 0.1, "right": 0.18, "speed": 0.55, "learn": 1.0}
-LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 120}  # seconds; else skipped
-USES = {"speed": "machine", "learn": "speed"}  # whose record a stage is given
+LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 120}  # seconds; a stage with less is skipped
+USES = {"speed": "machine", "learn": "speed"}  # the earlier stage whose record a stage reads
 GRACE = 10  # seconds between SIGTERM and SIGKILL
-WRONG = 3  # status of a stage whose results are wrong
-# what is compiled takes no time there, so compile quickly
+WRONG = 3  # exit status of a stage with wrong results
+# programs run only briefly in a rehearsal, so compilation should be fast
 REHEARSAL = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -43,24 +44,24 @@ REHEARSAL = {
 
 
 def fail(line: str) -> NoReturn:
-    """Ends for a user's mistake."""
+    """Prints one line and exits with status 2, for a user's mistake."""
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def arguments() -> argparse.Namespace:
-    """The flags, checked."""
+    """Parses and checks the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="a folder for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages")
-    parser.add_argument("--data", default="data/e2e", help="E2E's src1_*.txt")
+    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all stages together")
+    parser.add_argument("--data", default="data/e2e", help="folder of E2E's src1_*.txt")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
-    parser.add_argument("--profile", action="store_true", help="save a step's trace")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--profile", action="store_true", help="save the trace of a training step")
     args = parser.parse_args()
-    args.stages = [stage for stage in STAGES if stage in args.stages]  # in their order
+    args.stages = [stage for stage in STAGES if stage in args.stages]  # in the order of STAGES
     if not 0 < args.minutes <= 24 * 60:
         fail(f"--minutes={args.minutes:g}: give a number of minutes over 0, up to 1440")
     if not args.rehearse:
@@ -71,50 +72,50 @@ def arguments() -> argparse.Namespace:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """E2E's files must be there before the first minute is spent."""
+    """Fails if the files of E2E are missing, before any time is spent."""
     for name in ("src1_train.txt", "src1_valid.txt"):
         path = Path(args.data) / name
-        there = path.is_file() and path.stat().st_size > 0
-        if "learn" in args.stages and not there:
+        exists = path.is_file() and path.stat().st_size > 0
+        if "learn" in args.stages and not exists:
             fail(
-                f"--data={args.data}: no {name} there; name the folder of the E2E data, "
-                "or leave out learning: --stages machine right speed"
+                f"--data={args.data}: no {name} there; give the folder of the E2E data, "
+                "or omit the stage learn: --stages machine right speed"
             )
 
 
 def check_device() -> None:
-    """Asks JAX in a process of its own, which leaves the device free."""
-    ask = "import jax; print(jax.default_backend())"
+    """Fails without an accelerator; asks JAX in a subprocess, so the device stays free."""
+    program = "import jax; print(jax.default_backend())"
     options: Any = {"capture_output": True, "text": True, "timeout": 180}
     try:
-        done = subprocess.run([sys.executable, "-c", ask], **options)
+        done = subprocess.run([sys.executable, "-c", program], **options)
     except subprocess.TimeoutExpired:
-        fail("JAX found no device within 180 s; check its driver, or take --rehearse")
+        fail("JAX found no device within 180 s; check the driver, or use --rehearse")
     backend = done.stdout.strip()
     if done.returncode or backend == "cpu":
-        lines = done.stderr.strip().splitlines() or ["JAX sees the CPU alone"]
-        fail(f"no accelerator ({lines[-1][:150]}); on the CPU: --rehearse")
+        lines = done.stderr.strip().splitlines() or ["JAX sees only the CPU"]
+        fail(f"no accelerator ({lines[-1][:150]}); use --rehearse on a CPU")
 
 
 def claim(out: Path, stages: list[str]) -> None:
-    """Makes the folder this run's; results that lie there are never replaced."""
+    """Locks the folder for this run; fails if it holds results of these stages."""
     try:
-        there = [name for name in stages if (out / f"{name}.json").exists()]
-        if there:
+        done = [name for name in stages if (out / f"{name}.json").exists()]
+        if done:
             fail(
-                f"--out={out}: holds results of {', '.join(there)}; choose another folder"
+                f"--out={out}: holds results of {', '.join(done)}; choose another folder"
             )
         out.mkdir(parents=True, exist_ok=True)
         log = os.open(out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
     except BlockingIOError:
-        fail(f"--out={out}: another run writes there; choose another folder")
+        fail(f"--out={out}: another run writes to it; choose another folder")
     except OSError as error:
         fail(f"--out={str(out)[:200]}: {error.strerror}; choose another folder")
 
 
 def toy_data(folder: Path) -> str:
-    """Files in E2E's format for a rehearsal; they are our own sentences."""
+    """Writes invented texts in E2E's format for a rehearsal; returns the folder."""
     folder.mkdir(exist_ok=True)
     names, foods = ("Aromi", "Zizzi", "The Mill", "Cotto"), ("Thai", "French", "Indian")
     areas, prices = ("city centre", "riverside"), ("cheap", "moderate", "high")
@@ -134,9 +135,9 @@ def toy_data(folder: Path) -> str:
 def start(
     stage: str, args: argparse.Namespace, seconds: float, cache: str
 ) -> dict[str, Any]:
-    """Runs a stage in its box; its state, and the first line of an error.
+    """Runs a stage as a subprocess; returns its seconds, error and whether it is wrong.
 
-    cache: a folder for what is compiled, so that no stage compiles a program again.
+    seconds: its time limit. cache: the compilation cache that all stages share.
     """
     out = Path(args.out)
     flags = [f"--{name}" for name in ("rehearse", "profile") if getattr(args, name)]
@@ -147,7 +148,7 @@ def start(
     env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     env["DLM_PARENT"] = str(os.getpid())
     if "no fused attention" in read(out, "right"):
-        env["DLM_PLAIN_ATTENTION"] = "1"  # see ours.py
+        env["DLM_PLAIN_ATTENTION"] = "1"  # read by lib/ours.py
     note = out / f"{stage}.error"
     note.unlink(missing_ok=True)
     began = time.monotonic()
@@ -157,7 +158,7 @@ def start(
             stdout=log,
             stderr=log,
             env=env,
-            start_new_session=True,  # with what it starts, so that all can be ended
+            start_new_session=True,  # a group, so that its children end with it
         )
         try:
             status: int | None = process.wait(seconds + 5)
@@ -176,7 +177,7 @@ def start(
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a stage and all that it started."""
+    """Terminates a stage and its child processes."""
     for number, wait in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         try:
             os.killpg(process.pid, number)
@@ -191,14 +192,14 @@ def end(process: subprocess.Popen) -> None:
 
 
 def follow(parent: int) -> None:
-    """Ends this stage and its children when the benchmark is gone, however it ended."""
+    """Kills this stage and its children once the parent process no longer exists."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
 
 
 def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
-    """The stage's own process; an error's first line goes beside its results."""
+    """Runs a stage in this process; writes the first line of an error to a file."""
     began = time.monotonic()
     from stages import Job, Wrong
 
@@ -211,10 +212,10 @@ def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
         "--rehearse" in flags,
         "--profile" in flags,
     )
-    before = USES.get(stage)
-    given = [read(Path(out), before)] if before else []
+    earlier = USES.get(stage)
+    records = [read(Path(out), earlier)] if earlier else []
     try:
-        module.run(job, *given)
+        module.run(job, *records)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         name = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "
@@ -225,13 +226,13 @@ def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
 
 
 def read(out: Path, stage: str) -> dict[str, Any]:
-    """What a stage has reported; {} if nothing."""
+    """Returns the record of a stage; {} if it has reported nothing."""
     path = out / f"{stage}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def show(out: Path, states: dict[str, dict[str, Any]]) -> None:
-    """The tables of all stages."""
+    """Prints the tables of all stages."""
     for stage, state in states.items():
         print(f"\n{stage}: {state.get('error') or 'done'}, {state['seconds']:.0f} s")
         record = read(out, stage)
@@ -241,25 +242,22 @@ def show(out: Path, states: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Runs the stages one after the other; a wrong result ends the run."""
+    """Runs the stages in order and prints their tables; wrong results end the run."""
     args = arguments()
     out = Path(args.out)
     if args.rehearse:
         args.data = toy_data(out / "toy_e2e")
     with tempfile.TemporaryDirectory() as cache:
         states = run(args, cache)
-    for rest in (
-        *out.glob("*.part"),
-        *out.glob("*.error"),
-    ):  # of a stage that was killed
-        rest.unlink()
+    for path in (*out.glob("*.part"), *out.glob("*.error")):  # of killed stages
+        path.unlink()
     show(out, states)
     failed = [s["error"] for s in states.values() if s["error"]]
     sys.exit(int(any(not error.startswith("skipped") for error in failed)))
 
 
 def run(args: argparse.Namespace, cache: str) -> dict[str, dict[str, Any]]:
-    """All stages, each with its share of what is left; their states."""
+    """Runs each stage with its share of the remaining time; returns their states."""
     states: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + 60 * args.minutes
     for stage in args.stages:
@@ -282,5 +280,5 @@ if __name__ == "__main__":
         threading.Thread(target=follow, args=(parent,), daemon=True).start()
         inside(*sys.argv[2:])
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the stage too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the stage
         main()

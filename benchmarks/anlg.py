@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentence infilling as in arXiv:2205.14217 section 6.3, on stories: the middle of three.
+"""Sentence infilling on stories: the middle of three (arXiv:2205.14217, section 6.3).
 
     python benchmarks/anlg.py --data tinystories.lower.4MB.txt --out benchmarks/results/anlg.json
 
-A model is trained on windows of three sentences, nine of ten with some words known; it
-writes the middle sentence of held-out stories from its neighbours, candidates of several
-lengths, and minimum Bayes risk chooses. BLEU-4 (sacrebleu) and ROUGE-L (rouge-score)
-against the true one, beside: the same weights with the known words only written into
-the sample, a copy of either neighbour, and a sentence of another story.
+Trains a model on windows of three sentences, nine of ten with some words given. It
+generates the middle sentence of held-out stories from its neighbours, as candidates of
+several lengths. Minimum Bayes risk chooses one. BLEU-4 (sacrebleu) and ROUGE-L
+(rouge-score) compare it with the true sentence. The baselines are the same weights with
+the known words only overwritten in the sample (`guidance.infill`), a copy of either
+neighbour, and a sentence of another story.
 """
 
 import argparse
@@ -35,12 +36,13 @@ Window = tuple[str, str, str]
 
 
 def windows(path: str) -> tuple[list[Window], list[Window]]:
-    """Three sentences in a row that fit in LENGTH; the last twentieth of the stories.
+    """Returns (train, held-out) windows of three sentences that fit in LENGTH.
 
-    A story ends at a single newline; of a held-out one, windows do not overlap.
+    The last twentieth of the stories is held out, and its windows do not overlap. A
+    story ends at a single newline.
     """
-    found = re.split(r"(?<!\n)\n(?!\n)", Path(path).read_text("utf-8").lower())
-    parts = [[" ".join(wordpunct_tokenize(s)) for s in _sentences(x)] for x in found]
+    stories = re.split(r"(?<!\n)\n(?!\n)", Path(path).read_text("utf-8").lower())
+    parts = [[" ".join(wordpunct_tokenize(s)) for s in _sentences(x)] for x in stories]
     last = len(parts) * 19 // 20
 
     def rows(stories: list[list[str]], stride: int) -> list[Window]:
@@ -61,7 +63,7 @@ def _sentences(story: str) -> list[str]:
 def trained(
     workdir: str, steps: int, train_rows: list[Window], valid_rows: list[Window]
 ) -> DiffusionLM:
-    """The model; a run that is there is resumed."""
+    """Trains the model, or resumes its run, and loads it."""
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train_rows), ("valid", valid_rows)):
@@ -84,24 +86,24 @@ def trained(
 def candidates(
     lm: DiffusionLM, rows: list[Window], lengths: list[int], n: int, **options: Any
 ) -> list[list[str]]:
-    """n middles of each window, their lengths drawn from those of the training text."""
-    rng, wishes, sizes = np.random.default_rng(0), [], []
+    """Generates n middles per window, with lengths drawn from those in training."""
+    rng, constraint_rows, sizes = np.random.default_rng(0), [], []
     vocab = lm.tokenizer.vocab_size
     for i, (first, _, last) in enumerate(rows):
         template = constraints.parse_template(lm.tokenizer, f"{first} [...] {last}")
         room = lm.length - 1 - template.size
         for j in range(n):
             width = min(int(rng.choice(lengths)), room)
-            made = {"words": template.size - 1 + width}
-            seed = i * n + j
-            wishes.append(
+            words, seed = template.size - 1 + width, i * n + j
+            constraint_rows.append(
                 constraints.template_constraints(
-                    template, lm.length, vocab, 1, seed, **made
+                    template, lm.length, vocab, 1, seed, words=words
                 )
             )
             sizes.append((len(first.split()), width))
-    together = jax.tree.map(lambda *x: np.concatenate(x), *wishes)
-    texts = lm.generate(len(wishes), constraints=together, **options).texts
+    rows_together = jax.tree.map(lambda *x: np.concatenate(x), *constraint_rows)
+    total = len(constraint_rows)
+    texts = lm.generate(total, constraints=rows_together, **options).texts
     middles = [
         " ".join(text.split()[start : start + width])
         for text, (start, width) in zip(texts, sizes, strict=True)
@@ -109,28 +111,31 @@ def candidates(
     return [middles[i : i + n] for i in range(0, len(middles), n)]
 
 
-def scores(said: list[str], true: list[str]) -> dict[str, float]:
-    """Corpus BLEU-4, mean ROUGE-L (F), both of 100; entropy against copying one text."""
-    bleu = BLEU(tokenize="none").corpus_score(said, [true]).score
+def scores(texts: list[str], true: list[str]) -> dict[str, float]:
+    """Computes corpus BLEU-4 and mean ROUGE-L (F), both times 100, and diversity.
+
+    Diversity: unigram entropy (nats) and the share of distinct texts.
+    """
+    bleu = BLEU(tokenize="none").corpus_score(texts, [true]).score
     scorer = RougeScorer(["rougeL"])
     rouge = [
-        scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(true, said, strict=True)
+        scorer.score(a, b)["rougeL"].fmeasure for a, b in zip(true, texts, strict=True)
     ]
     return {
         "BLEU-4": bleu,
         "ROUGE-L": 100 * float(np.mean(rouge)),
-        "unigram entropy": text_metrics.unigram_entropy(said),
-        "distinct": len(set(said)) / len(said),
+        "unigram entropy": text_metrics.unigram_entropy(texts),
+        "distinct": len(set(texts)) / len(texts),
     }
 
 
 def main() -> None:
-    """Trains what is not there yet, and measures."""
+    """Trains the model, measures all methods, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="stories, a line or lines each")
+    parser.add_argument("--data", required=True, help="a text file of stories, one per line")
     parser.add_argument("--workdir", default="runs/anlg")
     parser.add_argument("--train-steps", type=int, default=3000)
-    parser.add_argument("--n", type=int, default=300)
+    parser.add_argument("--n", type=int, default=300, help="number of windows")
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--num_steps", type=int, default=32)
     parser.add_argument("--out", default="benchmarks/results/anlg.json")
@@ -143,35 +148,36 @@ def main() -> None:
     lengths = [len(middle.split()) for _, middle, _ in train_rows]
     true = [middle for _, middle, _ in rows]
     others = np.random.default_rng(1).permutation(len(train_rows))[: len(rows)]
-    said = {
+    outputs = {
         "copy of the first": [first for first, _, _ in rows],
         "copy of the last": [last for _, _, last in rows],
         "a sentence of another story": [train_rows[i][1] for i in others],
     }
     unaware = lm.config | {"loss": lm.config["loss"] | {"conditioning_prob": 0.0}}
-    for name, config in (("told", lm.config), ("written in only", unaware)):
+    for name, config in (("conditioned", lm.config), ("overwritten only", unaware)):
         model = loading.from_parts(
             lm.cfg, lm.params, tok, config, ema=lm.ema, schedule_state=lm.schedule_state
         )
-        drawn = candidates(
+        choices = candidates(
             model, rows, lengths, args.candidates, num_steps=args.num_steps
         )
-        said[f"{name}, one sample"] = [texts[0] for texts in drawn]
-        said[f"{name}, by minimum Bayes risk"] = [mbr.select(texts) for texts in drawn]
-    found = {
+        chosen = [mbr.select(texts) for texts in choices]
+        outputs[f"{name}, one sample"] = [texts[0] for texts in choices]
+        outputs[f"{name}, by minimum Bayes risk"] = chosen
+    record = {
         "windows": len(rows),
         "candidates": args.candidates,
         "num_steps": args.num_steps,
         "step": lm.step,
         "held-out": text_metrics.unigram_entropy(true),
-        "scores": {name: scores(texts, true) for name, texts in said.items()},
+        "scores": {name: scores(texts, true) for name, texts in outputs.items()},
         "texts": [
-            {"window": window, **{name: texts[i] for name, texts in said.items()}}
+            {"window": window, **{name: texts[i] for name, texts in outputs.items()}}
             for i, window in enumerate(rows[:5])
         ],
     }
-    Path(args.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    for name, row in found["scores"].items():
+    Path(args.out).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    for name, row in record["scores"].items():
         print(f"{name:40s}", *(f"{k} {v:.2f}" for k, v in row.items()))
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control without diffusion, as in arXiv:2205.14217 section 6, on the grammar.
+"""Autoregressive baselines of control on the grammar (arXiv:2205.14217, section 6).
 
     python benchmarks/control_baselines.py --out benchmarks/results/control_baselines.json
 
-FT-sample, FT-search: the same blocks, causal, trained from scratch by the same command
-for as many steps as the quickstart, on the control's words, a bar, and the text. FUDGE:
-the plain teacher (configs/grammar.py:autoregressive), each token weighed by a classifier of
-prefixes, which is trained as the others are. Targets and scores: `dlm_jax.evaluation.control_tasks`.
+FT-sample and FT-search use the same blocks, causal, trained from scratch by the same
+command for as many steps as the quickstart, on the control as words, a bar, and the text.
+FUDGE is the plain autoregressive model (configs/grammar.py:autoregressive) whose tokens
+are weighted by a classifier of prefixes, trained as the guidance classifiers are.
+`dlm_jax.evaluation.control_tasks` gives the targets and scores.
 """
 
 import argparse
@@ -36,14 +37,14 @@ from dlm_jax.types import PAD, START
 
 BAR = "||"
 METHODS = ("FT-sample", "FT-search", "FUDGE")
-# lambda of the paper; of length it would need a classifier of its own
+# lambda, as in the paper; length is missing, as it would need its own classifier
 FUDGE = {"semantic": 8.0, "pos": 20.0, "tree": 20.0, "span": 20.0}
-TOP = 20  # tokens that FUDGE weighs; the paper's 10 to 200
-TRAIN, LENGTH = 50_000, {"tree": 160, "pos": 64}  # positions; of the others 48
+TOP = 20  # candidate tokens that FUDGE weights; the paper uses 10 to 200
+TRAIN, LENGTH = 50_000, {"tree": 160, "pos": 64}  # positions; other tasks have 48
 
 
 def _flat(tree: Tree) -> str:
-    """A tree on one line, a star for each word (REFERENCE 1.9)."""
+    """Formats a tree on one line, with a star per word, as the published code does."""
     if not isinstance(tree, Tree):
         return "*"
     label = tree.label().split("_")[0]
@@ -54,7 +55,7 @@ def _field(target: dict[str, str]) -> str:
     return " ".join(f"{field} : {value}" for field, value in target.items())
 
 
-# the control's words, of a target and the tree of the sentence it stems from
+# the control as words, from a target and the tree of its sentence
 WORDS: dict[str, Callable[[Any, Tree], str]] = {
     "semantic": lambda target, tree: _field(target),
     "pos": lambda target, tree: " ".join(target),
@@ -65,17 +66,17 @@ WORDS: dict[str, Callable[[Any, Tree], str]] = {
 
 
 def pairs(task: str, seed: int, n: int) -> list[tuple[Any, str, str]]:
-    """(target, control's words, text) of n sentences of the grammar."""
-    rng, found = np.random.default_rng(0), []
+    """Returns (target, control as words, text) of n sentences of the grammar."""
+    rng, rows = np.random.default_rng(0), []
     for tree in grammar.trees(seed, n):
         sentence = control_targets.annotate(tree)
         target = control_tasks.CONTROL_TASKS[task].target(sentence, rng)
-        found.append((target, WORDS[task](target, tree), sentence.text))
-    return found
+        rows.append((target, WORDS[task](target, tree), sentence.text))
+    return rows
 
 
 def command(config: str, workdir: Path, **options: Any) -> Path:
-    """Runs the command, which resumes what is there."""
+    """Trains by the command, which resumes an existing run; returns workdir."""
     mode = "train_classifier" if "classifier" in config else "train"
     line = [sys.executable, "-m", "dlm_jax.main", "--mode", mode, "--config", config]
     line += [f"--config.{n.replace('__', '.')}={v}" for n, v in options.items()]
@@ -84,7 +85,7 @@ def command(config: str, workdir: Path, **options: Any) -> Path:
 
 
 def fine_tuned(task: str, steps: int) -> pipeline.DiffusionLM:
-    """The teacher on "control || text"."""
+    """Trains the autoregressive model on lines "control || text"; returns it."""
     folder, length = Path("runs/baselines") / task, LENGTH.get(task, 48)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "texts.txt"
@@ -108,27 +109,27 @@ def fine_tuned(task: str, steps: int) -> pipeline.DiffusionLM:
 
 
 def guided(task: str, steps: int) -> pipeline.DiffusionLM:
-    """The plain teacher, and the classifier of prefixes that the task needs."""
+    """Trains the plain autoregressive model and the task's classifier of prefixes."""
     folder = Path("runs/baselines")
-    teacher_run = command(
+    ar_run = command(
         "configs/grammar.py:autoregressive",
-        folder / "teacher",
+        folder / "ar",
         train__total_steps=steps,
     )
     (need,) = control_tasks.CONTROL_TASKS[task].needs
     run = command(
         f"configs/classifier.py:{need}",
         folder / f"fudge_{need}",
-        classifier__model=teacher_run,
+        classifier__model=ar_run,
         loss__truncate_prob=1.0,
     )
-    return dlm_jax.load(teacher_run).with_classifier(run)
+    return dlm_jax.load(ar_run).with_classifier(run)
 
 
 def after_words(
     lm: pipeline.DiffusionLM, words: list[str], seed: int, *, search: bool
 ) -> list[str]:
-    """What the teacher says after each control."""
+    """Generates a text after each control, by beam search or by sampling."""
     rows = [[START, *lm.tokenizer.encode(f"{w} {BAR}")] for w in words]
     width = max(map(len, rows))
     prefix = np.array([row + [PAD] * (width - len(row)) for row in rows])
@@ -140,38 +141,37 @@ def after_words(
         keys = jax.random.split(key, len(prefix))
         return autoregressive.sample(keys, *model, lm.length, prefix=prefix)
 
-    said = _in_slices(lm, run, prefix, seed)
-    return [answer(text) for text in said]
+    return [answer(text) for text in _in_slices(lm, run, prefix, seed)]
 
 
 def answer(text: str) -> str:
-    """What follows the control, which may be nothing."""
+    """Returns the text after the control's bar, which may be empty."""
     return f"{text} ".partition(f" {BAR} ")[2].strip()
 
 
 def by_fudge(
     lm: pipeline.DiffusionLM, task: str, wanted: list, samples: int, seed: int
 ) -> list[str]:
-    """What the teacher says where a classifier weighs each token."""
+    """Generates texts by FUDGE, `samples` per target."""
     rows = [
         control_tasks.CONTROL_TASKS[task].constrain(target, lm) for target in wanted
     ]
     (need,) = control_tasks.CONTROL_TASKS[task].needs
-    asked = np.repeat(np.concatenate([r.labels[need] for r in rows]), samples, 0)
+    labels = np.repeat(np.concatenate([r.labels[need] for r in rows]), samples, 0)
     guide = lm.classifiers[need]
 
-    def run(key: jax.Array, asked: jax.Array) -> Any:
+    def run(key: jax.Array, labels: jax.Array) -> Any:
         def log_prob(ids: Any) -> Any:
-            of = classifier.log_prob(
+            log_prob_at = classifier.log_prob(
                 guide.params,
                 guide.cfg,
                 guide.vocab.head_spec,
-                jnp.repeat(asked, TOP, 0),
+                jnp.repeat(labels, TOP, 0),
                 lm.schedule,
             )
-            return of(embed(lm.ema.table, ids), jnp.zeros(len(ids)))
+            return log_prob_at(embed(lm.ema.table, ids), jnp.zeros(len(ids)))
 
-        keys = jax.random.split(key, len(asked))
+        keys = jax.random.split(key, len(labels))
         return fudge.fudge(
             keys,
             lm.ema,
@@ -182,44 +182,44 @@ def by_fudge(
             top=TOP,
         )
 
-    return _in_slices(lm, run, asked, seed)
+    return _in_slices(lm, run, labels, seed)
 
 
 def _in_slices(
     lm: pipeline.DiffusionLM, run: Callable, rows: np.ndarray, seed: int
 ) -> list[str]:
-    """Texts of all rows, some at a time, in one compilation; the last slice is full."""
-    size, found, run = min(100, len(rows)), [], jax.jit(run)
+    """Generates the texts of all rows in slices of one size, so it compiles once."""
+    size, slices, run = min(100, len(rows)), [], jax.jit(run)
     for first in range(0, len(rows), size):
-        here = jnp.asarray(rows[np.arange(first, first + size) % len(rows)])
+        part = jnp.asarray(rows[np.arange(first, first + size) % len(rows)])
         key = jax.random.fold_in(jax.random.key(seed), first)
-        found.append(np.asarray(run(key, here)))
-    ids = np.concatenate(found)[: len(rows)]
+        slices.append(np.asarray(run(key, part)))
+    ids = np.concatenate(slices)[: len(rows)]
     return [lm.tokenizer.decode(row) for row in ids]
 
 
 def measure(
     method: str, task: str, lm: pipeline.DiffusionLM, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """A row as `control.measure` gives it."""
+    """Measures a method on a task; returns a row like those of `--mode control`."""
     config = grammar_config.get_config()
-    found = pairs(task, config.data.seed + control_targets.TARGET_SEED, args.n)
-    wanted, words, _ = (list(part) for part in zip(*found, strict=True))
-    once = method == "FT-search"  # it has one answer
-    samples, seeds = (1, 1) if once else (args.samples, args.seeds)
+    rows = pairs(task, config.data.seed + control_targets.TARGET_SEED, args.n)
+    targets, words, _ = (list(part) for part in zip(*rows, strict=True))
+    search = method == "FT-search"  # deterministic: one text per target
+    samples, seeds = (1, 1) if search else (args.samples, args.seeds)
     scorer = control_targets.make_scorer(config, task, None)
-    scores, said, began = [], [], time.monotonic()
+    scores, texts, began = [], [], time.monotonic()
     for seed in range(seeds):
         if method == "FUDGE":
-            drawn = by_fudge(lm, task, wanted, samples, seed)
+            drawn = by_fudge(lm, task, targets, samples, seed)
         else:
             all_words = [w for w in words for _ in range(samples)]
-            drawn = after_words(lm, all_words, seed, search=once)
+            drawn = after_words(lm, all_words, seed, search=search)
         score = control_tasks.CONTROL_TASKS[task].score
-        pair = zip(drawn, [t for t in wanted for _ in range(samples)], strict=True)
+        pair = zip(drawn, [t for t in targets for _ in range(samples)], strict=True)
         scores.append([score(text, target, scorer) for text, target in pair])
-        said += drawn
-    seconds = (time.monotonic() - began) / len(said) * 50
+        texts += drawn
+    seconds = (time.monotonic() - began) / len(texts) * 50
     return {
         "task": task,
         "method": method,
@@ -228,9 +228,9 @@ def measure(
         "seeds": seeds,
         "train_steps": args.steps,
         "success": control.summaries(scores, samples),
-        **control.fluency(said, scorer),
+        **control.fluency(texts, scorer),
         "seconds per 50": seconds,
-        "texts": said[:: max(1, len(said) // 8)][:8],
+        "texts": texts[:: max(1, len(texts) // 8)][:8],
     }
 
 
@@ -240,7 +240,7 @@ def _sizes(row: dict) -> tuple:
 
 
 def main() -> None:
-    """Trains and measures whatever has no row yet."""
+    """Trains and measures every method and task that has no row in --out yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--n", type=int, default=100)

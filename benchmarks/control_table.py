@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables and, with baselines, the picture of docs/control.md.
+"""Prints the tables of docs/control.md; with --baselines, also draws its plot.
 
-From the rows of `--mode control`:
+It reads the rows that `--mode control` has written:
 
     python benchmarks/control_table.py --rows runs/quickstart/control \\
         --baselines benchmarks/results/control_baselines.json --out benchmarks/results/control.json
 
-Rows that --out holds and --rows does not are kept.
+Rows that are only in --out are kept.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from dlm_jax.evaluation import control_tasks
 
 ORDER = ["unguided", *control_tasks.CONTROL_TASKS]
-# the paper's own success on E2E, by the score it is closest to, arXiv:2205.14217 table 2
+# the paper's success on E2E, by the closest score here (arXiv:2205.14217, table 2)
 PAPER = {
     "value": 0.812,
     "tags": 0.900,
@@ -32,30 +32,30 @@ COLOURS = ("#123c6e", "#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
 
 
 def key(row: dict) -> str:
-    """What makes a row another one."""
+    """Returns what identifies a row: a row with the same key replaces it."""
     names = ("task", "num_steps", "model", "control", "classifiers in use", "sample")
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
 def gather(folder: Path, out: Path) -> list[dict]:
-    """The rows of the folder and those of out, in the tasks' order, without configs."""
+    """Merges the rows of the folder into those of out, in the order of the tasks."""
     old = json.loads(out.read_text()) if out.exists() else []
     new = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     for row in [*old, *new]:
         row.pop("config", None)
-        # where they lay says nothing; checksums of the classifiers stand beside
+        # paths are dropped; checksums identify the classifiers
         row["control"].pop("classifiers", None)
         row["control"].pop("ar_model", None)
         row["data"]["path"] = Path(row["data"]["path"]).name
         row["control"]["targets"] = Path(row["control"]["targets"]).name
-    found = {key(row): row for row in [*old, *new]}
+    rows = {key(row): row for row in [*old, *new]}
     return sorted(
-        found.values(), key=lambda r: (ORDER.index(r["task"]), -r["num_steps"])
+        rows.values(), key=lambda r: (ORDER.index(r["task"]), -r["num_steps"])
     )
 
 
 def table(rows: list[dict], baselines: list[dict]) -> str:
-    """Markdown: ours by calls, then the baselines."""
+    """Formats a Markdown table: guided sampling by steps, then the baselines."""
     head = "| task | method | targets x samples x seeds | success | accepted | nats/token | s per 50 |"
     lines = [head, "|---" * 7 + "|"]
     for row in rows:
@@ -68,7 +68,7 @@ def table(rows: list[dict], baselines: list[dict]) -> str:
 
 
 def method(row: dict) -> str:
-    """A row of ours in words."""
+    """Describes the method of a row of `--mode control`."""
     preset = row["control"]["preset"]
     words = [f"{row['num_steps']} calls", "" if preset == "tuned" else f"{preset} rule"]
     words.append("published targets" if row["control"]["targets"] else "")
@@ -95,7 +95,7 @@ def _scores(row: dict) -> list[tuple[str, tuple[float, float]]]:
 
 
 def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
-    """Bars by task and method: success, and the share of texts in the language."""
+    """Draws bars by task and method: success, and the share of accepted texts."""
     single = [name for name in control_tasks.CONTROL_TASKS if "+" not in name]
     methods: dict[str, dict] = {}
     for row in rows:
@@ -117,7 +117,7 @@ def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
     for row in (r for r in rows if r["task"] == "unguided"):
         accepted.axhline(row["accepted"], color="#a8a8a8", lw=0.8)
         place = (len(single) - 0.5, row["accepted"])
-        accepted.text(*place, f"free, {row['num_steps']}", size=7, ha="right", va="bottom")
+        accepted.text(*place, f"unguided, {row['num_steps']}", size=7, ha="right", va="bottom")
     accepted.set_xlim(-0.5, len(single) - 0.5)
     success.plot([], [], ":", color="#111111", label="the paper, on E2E")
     named = success.get_legend_handles_labels()
@@ -133,15 +133,15 @@ def _of(rows: list[dict], name: str) -> dict[str, Any]:
 def _bars(axes: Any, methods: dict, single: list[str], value: Callable) -> None:
     width = 0.9 / len(methods)
     for i, (name, by_task) in enumerate(methods.items()):
-        found = [(p, by_task[n]) for p, n in enumerate(single) if n in by_task]
-        places = [p + (i - (len(methods) - 1) / 2) * width for p, _ in found]
-        heights = [value(row) for _, row in found]
+        bars = [(p, by_task[n]) for p, n in enumerate(single) if n in by_task]
+        places = [p + (i - (len(methods) - 1) / 2) * width for p, _ in bars]
+        heights = [value(row) for _, row in bars]
         colour = COLOURS[i % len(COLOURS)]
         axes.bar(places, heights, width, color=colour, label=name)
 
 
 def main() -> None:
-    """Gathers, prints, draws."""
+    """Merges the rows, prints the table and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="runs/quickstart/control")
     parser.add_argument("--baselines", default="")
