@@ -31,8 +31,9 @@ ROOT = str(HERE.parent)
 sys.path.insert(0, ROOT)  # this checkout, whatever is installed
 # a stage's share of the time left when it starts; unused time goes to later stages
 STAGES = {"machine": 0.1, "right": 0.18, "speed": 0.55, "learn": 1.0}
-LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 120}  # seconds; a stage with less is skipped
-USES = {"speed": "machine", "learn": "speed"}  # the earlier stage whose record a stage reads
+# a stage with fewer seconds left is skipped
+LEAST = {"machine": 10, "right": 20, "speed": 60, "learn": 120}
+USES = {"speed": "machine", "learn": "speed"}  # stages that read an earlier record
 GRACE = 10  # seconds between SIGTERM and SIGKILL
 WRONG = 3  # exit status of a stage with wrong results
 # programs run only briefly in a rehearsal, so compilation should be fast
@@ -55,13 +56,13 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all stages together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all stages")
     parser.add_argument("--data", default="data/e2e", help="folder of E2E's src1_*.txt")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
-    parser.add_argument("--profile", action="store_true", help="save the trace of a training step")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--profile", action="store_true", help="trace a training step")
     args = parser.parse_args()
-    args.stages = [stage for stage in STAGES if stage in args.stages]  # in the order of STAGES
+    args.stages = [stage for stage in STAGES if stage in args.stages]  # in this order
     if not 0 < args.minutes <= 24 * 60:
         fail(f"--minutes={args.minutes:g}: give a number of minutes over 0, up to 1440")
     if not args.rehearse:

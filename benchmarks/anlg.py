@@ -132,7 +132,7 @@ def scores(texts: list[str], true: list[str]) -> dict[str, float]:
 def main() -> None:
     """Trains the model, measures all methods, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="a text file of stories, one per line")
+    parser.add_argument("--data", required=True, help="text file, a story per line")
     parser.add_argument("--workdir", default="runs/anlg")
     parser.add_argument("--train-steps", type=int, default=3000)
     parser.add_argument("--n", type=int, default=300, help="number of windows")

@@ -116,8 +116,8 @@ def plot(rows: list[dict], baselines: list[dict], path: Path) -> None:
         success.plot([place - 0.45, place + 0.45], [goal, goal], ":", color="#111111")
     for row in (r for r in rows if r["task"] == "unguided"):
         accepted.axhline(row["accepted"], color="#a8a8a8", lw=0.8)
-        place = (len(single) - 0.5, row["accepted"])
-        accepted.text(*place, f"unguided, {row['num_steps']}", size=7, ha="right", va="bottom")
+        place, name = (len(single) - 0.5, row["accepted"]), f"free, {row['num_steps']}"
+        accepted.text(*place, name, size=7, ha="right", va="bottom")
     accepted.set_xlim(-0.5, len(single) - 0.5)
     success.plot([], [], ":", color="#111111", label="the paper, on E2E")
     named = success.get_legend_handles_labels()

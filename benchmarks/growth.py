@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the cost of a training step and of a chain grows, a picture and an exponent each.
+"""Measures how the cost of a training step and of sampling grows; fits exponents.
 
     python benchmarks/growth.py --out benchmarks/results/growth.json
 
-Along batch, length, vocabulary, steps of a chain and devices (virtual ones on a CPU,
-which share its cores: what is seen is what splitting costs). The published architecture
-at the size of `configs/e2e_small.py:faithful`.
+Varies the batch, the length, the vocabulary, the sampling steps and the devices. On a
+CPU the devices are virtual and share its cores, so they show the cost of splitting.
+The network has the published architecture at the size of `configs/e2e_small.py:faithful`.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ JOBS = {"training step": "train", "5 reverse steps, clamp": "chain"}
 
 
 def measured(axis: str, size: int, job: str, args: Any) -> dict[str, float]:
-    """Seconds of a case, alone on the machine."""
+    """Measures the seconds of a case in a process of its own."""
     case = BASE._replace(job=job, change=(f"model.dtype={args.dtype}",))
     env = {}
     if axis == "devices":
@@ -44,19 +44,19 @@ def measured(axis: str, size: int, job: str, args: Any) -> dict[str, float]:
 
 
 def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
-    """The slope of log time over log size, of the two largest."""
+    """Returns the slope of log time over log size between the two largest sizes."""
     (a, b), (s, t) = sizes[-2:], seconds[-2:]
     return float(np.log(t / s) / np.log(b / a))
 
 
 def along(axis: str, args: Any) -> dict[str, Any]:
-    """Both jobs along an axis; a training step knows no steps."""
+    """Measures both jobs along an axis; num_steps applies to sampling only."""
     jobs = {n: j for n, j in JOBS.items() if (axis, j) != ("num_steps", "train")}
-    found: dict[str, Any] = {"sizes": AXES[axis]}
+    results: dict[str, Any] = {"sizes": AXES[axis]}
     for name, job in jobs.items():
         rows = [measured(axis, size, job, args) for size in AXES[axis]]
         seconds = [row["median"] for row in rows]
-        found[name] = {
+        results[name] = {
             "seconds": seconds,
             "low": [row["low"] for row in rows],
             "high": [row["high"] for row in rows],
@@ -67,24 +67,24 @@ def along(axis: str, args: Any) -> dict[str, Any]:
             f"{n}: {1e3 * s:.0f} ms" for n, s in zip(AXES[axis], seconds, strict=True)
         )
         print(
-            f"{axis}, {name}: {shown}; exponent {found[name]['exponent']:.2f}",
+            f"{axis}, {name}: {shown}; exponent {results[name]['exponent']:.2f}",
             flush=True,
         )
-    return found
+    return results
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """A panel an axis, both scales logarithmic."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws a panel per axis, with logarithmic scales."""
     figure = Figure(figsize=(12, 2.8), layout="constrained")
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for panel, (axis, rows) in zip(panels, found.items(), strict=True):
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for panel, (axis, rows) in zip(panels, results.items(), strict=True):
         for (name, _), colour in zip(JOBS.items(), ("#123c6e", "#c0392b"), strict=True):
             if name not in rows:
                 continue
-            of = rows[name]
-            label = f"{name.split(',')[0]}: {of['exponent']:.2f}"
-            panel.plot(rows["sizes"], of["seconds"], "o-", color=colour, label=label)
-            bounds = (of["low"], of["high"])
+            row = rows[name]
+            label = f"{name.split(',')[0]}: {row['exponent']:.2f}"
+            panel.plot(rows["sizes"], row["seconds"], "o-", color=colour, label=label)
+            bounds = (row["low"], row["high"])
             panel.fill_between(rows["sizes"], *bounds, color=colour, alpha=0.2)
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.set_xticks(rows["sizes"], list(map(str, rows["sizes"])), minor=False)
@@ -96,16 +96,16 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """All axes, one measurement at a time."""
+    """Measures all axes, one case at a time; writes JSON and the plot."""
     parser = alternate.options(__doc__, "benchmarks/results/growth.json")
     parser.add_argument("--axes", nargs="*", default=list(AXES))
     parser.add_argument("--dtype", default="mixed")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per turn")
     parser.set_defaults(repeats=5)
     args = parser.parse_args()
-    found = {axis: along(axis, args) for axis in args.axes}
-    alternate.write(args.out, {"config": BASE.config, "found": found})
-    plot(found, Path(args.out).with_suffix(".png"))
+    results = {axis: along(axis, args) for axis in args.axes}
+    alternate.write(args.out, {"config": BASE.config, "found": results})
+    plot(results, Path(args.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How near the machine's limit a step comes, and where the rest of its time goes.
+"""Measures how close a step comes to the machine's limit, and profiles the rest.
 
     python benchmarks/limit.py --out benchmarks/results/limit.json
     python benchmarks/limit.py --cases e2e --batch 512 --dtype bfloat16   # on a GPU
 
-The limit is measured: the rate of the products of the model's own shapes, by JAX or by
-PyTorch, whichever is faster, and the rate at which memory is read and written. A step's
-share of it is the operations of its products over its time. The rest is read off a
-profile of the step.
+The limit is measured: the rate of matrix products of the model's shapes, by JAX or by
+PyTorch, whichever is faster. A step's share of it is the rate of its matrix products over
+its whole time, divided by the limit. A profile of the step shows where the rest of the
+time goes. The bandwidth of memory is measured as well.
 """
 
 import collections
@@ -36,7 +36,7 @@ CASES = {
 
 
 def shapes(config: Any) -> dict[str, tuple[int, int, int]]:
-    """(m, k, n) of the products of a layer, forward."""
+    """Returns (m, k, n) of the matrix products of a layer's forward pass."""
     m, h = config.model, config.model.hidden_dim
     rows = config.train.batch * config.data.length
     sizes = {
@@ -49,7 +49,7 @@ def shapes(config: Any) -> dict[str, tuple[int, int, int]]:
 
 
 def operations(config: Any, vocab: int) -> float:
-    """Floating-point operations of the products of one forward pass."""
+    """Counts the floating-point operations of the products of one forward pass."""
     m, l = config.model, config.data.length
     rows = config.train.batch * l
     layers = sum(2.0 * a * b * c for a, b, c in shapes(config).values())
@@ -59,28 +59,27 @@ def operations(config: Any, vocab: int) -> float:
     outputs = vocab if m.predicts == "logits" else m.dim
     ends = 2.0 * rows * m.hidden_dim * (inputs + outputs)
     ends += 4.0 * rows * m.hidden_dim**2 * (m.trunk == "post_ln")
-    prior = (
-        4.0 * rows * m.dim * vocab * (m.token_posterior_input + 0.5)
-    )  # or rounding's
-    return m.layers * (layers + attention + modulation) + ends + prior
+    # the token posterior's two products, and one more: the estimate's or the rounding's
+    table = 4.0 * rows * m.dim * vocab * (m.token_posterior_input + 0.5)
+    return m.layers * (layers + attention + modulation) + ends + table
 
 
 def best(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Seconds of the fastest of some calls."""
+    """Returns the seconds of the fastest call."""
     jax.block_until_ready(run())
-    found = []
+    times = []
     for _ in range(repeats):
         began = time.perf_counter()
         jax.block_until_ready(run())
-        found.append(time.perf_counter() - began)
-    return min(found)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
-Rates = tuple[float, float]  # GFLOP/s forward, and of forward and backward together
+Rates = tuple[float, float]  # GFLOP/s: forward, and forward with backward
 
 
 def rates(m: int, k: int, n: int, dtype: str) -> Rates:
-    """Of a product, and with its two of the backward pass."""
+    """Measures a product alone, and with the two products of its backward pass."""
     key = jax.random.key(0)
     x, w, g = (
         jax.random.normal(key, s).astype(dtype) for s in ((m, k), (k, n), (m, n))
@@ -95,7 +94,7 @@ def rates(m: int, k: int, n: int, dtype: str) -> Rates:
 
 
 def torch_rates(m: int, k: int, n: int, dtype: str) -> Rates:
-    """The same by PyTorch; zeros where it is not installed."""
+    """Measures the same with PyTorch; returns zeros if it is not installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -117,31 +116,31 @@ def _rates(size: int, one: float, three: float) -> Rates:
 
 
 def peak(config: Any, dtype: str) -> dict[str, Any]:
-    """GFLOP/s of a layer's products, each at the faster of the two's rates."""
+    """Returns a layer's GFLOP/s with each product at the faster library's rate."""
     low = "float32" if dtype == "float32" else "bfloat16"
     sizes = shapes(config)
-    found = {name: (rates(*s, low), torch_rates(*s, low)) for name, s in sizes.items()}
+    both = {name: (rates(*s, low), torch_rates(*s, low)) for name, s in sizes.items()}
     work = {name: a * b * c for name, (a, b, c) in sizes.items()}
 
     def together(i: int) -> float:
-        took = sum(work[n] / max(o[i], t[i]) for n, (o, t) in found.items())
-        return sum(work.values()) / took
+        cost = sum(work[n] / max(o[i], t[i]) for n, (o, t) in both.items())
+        return sum(work.values()) / cost
 
     return {
-        "ours, GFLOP/s forward and both": {n: o for n, (o, _) in found.items()},
-        "PyTorch's": {n: t for n, (_, t) in found.items()},
+        "ours, GFLOP/s forward and both": {n: o for n, (o, _) in both.items()},
+        "PyTorch's": {n: t for n, (_, t) in both.items()},
         "peak forward": together(0),
         "peak": together(1),
     }
 
 
 def bandwidth() -> float:
-    """GB/s of memory read and written by y = 2 x, on 256 MB."""
+    """Measures the GB/s read and written by y = 2 x on 256 MB."""
     x = jnp.ones(2**26)
     return 2 * x.nbytes / best(partial(jax.jit(lambda x: 2 * x), x)) / 1e9
 
 
-PARTS = {  # by what stands in an instruction's name, first match
+PARTS = {  # part: a pattern of instruction names; the first match counts
     "optimiser, average": r"^(?!.*(jvp|Denoiser)).*(add|mul|pow|sqrt|div|vmap|while)",
     "random numbers": r"threefry|random_bits|_normal|_uniform",
     "rounding, loss": r"blv|log_softmax|jvp\(\)|cross_entropy",
@@ -153,7 +152,7 @@ PARTS = {  # by what stands in an instruction's name, first match
 
 
 def profiled(run: Callable[[], Any], text: str, repeats: int = 3) -> dict[str, float]:
-    """Shares of the time of a step's kernels by part, from jax.profiler."""
+    """Returns the shares of a step's kernel time by part, from jax.profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(repeats):
@@ -163,12 +162,12 @@ def profiled(run: Callable[[], Any], text: str, repeats: int = 3) -> dict[str, f
     names = dict(re.findall(r"%([\w.\-]+) = .*?op_name=\"([^\"]*)\"", text))
     spent: collections.Counter = collections.Counter()
     devices = [plane for plane in data.planes if "/device:" in (plane.name or "")]
-    for plane in devices or data.planes:  # not the host's launches of a GPU's kernels
+    for plane in devices or data.planes:  # skips the host's launches of GPU kernels
         for events in plane.lines:
             for event in events.events:
                 op = dict(event.stats).get("hlo_op")
                 outer = op and re.match(r"(jit_|while|call|conditional)", str(op))
-                if op and not outer:  # whose insides are events of their own
+                if op and not outer:  # the contents of a loop or call are events too
                     spent[_part(names.get(str(op), ""))] += event.duration_ns
     total = sum(spent.values())
     return {part: ns / total for part, ns in spent.most_common()}
@@ -180,13 +179,15 @@ def _part(name: str) -> str:
 
 
 def row(name: str, dtype: str, batch: int) -> dict[str, Any]:
-    """A case: rates, shares of them, profile."""
+    """Measures a case: the limits, times, shares of the limits and a profile."""
     case = CASES[name]._replace(change=(f"model.dtype={dtype}",))
     case = case._replace(batch=batch or case.batch)
     config = alternate.settings(case)
     limits = peak(config, dtype)
     forward = operations(config, case.vocab)
-    passes = 4 if config.model.self_cond else 3  # forward, backward, a first estimate
+    passes = (
+        4 if config.model.self_cond else 3
+    )  # forward, backward (2), self-conditioning
     step = ours.Training(config, case.vocab)
     seconds = best(step)
     chain = ours.chain(case._replace(job="chain", num_steps=10))
@@ -208,20 +209,20 @@ def row(name: str, dtype: str, batch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All cases, one after the other, with nothing else running."""
+    """Measures the cases one after the other; nothing else should run meanwhile."""
     parser = alternate.options(__doc__, "benchmarks/results/limit.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--dtype", default="mixed")
-    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0, help="0: that of the case")
     args = parser.parse_args()
-    found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": []}
-    found |= {"bandwidth, GB/s": bandwidth()}
-    print(f"memory: {found['bandwidth, GB/s']:.1f} GB/s")
+    record: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": []}
+    record |= {"bandwidth, GB/s": bandwidth()}
+    print(f"memory: {record['bandwidth, GB/s']:.1f} GB/s")
     for name in args.cases:
-        found["rows"].append(row(name, args.dtype, args.batch))
-        for key, value in found["rows"][-1].items():
+        record["rows"].append(row(name, args.dtype, args.batch))
+        for key, value in record["rows"][-1].items():
             print(f"  {key}: {_shown(value)}", flush=True)
-    alternate.write(args.out, found)
+    alternate.write(args.out, record)
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader beside the training step that it feeds, and text larger than memory.
+"""Measures the data loader beside the training step, and text larger than memory.
 
     python benchmarks/loader.py --data FOLDER_OF_src1_train.txt
     python benchmarks/loader.py --gigabytes 5 --folder SCRATCH
 
-First: tokens a second of the loader alone (in memory, and prepared on disk) and of
-`configs/e2e_small.py`'s training step, interleaved, and the share of a step that waits
-for its batch. Second: a synthetic text of that size is prepared and trained on; resident
-memory of the host beyond that of the same model on a small text.
+The first command measures tokens per second of the loader alone, in memory and from
+prepared files, and of the training step of `configs/e2e_small.py`, interleaved. It also
+measures the share of a step that waits for its batch. The second prepares a synthetic
+text of that size and trains on it. It reports the peak host memory beyond that of the
+same model on a small text.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from dlm_jax.training import train_step, trainer
 
 
 def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
-    """Tokens a second of loaders and step, medians of interleaved repetitions."""
+    """Measures tokens per second of loaders and step: medians of interleaved rounds."""
     config = e2e_small.get_config()
     config.data.path = folder
     prepare.prepare_data(config, str(scratch / "prepared"))
@@ -49,33 +50,33 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
         jax.block_until_ready(metrics["loss"])
 
     step(0, first.batch(0))
-    found: dict[str, list[float]] = {name: [] for name in (*runs, "step", "wait")}
+    times: dict[str, list[float]] = {name: [] for name in (*runs, "step", "wait")}
     for _ in range(repeats):
         for name, run in runs.items():
-            found[name].append(seconds(lambda i, r=run: r.batch(i), 50) / 50)
+            times[name].append(seconds(lambda i, r=run: r.batch(i), 50) / 50)
         ahead = batching.Prefetcher(runs["prepared"].batch, range(100))
         began, waited = time.perf_counter(), 0.0
         for i in range(10):
-            asked = time.perf_counter()
+            waiting_since = time.perf_counter()
             batch = ahead()
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - waiting_since
             step(i, batch)
-        found["step"].append((time.perf_counter() - began) / 10)
-        found["wait"].append(waited / 10)
+        times["step"].append((time.perf_counter() - began) / 10)
+        times["wait"].append(waited / 10)
         ahead.close()
     tokens = first.step_cfg.batch * config.data.length
     rows: dict[str, Any] = {
-        name: tokens / float(np.median(found[name])) for name in (*runs, "step")
+        name: tokens / float(np.median(times[name])) for name in (*runs, "step")
     }
     rows["times the step"] = {name: rows[name] / rows["step"] for name in runs}
     rows["share of a step that waits"] = float(
-        np.median(np.array(found["wait"]) / np.array(found["step"]))
+        np.median(np.array(times["wait"]) / np.array(times["step"]))
     )
-    return {"tokens a second": rows, "seconds": found, "device": hosts.describe()}
+    return {"tokens a second": rows, "seconds": times, "device": hosts.describe()}
 
 
 def seconds(call: Callable[[int], Any], times: int) -> float:
-    """Of that many calls."""
+    """Returns the total seconds of that many calls."""
     began = time.perf_counter()
     for i in range(times):
         call(i)
@@ -83,7 +84,7 @@ def seconds(call: Callable[[int], Any], times: int) -> float:
 
 
 def write_text(path: Path, size: float) -> None:
-    """Lines of the grammar, in ever other pairs, up to so many bytes."""
+    """Writes random pairs of grammar texts as lines, up to size bytes."""
     lines = grammar.sample(0, 20_000)
     rng = np.random.default_rng(0)
     with path.open("w") as file:
@@ -93,8 +94,8 @@ def write_text(path: Path, size: float) -> None:
 
 
 def large(size: float, scratch: Path) -> dict[str, Any]:
-    """Seconds and peak resident memory of preparing and training, in processes of their own."""
-    found: dict[str, Any] = {}
+    """Measures seconds and peak memory of preparing and training, in subprocesses."""
+    record: dict[str, Any] = {}
     for name, number in (("small", 2e6), ("large", size)):
         text = scratch / f"{name}.txt"
         if not text.exists():
@@ -109,7 +110,7 @@ def large(size: float, scratch: Path) -> dict[str, Any]:
         source = ["--config.data.source=text", f"--config.data.path={text}"]
         steps = [f"--config.train.{n}=1000" for n in ("sample_steps", "valid_steps")]
         steps += ["--config.train.total_steps=20", "--config.data.source=prepared"]
-        found[name] = {
+        record[name] = {
             "gigabytes": text.stat().st_size / 1e9,
             "prepare": _watched([*common, *source, "--mode", "prepare_data"], out),
             "train": _watched(
@@ -117,9 +118,9 @@ def large(size: float, scratch: Path) -> dict[str, Any]:
             ),
         }
     for part in ("prepare", "train"):
-        peaks = [found[name][part]["peak_mb"] for name in ("large", "small")]
-        found[f"{part}: beyond the small text, MB"] = peaks[0] - peaks[1]
-    return found
+        peaks = [record[name][part]["peak_mb"] for name in ("large", "small")]
+        record[f"{part}: beyond the small text, MB"] = peaks[0] - peaks[1]
+    return record
 
 
 WATCH = """
@@ -142,11 +143,11 @@ def _watched(flags: list[str], workdir: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table, writes JSON."""
+    """Measures what the flags ask for; prints and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="")
-    parser.add_argument("--gigabytes", type=float, default=0.0)
-    parser.add_argument("--folder", default="")
+    parser.add_argument("--data", default="", help="folder of E2E's src1_*.txt")
+    parser.add_argument("--gigabytes", type=float, default=0.0, help="size of the text")
+    parser.add_argument("--folder", default="", help='for large files; "": temporary')
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="benchmarks/results/loader.json")
     args = parser.parse_args()

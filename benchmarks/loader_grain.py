@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grain beside our loader: microseconds per batch for the same shuffled rows.
+"""Compares the data loader with Grain: microseconds per batch of shuffled rows.
 
     pip install grain
     python benchmarks/loader_grain.py
 
-Both give any batch of any epoch from (seed, step), so both resume exactly. Grain calls
-Python once per row, our `batching.batch_index` once per batch. docs/performance.md holds
-the figures and the conclusion.
+Both return any batch of any epoch from (seed, step), so both resume exactly. Grain calls
+Python once per row, `batching.batch_index` once per batch. docs/performance.md holds the
+figures and the conclusion.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROWS, LENGTH, BATCH = 190_000, 32, 64  # those of the quickstart
 
 
 def microseconds(batch_of: Callable[[int], np.ndarray], batches: int) -> float:
-    """Mean time of one batch."""
+    """Returns the mean microseconds per batch."""
     began = time.perf_counter()
     for step in range(batches):
         batch_of(step)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a device under both layouts, by shapes; and of the compiled step.
+"""Computes the memory per device in both layouts, and that of the compiled step.
 
     JAX_NUM_CPU_DEVICES=8 python benchmarks/memory.py --compile
 
-Parameters, average and optimiser state at 87M and 1B parameters: what each of the devices
-holds; and what the backward pass of one device's rows keeps, with and without remat.
---compile adds what XLA plans beside the state for the 87M step on the same devices.
+From shapes, at 87M and 1B parameters: the parameters, their average and the optimiser
+state that each device holds, and what the backward pass of its rows keeps, with and
+without remat. --compile adds the memory that XLA plans for the 87M step.
 """
 
 import argparse
@@ -31,14 +31,14 @@ VOCAB = 821
 
 
 def recipe_of(size: str, *, remat: bool = False) -> tuple[train_step.StepConfig, int]:
-    """The recipe of configs/e2e.py at a size, and its length."""
+    """Returns the step config of configs/e2e.py at a size, and the length."""
     config = e2e.get_config()
     config.model.update(SIZES[size], remat=remat)
     return resolve_config(config), config.data.length
 
 
 def held(tree: Any) -> int:
-    """Bytes that one device holds of shapes with shardings."""
+    """Returns the bytes that one device holds of a tree of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -46,7 +46,7 @@ def held(tree: Any) -> int:
 
 
 def by_shapes(size: str) -> dict[str, Any]:
-    """MB a device of each part of the state, in both layouts."""
+    """Returns the MB per device of each part of the state, in both layouts."""
     step_cfg, _ = recipe_of(size)
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda k: train_step.init_state(k, step_cfg, VOCAB), key)
@@ -60,7 +60,7 @@ def by_shapes(size: str) -> dict[str, Any]:
 
 
 def kept(size: str, *, remat: bool) -> float:
-    """MB that the backward pass of one device's rows needs, but for the parameters."""
+    """Returns the MB that one device keeps for the backward pass, less parameters."""
     step_cfg, length = recipe_of(size, remat=remat)
     batch, key = step_cfg.batch // jax.device_count(), jax.random.key(0)
     params = jax.eval_shape(
@@ -83,7 +83,7 @@ def kept(size: str, *, remat: bool) -> float:
 
 
 def by_compiling(mode: str) -> dict[str, float]:
-    """MB that XLA plans for the 87M step on a device."""
+    """Returns the MB per device that XLA plans for the 87M step."""
     step_cfg, length = recipe_of("87M")
     layout, key = sharding.LAYOUTS[mode], jax.random.key(0)
     shapes = jax.eval_shape(lambda k: train_step.init_state(k, step_cfg, VOCAB), key)
@@ -95,15 +95,15 @@ def by_compiling(mode: str) -> dict[str, float]:
     if mode == "fsdp":
         rows = (1, step_cfg.batch, length)
     plan = step.lower(key, state, jax.ShapeDtypeStruct(rows, "int32")).compile()
-    found = plan.memory_analysis()
+    sizes = plan.memory_analysis()
     return {
-        "state in": found.argument_size_in_bytes / 2**20,
-        "beside it": found.temp_size_in_bytes / 2**20,
+        "state in": sizes.argument_size_in_bytes / 2**20,
+        "beside it": sizes.temp_size_in_bytes / 2**20,
     }
 
 
 def main() -> None:
-    """Prints and writes the record."""
+    """Computes, prints and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/memory.json")

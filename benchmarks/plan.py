@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run costs on more hosts: throughput, checkpoints and restarts, from parts.
+"""Predicts the cost of a run on more hosts: throughput, checkpoints and restarts.
 
     JAX_NUM_CPU_DEVICES=8 python benchmarks/plan.py --measure
     python benchmarks/plan.py --peak 459e12 --links 600e9
 
-Measured here: what the compiled step of the 87M model sends between devices, per
-parameter; the seconds from the start of 1, 2 and 4 processes to their first step; and,
-by `restart.py`, how fast a checkpoint is written and read, and compiled for. Told: an
-accelerator's operations a second and its links' bytes a second. The table is arithmetic
-on those: work and exchange overlap, and the slower one is the step.
+Measured here: the bytes per parameter that the compiled step of the 87M model sends
+between devices, and the seconds from the start of 1, 2 and 4 processes to their first
+step. `restart.py` measures how fast a checkpoint is written, read and compiled for. The
+flags give an accelerator's operations per second and its links' bytes per second. The
+table is arithmetic on these: computation and communication overlap, and the slower one
+sets the time of a step.
 """
 
 import argparse
@@ -32,14 +33,14 @@ from dlm_jax.runtime import sharding
 from dlm_jax.training import train_step
 
 ROOT = Path(__file__).parent.parent
-HOSTS, CHIPS = (1, 4, 16, 64, 256), 4  # chips of a host
+HOSTS, CHIPS = (1, 4, 16, 64, 256), 4  # chips per host
 PARAMETERS = {"87M": 87_129_749, "1B": 1_017_809_045}
-# how often a result goes over a device's links, of many devices: a ring's way
+# how often a result passes a device's links in a ring of many devices
 TRAVELS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0}
 
 
 def exchanged(mode: str) -> dict[str, float]:
-    """Bytes that a device sends in a step, by kind, per parameter of the 87M model."""
+    """Returns the bytes per parameter that a device sends in a step, by operation."""
     step_cfg, length = memory.recipe_of("87M")
     layout, key = sharding.LAYOUTS[mode], jax.random.key(0)
     shapes = jax.eval_shape(
@@ -51,17 +52,17 @@ def exchanged(mode: str) -> dict[str, float]:
     parts = devices if mode == "pmap" else 1
     rows = jax.ShapeDtypeStruct((parts, step_cfg.batch // parts, length), "int32")
     text = step.lower(key, state, rows).compile().as_text()
-    found = dict.fromkeys(TRAVELS, 0.0)
+    sent = dict.fromkeys(TRAVELS, 0.0)
     for shape, kind in re.findall(
         r"= (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text
     ):
         scattered = devices if kind == "reduce-scatter" else 1
-        found[kind] += TRAVELS[kind] * scattered * _bytes(shape)
-    return {kind: size / PARAMETERS["87M"] for kind, size in found.items()}
+        sent[kind] += TRAVELS[kind] * scattered * _bytes(shape)
+    return {kind: size / PARAMETERS["87M"] for kind, size in sent.items()}
 
 
 def _bytes(shape: str) -> float:
-    """Of an HLO shape, or a tuple of them."""
+    """Returns the bytes of an HLO shape, or of a tuple of them."""
     sizes = {"f32": 4, "bf16": 2, "u32": 4, "s32": 4, "pred": 1}
     parts = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     return sum(
@@ -70,7 +71,7 @@ def _bytes(shape: str) -> float:
 
 
 def start(hosts: int) -> float:
-    """Seconds from the processes' start to the end of a first step, compilation cached."""
+    """Measures the seconds from process start to a first step, compilation cached."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -96,9 +97,9 @@ def start(hosts: int) -> float:
 
 
 def measured() -> dict[str, Any]:
-    """What this machine can tell."""
+    """Measures everything that this machine can measure."""
     sent = {mode: exchanged(mode) for mode in sharding.LAYOUTS}
-    start(1)  # fills the compilation cache, where there is one
+    start(1)  # fills the compilation cache, if there is one
     return {
         "devices": jax.device_count(),
         "bytes sent a step, per parameter": sent,
@@ -107,7 +108,7 @@ def measured() -> dict[str, Any]:
 
 
 def plan(known: dict, restart: dict, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a model, layout and number of hosts."""
+    """Computes a row per model, layout and number of hosts."""
     disk = restart["87M"]["megabytes"] * 1e6
     write, read = (disk / restart["87M"][n] for n in ("complete", "restored"))
     rows = []
@@ -137,23 +138,21 @@ def plan(known: dict, restart: dict, args: argparse.Namespace) -> list[dict[str,
 
 
 def main() -> None:
-    """Prints the table, writes JSON."""
+    """Prints the table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument(
-        "--peak", type=float, default=459e12, help="operations/s, a chip"
-    )
-    parser.add_argument("--links", type=float, default=600e9, help="bytes/s, a chip")
-    parser.add_argument("--share", type=float, default=0.5, help="of the peak, reached")
-    parser.add_argument("--tokens", type=int, default=4096, help="a chip and step")
+    parser.add_argument("--measure", action="store_true", help="else read from --out")
+    parser.add_argument("--peak", type=float, default=459e12, help="FLOP/s per chip")
+    parser.add_argument("--links", type=float, default=600e9, help="bytes/s per chip")
+    parser.add_argument("--share", type=float, default=0.5, help="sustained, of --peak")
+    parser.add_argument("--tokens", type=int, default=4096, help="per chip and step")
     parser.add_argument("--out", default="benchmarks/results/plan.json")
     args = parser.parse_args()
     out = Path(args.out)
     known = measured() if args.measure else json.loads(out.read_text())["measured"]
     restart = json.loads((ROOT / "benchmarks/results/restart.json").read_text())
     rows = plan(known, restart, args)
-    told = {n: getattr(args, n) for n in ("peak", "links", "share", "tokens")}
-    record = {"measured": known, "told": told, "rows": rows}
+    given = {n: getattr(args, n) for n in ("peak", "links", "share", "tokens")}
+    record = {"measured": known, "told": given, "rows": rows}
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(known, indent=1))
     print("| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|", sep="\n")

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A minute's guard against slowness: steps beside plain products, in one process.
+"""Guards against regressions of speed in one minute: steps against plain products.
 
     python benchmarks/quick.py
 
-The reference is as many products of the step's own largest shape as its operations make.
-A step takes a few times as long; more than BOUNDS is a regression, and status 1. The
-bounds are wide, as machines differ and are shared.
+The reference performs the step's number of operations as matrix products of its largest
+shape, in the same process. A step takes a few times as long. A ratio above BOUNDS is a
+regression and exits with status 1. The bounds are wide because machines differ.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -29,12 +30,12 @@ CASES = {
     "post_ln": Case("configs/e2e_small.py:faithful", batch=32, num_steps=10),
     "adaln": Case("configs/e2e_small.py", batch=32, num_steps=10),
 }
-# {case: (training step, reverse steps)}, about 3 times the usual
+# {case: (training step, reverse steps)}, about 3 times the usual ratio
 BOUNDS = {"post_ln": (4.5, 3.5), "adaln": (6.5, 5.0)}
 
 
 def products(config: Any, operations: float) -> Callable[[], Any]:
-    """Products in the config's precision of so many operations."""
+    """Returns products in the config's precision with that number of operations."""
     (m, k, n), kind = limit.shapes(config)["up"], DTYPES[config.model.dtype][0]
     x, w = jnp.ones((m, k)), jnp.full((k, n), 1e-3)
     times = max(1, round(operations / (4 * m * k * n)))
@@ -51,20 +52,23 @@ def products(config: Any, operations: float) -> Callable[[], Any]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one call."""
+    """Measures one call."""
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def main() -> None:
-    """Prints ratios of interleaved calls; status 1 beyond the bounds."""
+    """Prints the ratios of interleaved calls; exits with 1 above a bound."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     slow = [check(name, case) for name, case in CASES.items()]
     sys.exit(int(any(slow)))
 
 
 def check(name: str, case: Case) -> bool:
-    """Prints a case's ratios; whether one is beyond its bound."""
+    """Prints a case's ratios; returns whether one exceeds its bound."""
     config, slow = alternate.settings(case), False
     forward = limit.operations(config, case.vocab)
     passes = 4 if config.model.self_cond else 3

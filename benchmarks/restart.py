@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restart costs: saving, restoring and compiling, by the size of the model.
+"""Measures the cost of a restart: saving, restoring and compiling, by model size.
 
     python benchmarks/restart.py --repeats 3
 
-A checkpoint's bytes on disk; seconds until the save returns to the loop, until it is
-complete, and until it is restored; seconds to compile the step with an empty and with a
-warm compilation cache (a process each).
+For each size: the bytes of a checkpoint, and the seconds until a save returns to the loop,
+until it is complete, and until it is restored. Also the seconds to compile the step with
+an empty and with a warm compilation cache, each in its own process.
 """
 
 import argparse
@@ -49,9 +49,9 @@ def _begun(size: str) -> tuple[train_step.StepConfig, Any]:
 
 
 def saving(size: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """Medians over that many saves and restores."""
+    """Returns the medians over that many saves and restores."""
     _, state = _begun(size)
-    state = jax.jit(_worn)(state)  # the moments' zeros of the start compress
+    state = jax.jit(_worn)(state)  # the initial moments are zeros, which compress
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     times: dict[str, list[float]] = {"returns": [], "complete": [], "restored": []}
     writer = checkpoint.manager(folder, keep=1)
@@ -82,7 +82,7 @@ def _worn(state: Any) -> Any:
 
 
 def compiling(size: str) -> float:
-    """Seconds to the end of the first step."""
+    """Measures the seconds to the end of the first step."""
     step_cfg, state = _begun(size)
     one = partial(train_step.train_step, step_cfg=step_cfg, axis=sharding.AXIS)
     rows = sharding.PMAP.rows(np.full((1, BATCH, 64), 5, np.int32))
@@ -93,10 +93,10 @@ def compiling(size: str) -> float:
 
 
 def main() -> None:
-    """Prints and writes the record."""
+    """Measures every size; prints and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", help="used by itself: compile this size")
+    parser.add_argument("--only", default="", help="internal: compile this size")
     parser.add_argument("--out", default="benchmarks/results/restart.json")
     args = parser.parse_args()
     if args.only:

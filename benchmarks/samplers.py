@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the same weights sample otherwise: solver, clamp, churn and calls, on the grammar.
+"""Compares solvers, clamp, churn and numbers of steps, with the grammar's weights.
 
     python benchmarks/samplers.py --workdir runs/quickstart --out benchmarks/results/samplers.json
 
-A row a setting: the share of samples that the grammar accepts, their unigram entropy
-(nats) and length (words), beside those of held-out text; standard errors over seeds.
+Each row is a setting: the share of samples that the grammar accepts, their unigram entropy
+(nats) and length (words), with standard errors over seeds. The first is held-out text.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def row(texts: list[list[str]]) -> dict[str, list[float]]:
-    """Each measure as [mean, standard error] over the seeds."""
+    """Returns each measure as [mean, standard error] over the seeds."""
     values = {
         "accepted": [np.mean([grammar.accepts(t) for t in one]) for one in texts],
         "entropy": [text_metrics.unigram_entropy(one) for one in texts],
@@ -50,7 +50,7 @@ def row(texts: list[list[str]]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measures every setting at every number of calls; prints and writes the rows."""
+    """Measures every setting at every number of steps; prints and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", default="runs/quickstart")
     parser.add_argument("--num_steps", type=int, nargs="*", default=[16, 64, 200])
@@ -62,12 +62,12 @@ def main() -> None:
     seeds = range(args.seeds)
     held_out = [grammar.sample(10_000 + seed, args.n) for seed in seeds]
     rows = [{"setting": {}, **row(held_out)}]
-    for calls in args.num_steps:
+    for num_steps in args.num_steps:
         for setting in SETTINGS:
-            given = {"num_steps": calls, **setting}
-            texts = [lm.sample(args.n, seed=seed, **given) for seed in seeds]
-            rows.append({"setting": given, **row(texts)})
-            print(" ".join(f"{k}={v}" for k, v in given.items()), end="  ")
+            options = {"num_steps": num_steps, **setting}
+            texts = [lm.sample(args.n, seed=seed, **options) for seed in seeds]
+            rows.append({"setting": options, **row(texts)})
+            print(" ".join(f"{k}={v}" for k, v in options.items()), end="  ")
             print(
                 {
                     k: [round(x, 3) for x in v]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Training steps and chains beside PyTorch's, on the same machine in the same minutes.
+r"""Compares training and sampling speed with PyTorch, interleaved on one machine.
 
     pip install -e '.[peer]'
     python benchmarks/speed.py
@@ -7,9 +7,10 @@ r"""Training steps and chains beside PyTorch's, on the same machine in the same 
     python benchmarks/speed.py --cases e2e --batch 50 --dtype bfloat16 \
         --jobs "200 guided steps"
 
-Each row is a case of `CASES`, timed A B C, A B C, ...; ratios are of a contender's time to
-ours within a round, over 1 where we are ahead: against the architecture as people run it
-(eager, float32) and the best effort in PyTorch (`torch_peer`). Ours with --dtype.
+Each row is a case of `CASES` and a job of `JOBS`, timed in turn: A B C, A B C, ... A ratio
+is PyTorch's time over that of dlm_jax within a round: above 1, dlm_jax is faster. The
+peers are the architecture as people run it (eager, float32) and the best effort in PyTorch
+(`lib/torch_peer.py`). --dtype is the precision of dlm_jax.
 """
 
 import json
@@ -21,7 +22,10 @@ from lib import alternate, torch_peer
 from lib.alternate import Case, Contender
 
 E2E, SMALL, GRAMMAR = "configs/e2e.py", "configs/e2e_small.py", "configs/grammar.py"
-WIDE = ("model.hidden_dim=256", "model.mlp_dim=1024")  # 4 layers x 256: between the two
+WIDE = (
+    "model.hidden_dim=256",
+    "model.mlp_dim=1024",
+)  # 4 layers x 256: between the other sizes
 CASES = {
     "e2e": Case(E2E, batch=16),
     "e2e_small:faithful": Case(f"{SMALL}:faithful", batch=32),
@@ -29,7 +33,7 @@ CASES = {
     "e2e_small": Case(SMALL, batch=32),
     "grammar": Case(GRAMMAR, batch=64),
 }
-# (job, steps, clamp): a reverse step is a twentieth of a chain of 20
+# {title: (job, steps, clamp)}
 JOBS = {
     "training step": ("train", 20, True),
     "20 reverse steps": ("chain", 20, False),
@@ -43,7 +47,7 @@ USUAL = list(JOBS)[:4]
 
 
 def row(name: str, job: str, args: Any) -> dict[str, Any]:
-    """One case's contenders, measured together."""
+    """Measures the contenders of one case and job in turn."""
     kind, steps, clamp = JOBS[job]
     case = CASES[name]._replace(job=kind, num_steps=steps, clamp=clamp)
     if kind != "train":
@@ -60,11 +64,11 @@ def row(name: str, job: str, args: Any) -> dict[str, Any]:
     return {**about, "ratios": ratios, "rows": rows, **where}
 
 
-def line(found: dict[str, Any]) -> str:
-    """A row of the table."""
-    ratios, rows = found["ratios"], found["rows"]
+def line(result: dict[str, Any]) -> str:
+    """Formats a row of the table."""
+    ratios, rows = result["ratios"], result["rows"]
     best = min(ratios, key=lambda v: ratios[v]["median"])
-    cells = [found["case"], found["job"], str(found["batch"])]
+    cells = [result["case"], result["job"], str(result["batch"])]
     for name in ("eager", best):
         cells.append(_spread(ratios[name], 1, 2) if name in ratios else "-")
     cells.append(best)
@@ -83,7 +87,7 @@ HEAD = "| case | job | batch | eager / ours | best / ours | best is | ours, ms |
 
 
 def keep(path: Path, new: dict[str, Any]) -> None:
-    """The file with this row, in place of an older one of the same case and device."""
+    """Writes the row to the file; it replaces one of the same case and device."""
     kept = json.loads(path.read_text()) if path.exists() else []
     same = ("case", "job", "batch", "dtype", "device")
     kept = [row for row in kept if any(row[name] != new[name] for name in same)]
@@ -92,14 +96,14 @@ def keep(path: Path, new: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures the cases asked for; a row is printed and kept as soon as it is there."""
+    """Measures the cases; prints and writes each row as soon as it is complete."""
     parser = alternate.options(__doc__, "benchmarks/results/speed.json")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--jobs", nargs="*", default=USUAL)
     parser.add_argument("--variants", nargs="*", default=list(torch_peer.VARIANTS))
-    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0, help="0: that of the case")
     parser.add_argument("--dtype", default="mixed")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per turn")
     args = parser.parse_args()
     print(HEAD, "|---" * 8 + "|", sep="\n")
     for name in args.cases:

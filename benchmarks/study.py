@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faithful against modern, and one ablation a piece, at equal floating-point operations.
+"""Compares the paper's recipe, the later one and its ablations at equal operations.
 
     python benchmarks/study.py --steps 1000 --seeds 3 --out benchmarks/results/study.json
     python benchmarks/study.py --plot benchmarks/results/study.json
 
-Each run trains by the command into runs/study, then a row of figures is added to the
-JSON; rows that are there are skipped, and a killed run resumes. Equal operations: every
-run gets as many steps as the modern preset's --steps cost.
+Each run trains by the command in runs/study, and a row of figures is added to the JSON
+file. Existing rows are skipped, and an interrupted run resumes. Every run gets the
+floating-point operations of --steps steps of the variant `modern`.
 """
 
 import argparse
@@ -32,20 +32,22 @@ from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 
 CALLS = (8, 16, 32, 64, 200)
-FEW = (16, 64)  # of an ablation
-MANY, MANY_TEXTS = 2000, 64  # of the first seed of faithful and modern
+FEW = (16, 64)  # for ablations
+MANY, MANY_TEXTS = 2000, 64  # for the first seed of faithful and modern
 VOCAB = {"grammar": 151, "e2e": 821}
 TEXTS, SAMPLE_SEEDS = 256, 3
-# name -> (variant, what is changed in it); faithful and modern have several seeds
+# names of runs in older JSON files
+FORMER_NAMES = {"teacher": "autoregressive", "no output prior": "no token posterior"}
+# name: (variant, changes of its config); faithful and modern have several seeds
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "teacher": ("teacher", {}),  # the others' samples are measured by it
+    "autoregressive": ("autoregressive", {}),  # measures the samples of the others
     "modern": ("modern", {}),
     "faithful": ("faithful", {}),
     "no self-conditioning": (
         "modern",
         {"model.self_cond": False, "loss.self_cond_prob": 0.0},
     ),
-    "no output prior": ("modern", {"model.token_posterior_input": False}),
+    "no token posterior": ("modern", {"model.token_posterior_input": False}),
     "AdamW": ("modern", {"optim.name": "adamw", "optim.lr": 2e-3}),
     "fixed logistic schedule": (
         "modern",
@@ -65,7 +67,7 @@ MAIN = ("modern", "faithful")
 
 
 def config_of(path: str, variant: str, changes: dict[str, Any]) -> Any:
-    """The resolved config of a run."""
+    """Returns the config of a run: a variant of a file, with changes."""
     spec = importlib.util.spec_from_file_location("config", path)
     assert spec is not None
     assert spec.loader is not None
@@ -77,31 +79,28 @@ def config_of(path: str, variant: str, changes: dict[str, Any]) -> Any:
 
 
 def step_flops(config: Any) -> float:
-    """Operations of a training step: two a multiply-add, backward twice forward.
+    """Counts the floating-point operations of a training step.
 
-    The matrices a token meets, attention, and products with the table; the first
-    estimate of self-conditioning is one more forward pass, in its share of steps; Muon's
-    orthogonalisation once a step.
+    A multiply-add counts as two, and a backward pass as two forward passes. Counted are
+    the matrices, attention, the products with the table, one more forward pass for
+    self-conditioning in its share of steps, and Muon's orthogonalisation.
     """
     cfg, vocab = DenoiserConfig(**config.model), VOCAB[config.data.source]
     shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), cfg, vocab))
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     names = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-    a_token = sum(
+    per_token = sum(
         leaf.size
         for name, leaf in names
         if "kernel" in name and "time" not in name and "modulation" not in name
     )
-    a_token += 2 * cfg.layers * config.data.length * cfg.hidden_dim
-    tables = (
-        1 + 2 * cfg.token_posterior_input
-    )  # the estimate or the rounding; the prior's two
-    a_token += tables * vocab * cfg.dim
+    per_token += 2 * cfg.layers * config.data.length * cfg.hidden_dim
+    # the estimate's or the rounding's product, and two of the token posterior
+    tables = 1 + 2 * cfg.token_posterior_input
+    per_token += tables * vocab * cfg.dim
     passes = 3 + config.loss.self_cond_prob
-    flops = 2.0 * passes * a_token * config.train.batch * config.data.length
-    if (
-        config.optim.name == "muon"
-    ):  # Newton-Schulz: five rounds of x x^T, its square, x
+    flops = 2.0 * passes * per_token * config.train.batch * config.data.length
+    if config.optim.name == "muon":  # Newton-Schulz: 5 times x x^T, its square, x
         layers = [(n, s) for n, s in names if "layer_" in n and "kernel" in n]
         shapes = [sorted(s.shape) for n, s in layers if "modulation" not in n]
         flops += sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
@@ -109,7 +108,7 @@ def step_flops(config: Any) -> float:
 
 
 def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
-    """Trains by the command, resuming what is there; seconds of training."""
+    """Trains by the command, or resumes; returns the seconds of training."""
     command = [sys.executable, "-m", "dlm_jax.main", "--config", f"{path}:{variant}"]
     command += [f"--config.{name}={value}" for name, value in changes.items()]
     subprocess.run([*command, "--workdir", str(workdir)], check=True)
@@ -118,14 +117,14 @@ def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
 
 
 def calls_of(name: str, seed: int) -> dict[int, int]:
-    """Texts to sample, by denoiser calls."""
-    counts = {"teacher": (1,)}.get(name, CALLS if name in MAIN else FEW)
+    """Returns {number of steps: number of texts to sample}."""
+    counts = {"autoregressive": (1,)}.get(name, CALLS if name in MAIN else FEW)
     extra = {MANY: MANY_TEXTS} if name in MAIN and seed == 1 else {}
     return dict.fromkeys(counts, TEXTS) | extra
 
 
 def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
-    """The bound on held-out texts, and samples by denoiser calls."""
+    """Measures the bound on held-out texts, and samples by number of steps."""
     lm = dlm_jax.load(workdir)
     config = lm.config
     held_out = _held_out(config)
@@ -147,7 +146,7 @@ def figures(workdir: Path, texts_of: dict[int, int]) -> dict[str, Any]:
 
 
 def suite(workdir: Path, ar_model: Path) -> dict[str, Any]:
-    """The evaluation suite at the run's own sampler, as --mode evaluate gives it."""
+    """Runs the metrics of --mode evaluate with the run's own sampler."""
     lm = dlm_jax.load(workdir)
     config: Any = ml_collections.ConfigDict(lm.config)
     config.evaluate.ar_model = str(ar_model) if ar_model.exists() else ""
@@ -162,7 +161,7 @@ def _held_out(config: dict) -> list[str]:
 
 
 def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, dict, int]]:
-    """(name, variant, changes, seed) of every run."""
+    """Yields (name, variant, changes, seed) of every run."""
     for name, (variant, changes) in RUNS.items():
         if args.only and name not in args.only:
             continue
@@ -176,10 +175,16 @@ def _workdir(args: argparse.Namespace, name: str, seed: int) -> Path:
     return Path("runs/study") / stem
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Reads the rows of a JSON file, with the current names of the runs."""
+    rows = json.loads(path.read_text())
+    return [r | {"name": FORMER_NAMES.get(r["name"], r["name"])} for r in rows]
+
+
 def study(args: argparse.Namespace) -> None:
-    """Trains and measures whatever has no row yet."""
+    """Trains and measures every run that has no row yet."""
     out = Path(args.out)
-    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = read_rows(out) if out.exists() else []
     done = {(r["config"], r["name"], r["seed"], r["budget_steps"]) for r in rows}
     budget = args.steps * step_flops(config_of(args.config, "modern", {}))
     for name, variant, changes, seed in wanted(args):
@@ -188,41 +193,41 @@ def study(args: argparse.Namespace) -> None:
         flops = step_flops(config_of(args.config, variant, changes))
         steps = round(budget / flops)
         silent = {"valid_steps": 0, "sample_steps": 0, "log_steps": 100}
-        given = changes | {f"train.{k}": v for k, v in silent.items()}
-        given |= {"train.total_steps": steps, "seed": seed}
+        options = changes | {f"train.{k}": v for k, v in silent.items()}
+        options |= {"train.total_steps": steps, "seed": seed}
         if args.data:
-            given["data.path"] = args.data
+            options["data.path"] = args.data
         workdir = _workdir(args, name, seed)
         row = {"config": args.config, "name": name, "variant": variant, "seed": seed}
         row |= {"changes": changes, "budget_steps": args.steps, "train_steps": steps}
         row["flops"] = flops * steps
-        row["train_s"] = train(args.config, variant, given, workdir)
+        row["train_s"] = train(args.config, variant, options, workdir)
         row |= figures(workdir, calls_of(name, seed))
-        if name in (*MAIN, "teacher"):
-            row["suite"] = suite(workdir, _workdir(args, "teacher", 1))
+        if name in (*MAIN, "autoregressive"):
+            row["suite"] = suite(workdir, _workdir(args, "autoregressive", 1))
         rows.append(row)
         out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
         print(f"study: {name}, seed {seed}: {row['bound']}", flush=True)
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line a run of one config and budget, means and errors over seeds."""
+    """Formats a Markdown table: a line per run, means and errors over seeds."""
     key = "above the language, nats/token"
     calls = [str(c) for c in (*CALLS, MANY)]
     lines = ["| run | seeds | steps | nats/token above | " + " | ".join(calls) + " |"]
     lines += ["|---" * (4 + len(calls)) + "|"]
     for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name]
-        cells = [name, str(len(mine)), str(mine[0]["train_steps"])]
-        metric = key if key in mine[0]["bound"] else "nats/token"
-        cells.append(_mean([r["bound"][metric][0] for r in mine]))
+        runs = [r for r in rows if r["name"] == name]
+        cells = [name, str(len(runs)), str(runs[0]["train_steps"])]
+        metric = key if key in runs[0]["bound"] else "nats/token"
+        cells.append(_mean([r["bound"][metric][0] for r in runs]))
         for c in calls:
-            found = [
+            shares = [
                 r["by_num_steps"][c].get("accepted")
-                for r in mine
+                for r in runs
                 if c in r["by_num_steps"]
             ]
-            cells.append(_mean(found) if found and None not in found else "")
+            cells.append(_mean(shares) if shares and None not in shares else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -233,7 +238,7 @@ def _mean(values: list) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Accepted samples by denoiser calls, and against entropy, faithful and modern."""
+    """Plots accepted samples against steps and entropy, for faithful and modern."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_calls, by_entropy = figure.subplots(1, 2, sharey=True)
     for name, colour in (("faithful", "#c0392b"), ("modern", "#1f5fa8")):
@@ -246,7 +251,7 @@ def plot(rows: list[dict], path: Path) -> None:
         by_calls.plot([], [], "o-", color=colour, label=name)
     real = rows[0]["suite"]["unigram entropy, nats"]["held_out"][0]
     by_entropy.axvline(real, color="#a8a8a8", label="real text")
-    by_calls.set(xlabel="denoiser calls", ylabel="accepted by the grammar")
+    by_calls.set(xlabel="sampling steps", ylabel="accepted by the grammar")
     by_entropy.set(xlabel="unigram entropy, nats")
     for axes in (by_calls, by_entropy):
         axes.legend(frameon=False)
@@ -254,20 +259,20 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs the study, or prints its table and draws its plot."""
+    """Runs the study; with --plot, prints its table and draws its plot instead."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/grammar.py")
-    parser.add_argument("--data", default="", help="config.data.path")
+    parser.add_argument("--data", default="", help="value of config.data.path")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ablation-seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--out", default="benchmarks/results/study.json")
-    parser.add_argument("--plot", default="")
+    parser.add_argument("--plot", default="", help="a JSON file of the study")
     args = parser.parse_args()
     if not args.plot:
         return study(args)
-    rows = json.loads(Path(args.plot).read_text())
+    rows = read_rows(Path(args.plot))
     kind = (args.config, args.steps)
     rows = [r for r in rows if (r["config"], r["budget_steps"]) == kind]
     print(table(rows))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a preset trains until its samples are grammatical.
+"""Measures how long a variant trains until its samples are grammatical.
 
     python benchmarks/time_to_language.py --variant modern --out benchmarks/results/time_modern.json
 
-Trains configs/grammar.py by the command with a checkpoint every --every steps, all kept,
-then draws 256 samples from each; prints the seconds of training and the operations at
-which 50%, 80% and 95% were first accepted. A killed run resumes; what is measured stays.
+Trains configs/grammar.py by the command, keeps a checkpoint every --every steps, and
+generates 256 samples from each. Prints the training seconds and the floating-point
+operations at which 50%, 80% and 95% were first accepted. An interrupted run resumes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHARES, TEXTS = (0.5, 0.8, 0.95), 256
 
 
 def train(args: argparse.Namespace, workdir: Path) -> None:
-    """The run, by the command."""
+    """Trains by the command, or resumes."""
     command = [sys.executable, "-m", "dlm_jax.main", "--workdir", str(workdir)]
     command += ["--config", f"configs/grammar.py:{args.variant}"]
     settings = {"total_steps": args.steps, "ckpt_steps": args.every, "keep": 10_000}
@@ -37,7 +37,7 @@ def train(args: argparse.Namespace, workdir: Path) -> None:
 
 
 def measure(workdir: Path, step: int) -> dict[str, Any]:
-    """Accepted share, entropy and length of the samples at a checkpoint."""
+    """Measures accepted share, entropy and length of a checkpoint's samples."""
     texts = dlm_jax.load(workdir, step).sample(TEXTS)
     return {
         "step": step,
@@ -48,7 +48,7 @@ def measure(workdir: Path, step: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Trains, measures every checkpoint, prints and writes the times."""
+    """Trains, measures every checkpoint, and prints and writes the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="modern")
     parser.add_argument("--steps", type=int, default=2000)
@@ -69,9 +69,9 @@ def main() -> None:
         print(rows[-1], flush=True)
     times = {}
     for share in SHARES:
-        found = [r for r in rows if r["accepted"] >= share]
-        times[str(share)] = found[0] if found else None
-        print(f"{share:.0%}: " + (str(found[0]) if found else "not reached"))
+        reached = [r for r in rows if r["accepted"] >= share]
+        times[str(share)] = reached[0] if reached else None
+        print(f"{share:.0%}: " + (str(reached[0]) if reached else "not reached"))
     record = {
         "variant": args.variant,
         "train_steps": args.steps,

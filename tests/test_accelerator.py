@@ -52,7 +52,7 @@ def test_rehearsal(tmp_path):
     assert len(learned["samples"]) == 64
     assert learned["control: length"]["success"]["exact length"][0] == 1
     assert learned["bound"]["nats/token"][0] > 0
-    assert "nats a token" in done.stdout
+    assert "nats per token" in done.stdout
     packed = b"".join((out / name).read_bytes() for name in learned["model"])
     (tmp_path / "model.tar.xz").write_bytes(packed)
     with tarfile.open(tmp_path / "model.tar.xz") as file:

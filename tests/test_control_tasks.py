@@ -240,9 +240,7 @@ def test_nothing_can_be_said_of_texts_outside_the_language(scorer):
     assert control.fluency([TEXT], silent)["nats/token"] is None
     heard = scorer._replace(nats=lambda texts: np.ones(len(texts)), exact=False)
     assert control.fluency(["pub pub"], heard)["accepted"] is None
-    assert control.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(
-        1 / 3
-    )
+    assert control.fluency(["pub pub"], heard)["nats/token"] == pytest.approx(1 / 3)
     known = control.fluency([TEXT, "pub pub"], scorer)
     assert known["accepted"] == 0.5
     exact = -grammar.log_prob(TEXT) / (len(TEXT.split()) + 1)

@@ -2,6 +2,9 @@
 """The storm of `faults`, shortened."""
 
 import faults
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_storm_of_kills_changes_no_bit(tmp_path):

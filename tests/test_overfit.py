@@ -13,6 +13,8 @@ from dlm_jax.inference import loading
 from dlm_jax.training import train_step
 from dlm_jax.training.config import resolve_config
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = [
     "The Phoenix is a highly rated Italian coffee shop .",
     "Aromi offers Chinese food and is not family friendly .",

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several benchmarks share: races, our programs, the PyTorch peer."""
+"""Code that several benchmarks share: timing, the JAX and the PyTorch contender."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved measurements: each contender in a process of its own, asked in turn.
+"""Interleaved timing: contenders in processes of their own are measured in turn.
 
-A B C, A B C, ...: what disturbs the machine disturbs all of them, and ratios are taken
-within a round. A contender waits for its turn on its input, without using the machine.
+The order is A B C, A B C, ..., so a disturbance of the machine affects all contenders.
+Ratios are taken within a round. A contender waits for its turn idle, reading its input.
 """
 
 import argparse
@@ -27,22 +27,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax.main import MALLOC  # for all contenders alike
+from dlm_jax.main import MALLOC  # the same for all contenders
 
 HERE = Path(__file__).parents[1]  # benchmarks/
 FAIR = {"GLIBC_TUNABLES": MALLOC, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 class Case(NamedTuple):
-    """What is timed, whoever does it.
+    """The work to time, the same for every contender.
 
-    job: train (a step), chain (the reverse steps of a batch), guided (a chain with a
-    classifier of tags). change: further keys of the config, as section.name=value.
+    job: train (a step), chain (the reverse steps of a batch) or guided (a chain with a
+    classifier of tags). updates: gradient updates per guided step. change: other values
+    of the config, as section.name=value.
     """
 
     config: str
     job: str = "train"
-    batch: int = 0  # 0: the config's
+    batch: int = 0  # 0: that of the config
     length: int = 0
     vocab: int = 821
     num_steps: int = 20
@@ -52,8 +53,10 @@ class Case(NamedTuple):
 
 
 def settings(case: Case) -> Any:
-    """The config of a case. Schedules do not adapt, every batch feeds its estimate back:
-    so a step always does the same work."""
+    """Returns the config of a case, with the same work in every step.
+
+    Schedules do not adapt, and every batch has self-conditioning if the model has it.
+    """
     config = load_config(case.config)
     config.train.batch = case.batch or config.train.batch
     config.data.length = case.length or config.data.length
@@ -64,7 +67,7 @@ def settings(case: Case) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """The config of FILE[:variant], a path from the root of the repository."""
+    """Loads the config FILE[:variant]; FILE is relative to the repository's root."""
     path, _, variant = name.partition(":")
     spec = importlib.util.spec_from_file_location("config", HERE.parent / path)
     assert spec is not None
@@ -75,7 +78,7 @@ def load_config(name: str) -> Any:
 
 
 def changed(config: Any, change: Iterable[str]) -> Any:
-    """The config with further keys set, as section.name=value."""
+    """Sets values of the config, given as section.name=value; returns it."""
     for pair in change:
         name, _, value = pair.partition("=")
         section, _, key = name.partition(".")
@@ -85,27 +88,28 @@ def changed(config: Any, change: Iterable[str]) -> Any:
 
 
 def resident(field: str) -> float:
-    """MB of the host's memory that this process has (VmRSS) or had at most (VmHWM)."""
+    """Returns this process's host memory in MB: now (VmRSS) or its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(x.split()[1]) for x in lines if x.startswith(field)) / 1024
 
 
 def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> None:
-    """A contender: builds its work, then does it once for every line it reads.
+    """Runs a contender: builds its work, then reads a number of runs per line.
 
-    alone: what it would import if it were not measured here; its memory counts so.
+    alone: the imports it would need outside the benchmark. Memory of any other import is
+    subtracted.
     """
     case, variant = Case(*json.loads(sys.argv[1])), sys.argv[2]
     imports = resident("VmRSS")
     spared = imports - _imported(alone) if alone and not on_gpu() else 0.0
     began = time.perf_counter()
     run = make(case._replace(change=tuple(case.change)), variant)
-    ready = time.perf_counter()
+    built = time.perf_counter()
     run()
-    say({"build": ready - began, "first": time.perf_counter() - ready})
+    say({"build": built - began, "first": time.perf_counter() - built})
     run()
     for line in sys.stdin:
-        run()  # memory that went back to the system meanwhile is taken again
+        run()  # allocates again what was returned to the system while waiting
         began = time.perf_counter()
         for _ in range(int(line)):
             run()
@@ -115,13 +119,13 @@ def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> No
 
 
 def on_gpu() -> bool:
-    """Whether this is a PyTorch peer on a GPU, whose host memory nobody compares."""
+    """Returns whether this is a PyTorch peer on a GPU: its host memory is not compared."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_available()
 
 
 def device_memory() -> float | None:
-    """MB of an accelerator that this process used at most; None on a CPU.
+    """Returns this process's peak accelerator memory in MB; None on a CPU.
 
     A PyTorch peer keeps JAX on the CPU, so the two are never counted together.
     """
@@ -140,22 +144,22 @@ def _imported(alone: str) -> float:
 
 
 def say(record: dict) -> None:
-    """A line for whoever asks."""
+    """Prints a record as a line that the parent process recognises."""
     print("@" + json.dumps(record), flush=True)
 
 
 class Ended(RuntimeError):
-    """A contender that ended before it had measured; its message is the reason."""
+    """A contender ended before it was measured; the message is the reason."""
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED|MemoryError", re.I)
 
 
 class Contender:
-    """A process that measures when asked; it starts at once and is ready at `started`.
+    """A contender's process: it starts at once, and `started` waits until it is ready.
 
-    patience: seconds in which it must be ready; seconds: in which it must be done with
-    all; else it is killed. Raises Ended when it is gone.
+    It is killed if it is not ready after `patience` seconds, or not closed after
+    `seconds`. Its methods raise Ended if the process has ended.
     """
 
     def __init__(
@@ -183,40 +187,40 @@ class Contender:
         self._allow(min(patience or longest, seconds or longest))
 
     def _allow(self, seconds: float) -> None:
-        """Kills it after so long, unless more is allowed before."""
+        """Sets the time after which the process is killed."""
         self.limit = threading.Timer(max(0.0, seconds), self._overdue)
         self.limit.daemon = True
         self.limit.start()
 
     @functools.cached_property
     def started(self) -> dict[str, float]:
-        """Waits until it is ready; seconds to build its work, and of the first run."""
-        found = self._heard()
+        """Waits until it is ready; returns the seconds of its build and first run."""
+        record = self._read()
         self.limit.cancel()
         self._allow(min(self.end - time.monotonic(), threading.TIMEOUT_MAX))
-        return found
+        return record
 
     def ask(self, times: int = 1) -> float:
-        """Seconds of one run, the mean of so many."""
+        """Returns the mean seconds of one run, over that many runs."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{times}\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
             raise Ended(self._reason()) from error
-        return self._heard()["seconds"]
+        return self._read()["seconds"]
 
     def close(self) -> dict[str, float]:
-        """Ends it; returns what it took at most of the host's and device's memory."""
+        """Ends the process; returns its peak host and device memory."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        found = self._heard()
+        record = self._read()
         self.process.wait()
         self.limit.cancel()
-        return found
+        return record
 
     def kill(self) -> None:
-        """Ends it without a word."""
+        """Kills the process."""
         self.limit.cancel()
         self.process.kill()
         self.process.wait()
@@ -225,7 +229,8 @@ class Contender:
         self.overdue = True
         self.process.kill()
 
-    def _heard(self) -> dict[str, float]:
+    def _read(self) -> dict[str, float]:
+        """Returns the next record that the process prints."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@"):
@@ -242,7 +247,7 @@ class Contender:
         errors = [
             line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)
         ]
-        last = (errors or lines or ["no word"])[-1]
+        last = (errors or lines or ["no output"])[-1]
         if OUT_OF_MEMORY.search(last):
             return "out of memory"
         return f"{last[:200]} (status {self.process.returncode})"
@@ -254,25 +259,25 @@ Makers = dict[str, Callable[[], Contender]]
 def alternate(
     contenders: Makers, repeats: int, seconds: float = 1.0
 ) -> dict[str, dict[str, Any]]:
-    """Measures all, round by round; a turn is as many runs as fill `seconds`.
+    """Measures all contenders in turn; a turn is as many runs as take `seconds`.
 
     Raises Ended if one of them fails.
     """
     alone = [{name: make} for name, make in contenders.items()]
-    found = race(alone, repeats, seconds)
-    for name, row in found.items():
+    rows = race(alone, repeats, seconds)
+    for name, row in rows.items():
         if "error" in row:
             raise Ended(f"{name}: {row['error']}")
-    return found
+    return rows
 
 
 def race(
     waves: Sequence[Makers], repeats: int, seconds: float = 1.0
 ) -> dict[str, dict[str, Any]]:
-    """`alternate`, but a contender that fails has a row {"error": its reason}.
+    """Measures as `alternate`, but a contender that fails has a row {"error": reason}.
 
-    Those of a wave start at the same time, and are ready before the next wave starts: the
-    seconds of "build" and "first" are of a machine that is busy with the wave.
+    The contenders of a wave start together, and are ready before the next wave starts.
+    So "build" and "first" are measured while the machine is busy with the whole wave.
     """
     names = [name for wave in waves for name in wave]
     living: dict[str, Contender] = {}
@@ -280,8 +285,8 @@ def race(
     times: dict[str, list[float]] = {name: [] for name in names}
     counts: dict[str, int] = {}
 
-    def each(work: Callable[[str], Any], some: Iterable[str]) -> None:
-        for name in [n for n in some if n not in rows]:
+    def each(work: Callable[[str], Any], subset: Iterable[str]) -> None:
+        for name in [n for n in subset if n not in rows]:
             try:
                 work(name)
             except Ended as error:
@@ -299,13 +304,15 @@ def race(
     def end(name: str) -> None:
         one = living[name]
         rows[name] = {"all": times[name], **summary(times[name]), **one.started}
-        with contextlib.suppress(Ended):  # what was measured stands without its memory
+        with contextlib.suppress(Ended):  # keeps the times if the memory is unknown
             rows[name] |= one.close()
 
     try:
         for wave in waves:
             living.update((name, make()) for name, make in wave.items())
-            with ThreadPoolExecutor(len(wave) or 1) as pool:  # each by its own clock
+            with ThreadPoolExecutor(
+                len(wave) or 1
+            ) as pool:  # each has its own time limit
                 list(pool.map(lambda name: each(start, [name]), wave))
         each(count, names)
         for _ in range(repeats):
@@ -318,19 +325,19 @@ def race(
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, and the quartiles as its spread."""
+    """Returns the median, and the quartiles as low and high."""
     low, mid, high = np.percentile(values, [25, 50, 75])
     return {"median": float(mid), "low": float(low), "high": float(high)}
 
 
 def ratio(rows: dict[str, dict], over: str, under: str) -> dict[str, float]:
-    """How many times as long `over` takes as `under`, round by round."""
+    """Returns the ratio of times of `over` and `under`, taken within each round."""
     pairs = zip(rows[over]["all"], rows[under]["all"], strict=True)
     return summary([a / b for a, b in pairs])
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """Describes the machine and the versions of a measurement."""
     names = [
         line.partition(":")[2].strip() for line in _cpuinfo() if "model name" in line
     ]
@@ -355,14 +362,14 @@ def _cpuinfo() -> list[str]:
 
 
 def write(path: str, record: dict[str, Any]) -> None:
-    """JSON with the machine it is of."""
+    """Writes the record as JSON, with a description of the machine."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps({**machine(), **record}, indent=1) + "\n")
     print(path)
 
 
 def options(description: str | None, out: str) -> argparse.ArgumentParser:
-    """What every benchmark asks."""
+    """Returns a parser with the flags that every benchmark has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FUDGE (arXiv:2104.05218): an autoregressive model whose tokens a classifier weighs."""
+"""FUDGE (arXiv:2104.05218): autoregressive sampling weighted by a classifier."""
 
 from collections.abc import Callable
 
@@ -22,10 +22,10 @@ def fudge(
     weight: float = 1.0,
     top: int = 20,
 ) -> Ids:
-    """Ids [b length], each token by p(w | before) p(c | before, w)^weight.
+    """Samples ids [b length], each token from p(w | before) p(c | before, w)^weight.
 
-    log_prob: of the condition given the tokens so far, PAD after them, nats [b]. Of the
-    `top` likeliest tokens alone (FUDGE, arXiv:2104.05218).
+    log_prob: log p(c | tokens so far) [b] in nats; its argument has PAD after them. Only
+    the `top` most likely tokens are considered.
     """
     start, _ = autoregressive.start_ids(keys.shape[0], length, None)
     b = keys.shape[0]
@@ -34,10 +34,10 @@ def fudge(
         scores = autoregressive.trunk_output(params, cfg, ids, head=True)[:, i - 1]
         nats, words = jax.lax.top_k(jax.nn.log_softmax(scores), top)
         tried = jnp.repeat(ids[:, None], top, 1).at[:, :, i].set(words)
-        wanted = log_prob(tried.reshape(b * top, length)).reshape(b, top)
-        here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
-        place = jax.vmap(jax.random.categorical)(here, nats + weight * wanted)
-        drawn = jnp.take_along_axis(words, place[:, None], 1)[:, 0]
+        condition = log_prob(tried.reshape(b * top, length)).reshape(b, top)
+        token_keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
+        choice = jax.vmap(jax.random.categorical)(token_keys, nats + weight * condition)
+        drawn = jnp.take_along_axis(words, choice[:, None], 1)[:, 0]
         return ids.at[:, i].set(
             jnp.where(autoregressive.is_over(ids[:, i - 1]), PAD, drawn)
         ), None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of the speed benchmarks: a contender of `alternate`."""
+"""The dlm_jax contender of the speed benchmarks."""
 
 import os
 from collections.abc import Callable
@@ -20,19 +20,21 @@ from lib import alternate
 from lib.alternate import Case
 
 CLASSES = 17
-if "DLM_PLAIN_ATTENTION" in os.environ:  # accelerator.py found that it does not run
+if (
+    "DLM_PLAIN_ATTENTION" in os.environ
+):  # set by accelerator.py if fused attention fails
     ops.FUSED_ATTENTION.clear()
 TAGGER = {"hidden_dim": 128, "layers": 2, "heads": 4, "mlp_dim": 512, "trunk": "adaln"}
 
 
 def ids_of(config: Any, vocab: int) -> np.ndarray:
-    """Random words [b l]; no data is read."""
+    """Returns random ids [b l]; reads no data."""
     shape = (config.train.batch, config.data.length)
     return np.random.default_rng(0).integers(4, vocab, shape, dtype=np.int32)
 
 
 def tagger_config(config: Any) -> DenoiserConfig:
-    """The network of `configs/classifier.py:pos` on this text."""
+    """Returns the network of `configs/classifier.py:pos` for this config's texts."""
     return DenoiserConfig(
         **TAGGER,
         dim=config.model.dim,
@@ -44,7 +46,7 @@ def tagger_config(config: Any) -> DenoiserConfig:
 
 
 class Training:
-    """A step of the run's own layout, on all devices; waits for its end."""
+    """A training step in the config's layout, on all devices; a call waits for it."""
 
     def __init__(self, config: Any, vocab: int):
         step_cfg, self.key = resolve_config(config), jax.random.key(0)
@@ -60,12 +62,12 @@ class Training:
         jax.block_until_ready(metrics["loss"])
 
     def compiled(self) -> Any:
-        """The step as XLA has it."""
+        """Returns the compiled step."""
         return self.step.lower(self.key, self.state, self.rows).compile()
 
 
 def chain(case: Case) -> Callable[[], Any]:
-    """The config's solver over a grid, with or without clamp and classifier."""
+    """Returns a function that samples a batch, with or without clamp and classifier."""
     config = alternate.settings(case)
     step_cfg = resolve_config(config)
     cfg, schedule = step_cfg.cfg, step_cfg.schedule
@@ -85,9 +87,9 @@ def chain(case: Case) -> Callable[[], Any]:
             denoise = guidance.clamp(denoise, params.table)
         step = samplers.SOLVERS[config.sample.solver](denoise, schedule, **options)
         if case.job == "guided":
-            of = classifier.log_prob(head, tagger, layout, labels, schedule)
+            log_prob = classifier.log_prob(head, tagger, layout, labels, schedule)
             step = guidance.gradient_guidance(
-                step, of, schedule, lr=0.2, num_updates=case.updates
+                step, log_prob, schedule, lr=0.2, num_updates=case.updates
             )
         return samplers.sample(keys, step, x_T, times)[0].x0_hat
 
@@ -99,7 +101,7 @@ def chain(case: Case) -> Callable[[], Any]:
 
 
 def make(case: Case, variant: str) -> Callable[[], Any]:
-    """The work of a case."""
+    """Returns a function that does the work of a case once."""
     if case.job == "train":
         return Training(alternate.settings(case), case.vocab)
     return chain(case)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The same networks, losses and chains in PyTorch: what our speed is measured against.
+"""The PyTorch contender of the speed benchmarks: the same networks, losses and chains.
 
     pip install -e '.[peer]'
     python benchmarks/speed.py --cases e2e
 
-Variants. `eager`: as people run the published code, whose encoder is transformers'
-BertEncoder, in float32. The best effort: layers of our own over
-scaled_dot_product_attention with fused projections, a fused optimiser, foreach
-averaging, autocast to bfloat16 (`bf16`); that and torch.compile, with CUDA graphs on a
-GPU (`compiled`). On our weights they give our numbers (`tests/test_torch_peer.py`).
+There are three variants. `eager` is the published code as people run it, in float32, with
+transformers' BertEncoder. `bf16` is the best effort: layers written here with
+scaled_dot_product_attention, fused projections, a fused optimiser, foreach averaging and
+autocast to bfloat16. `compiled` adds torch.compile, with CUDA graphs on a GPU. With the
+weights of dlm_jax they compute the same numbers (`tests/test_torch_peer.py`).
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ VARIANTS = ("eager", "bf16", "compiled")
 
 
 def device() -> str:
-    """Where the peer runs."""
+    """Returns the device: cuda if there is a GPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# --- networks, named as ours
+# --- networks, with the names of dlm_jax
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions; rotary as ours; fused attention unless plain."""
+    """Self-attention over all positions, with optional RoPE; fused unless plain."""
 
     def __init__(self, cfg: Any, *, rotary: bool, plain: bool):
         super().__init__()
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 def rotate(x):
-    """RoPE of [b n l k]."""
+    """Applies RoPE to [b n l k]."""
     half = x.shape[-1] // 2
     place = torch.arange(x.shape[2], device=x.device)[:, None]
     angle = place * 100.0 ** (-torch.arange(half, device=x.device) / half)
@@ -73,7 +73,7 @@ def rotate(x):
 
 
 class PostBlock(nn.Module):
-    """BERT's layer."""
+    """BERT's post-LN layer."""
 
     def __init__(self, cfg: Any, *, plain: bool):
         super().__init__()
@@ -90,7 +90,7 @@ class PostBlock(nn.Module):
 
 
 class AdaBlock(nn.Module):
-    """Pre-LN with AdaLN-Zero, RoPE and tanh GELU."""
+    """A pre-LN layer with AdaLN-Zero, RoPE and tanh GELU."""
 
     def __init__(self, cfg: Any, *, plain: bool):
         super().__init__()
@@ -170,7 +170,7 @@ class Trunk(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """(x_t, t, x0_prev, alone) -> raw output; without a head, the trunk's."""
+    """Maps (x_t, t, x0_prev, posterior_x0) to the output; without a head, the trunk's."""
 
     def __init__(self, cfg: Any, out: int, *, plain: bool):
         super().__init__()
@@ -183,7 +183,7 @@ class Denoiser(nn.Module):
         self.trunk = Trunk(cfg, inputs, plain=plain)
         self.head = nn.Linear(cfg.hidden_dim, out) if out else nn.Identity()
 
-    def forward(self, x_t, t, x0_prev=None, alone=None):
+    def forward(self, x_t, t, x0_prev=None, posterior_x0=None):
         half = self.cfg.time_dim // 2
         grid = torch.arange(half, device=x_t.device)
         angle = 1000.0 * t[..., None] * torch.exp(-math.log(1e4) * grid / half)
@@ -192,12 +192,12 @@ class Denoiser(nn.Module):
         if self.cfg.trunk == "adaln":
             time = F.silu(time)
         x = x_t if x0_prev is None else torch.cat([x_t, x0_prev], -1)
-        x = x if alone is None else torch.cat([x, alone], -1)
+        x = x if posterior_x0 is None else torch.cat([x, posterior_x0], -1)
         return self.head(self.trunk(x, time)).float()
 
 
 class Model(nn.Module):
-    """Embedding table, rounding bias and denoiser, and the schedule's numbers at t."""
+    """Embedding table, rounding bias, denoiser and noise schedule."""
 
     def __init__(self, cfg: Any, vocab: int, schedule: Any, *, plain: bool = False):
         super().__init__()
@@ -208,24 +208,24 @@ class Model(nn.Module):
         self.denoiser = Denoiser(cfg, out, plain=plain)
 
     def raw(self, table, x_t, t, x0_prev):
-        """The network's output and the estimate that it means."""
-        cfg, told, alone, start = self.cfg, t, None, 0.0
+        """Returns the network's output and the estimate x0_hat it stands for."""
+        cfg, time, posterior_x0, prior = self.cfg, t, None, 0.0
         if cfg.time_input == "log_snr":
-            told = ((10.0 - self.noise.log_snr(t)) / 24.0).clip(0.0, 1.0)
+            time = ((10.0 - self.noise.log_snr(t)) / 24.0).clip(0.0, 1.0)
         if cfg.token_posterior_input:
             alpha, sigma = (part[:, None, None] for part in self.noise(t))
             near = alpha / sigma**2 * (x_t @ table.T)
-            start = near - 0.5 * (alpha / sigma) ** 2 * table.square().sum(-1)
-            alone = torch.softmax(start, -1) @ table
-        fed = x0_prev if cfg.self_cond else None
-        raw = self.denoiser(x_t, told, fed, alone) + start
+            prior = near - 0.5 * (alpha / sigma) ** 2 * table.square().sum(-1)
+            posterior_x0 = torch.softmax(prior, -1) @ table
+        x0_prev = x0_prev if cfg.self_cond else None
+        raw = self.denoiser(x_t, time, x0_prev, posterior_x0) + prior
         if cfg.predicts != "logits":
             return raw, raw
         return raw, torch.softmax(raw, -1) @ table
 
 
 class Noise(nn.Module):
-    """(alpha, sigma) at times: from the table of a discretised schedule, or logistic."""
+    """(alpha, sigma) at times t: from a discretised schedule's table, or logistic."""
 
     table: Any
 
@@ -239,8 +239,8 @@ class Noise(nn.Module):
             )
         else:
             times = np.arange(-1, self.steps) / self.steps
-            found = np.stack(schedule.alpha_sigma(times), -1)
-            table = torch.tensor(found, dtype=torch.float32)
+            levels = np.stack(schedule.alpha_sigma(times), -1)
+            table = torch.tensor(levels, dtype=torch.float32)
             self.register_buffer("table", table, persistent=False)
 
     def log_snr(self, t):
@@ -255,11 +255,11 @@ class Noise(nn.Module):
         return torch.sigmoid(snr).sqrt(), torch.sigmoid(-snr).sqrt()
 
 
-# --- our weights
+# --- weights of dlm_jax
 
 
 def load(module: nn.Module, tree: Any) -> nn.Module:
-    """Our parameters (a tree of arrays named alike) into the module."""
+    """Loads a tree of dlm_jax parameters into the module; returns it."""
     flat = {}
 
     def walk(path: tuple[str, ...], value: Any) -> None:
@@ -272,7 +272,7 @@ def load(module: nn.Module, tree: Any) -> nn.Module:
         flat[".".join((*path[:-1], last))] = array.T if path[-1] == "kernel" else array
 
     walk((), tree)
-    named = {_theirs(name): value for name, value in flat.items()}
+    named = {_torch_name(name): value for name, value in flat.items()}
     if any(isinstance(part, Bert) for part in module.modules()):
         named = dict(pair for item in named.items() for pair in _bert(*item))
     module.load_state_dict(named)
@@ -280,7 +280,7 @@ def load(module: nn.Module, tree: Any) -> nn.Module:
 
 
 def tree_of(params: Any) -> dict:
-    """Our Params as one tree."""
+    """Returns Params as one tree."""
     return {
         "table": params.table,
         "bias": params.bias,
@@ -288,7 +288,7 @@ def tree_of(params: Any) -> dict:
     }
 
 
-def _theirs(name: str) -> str:
+def _torch_name(name: str) -> str:
     return name.replace("trunk.in.", "trunk.in_.").replace("layer_", "layers.")
 
 
@@ -302,9 +302,9 @@ BERT = {
 
 
 def _bert(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The names of BertEncoder; the fused projection in three."""
-    before, found, rest = name.partition("layers.")
-    if not found:
+    """Returns BertEncoder's names and values; splits the fused projection in three."""
+    before, layers, rest = name.partition("layers.")
+    if not layers:
         return [(name, value)]
     number, _, inner = rest.partition(".")
     part, _, kind = inner.rpartition(".")
@@ -323,7 +323,7 @@ def _bert(name: str, value: Any) -> list[tuple[str, Any]]:
 
 @dataclasses.dataclass
 class Batch:
-    """Ids and everything random about them."""
+    """Ids, their times and their noise."""
 
     ids: Any
     t: Any
@@ -332,7 +332,7 @@ class Batch:
 
 
 def draw(model: Model, ids: Any) -> Batch:
-    """Uniform times, Gaussian noise."""
+    """Draws uniform times and Gaussian noise."""
     t = torch.rand(len(ids), device=ids.device)
     if model.noise.steps is not None:
         t = torch.floor(t * model.noise.steps) / model.noise.steps
@@ -342,7 +342,7 @@ def draw(model: Model, ids: Any) -> Batch:
 
 
 def loss(model: Model, batch: Batch, *, objective: str, normalize: bool = False):
-    """`losses.end_to_end` of "x0" and "ce"; every batch feeds its estimate back."""
+    """Computes the loss of objective "x0" or "ce"; self-conditions every batch."""
     table = model.table
     if normalize:
         table = table / table.norm(dim=-1, keepdim=True) * math.sqrt(table.shape[-1])
@@ -351,11 +351,11 @@ def loss(model: Model, batch: Batch, *, objective: str, normalize: bool = False)
     sigma_0 = model.noise(torch.zeros((), device=clean.device))[1]
     x_0 = clean if objective == "ce" else clean + sigma_0 * batch.eps_0
     x_t = alpha * x_0 + sigma * batch.eps_t
-    fed = torch.zeros_like(x_t)
+    x0_prev = torch.zeros_like(x_t)
     if model.cfg.self_cond:
         with torch.no_grad():
-            fed = model.raw(table, x_t, batch.t, fed)[1]
-    raw, x0_hat = model.raw(table, x_t, batch.t, fed)
+            x0_prev = model.raw(table, x_t, batch.t, x0_prev)[1]
+    raw, x0_hat = model.raw(table, x_t, batch.t, x0_prev)
     if objective == "ce":
         return F.cross_entropy(raw.flatten(0, 1), batch.ids.flatten())
     zero = (batch.t * model.noise.steps < 0.5)[:, None, None]
@@ -370,7 +370,7 @@ def loss(model: Model, batch: Batch, *, objective: str, normalize: bool = False)
 def trainer(
     model: Model, variant: str, *, optim: Any, objective: str, normalize: bool
 ) -> Callable[[Any], float]:
-    """step(ids) -> loss: forward, backward, optimiser, moving average."""
+    """Returns step(ids) -> loss: forward, backward, optimiser and moving average."""
     model.to(device()).train()
     fast = variant != "eager"
     optimizers = _optimizers(model, optim, fused=fast)
@@ -409,7 +409,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _optimizers(model: Model, optim: Any, *, fused: bool) -> list[Any]:
-    """AdamW on all, or Muon on the layers' matrices and AdamW on the rest."""
+    """Returns AdamW for all, or Muon for the layers' matrices and AdamW for the rest."""
 
     def adamw(params: list) -> Any:
         betas = (optim.b1, optim.b2)
@@ -441,7 +441,7 @@ def _optimizers(model: Model, optim: Any, *, fused: bool) -> list[Any]:
 
 
 def nearest(table: Any, x: Any, *, plain: bool) -> Any:
-    """The nearest embeddings: by the published matrix of distances, or one product."""
+    """Returns the nearest embeddings; plain: by the published matrix of distances."""
     if plain:
         flat = x.reshape(-1, x.shape[-1])
         distance = (
@@ -457,7 +457,7 @@ def nearest(table: Any, x: Any, *, plain: bool) -> Any:
 
 
 def denoise(model: Model, variant: str, *, clamp: bool) -> Callable:
-    """x0_hat(x_t, t, x0_prev); the best effort keeps its weights in bfloat16."""
+    """Returns x0_hat(x_t, t, x0_prev); all but `eager` keep weights in bfloat16."""
     model.to(device()).eval().requires_grad_(False)
     fast = variant != "eager"
     table = model.table.detach().float()
@@ -486,11 +486,12 @@ def chain(
     clamp: bool,
     guide: Callable | None = None,
 ) -> Callable[[Any], Any]:
-    """run(x_T) -> x0_hat over the grid; guide(x, mean, std, t): pushes after a step."""
-    estimate = denoise(model, variant, clamp=clamp)
-    where = {"dtype": torch.float32, "device": device()}
-    now, after = (torch.tensor(np.asarray(t), **where) for t in (times.now, times.next))
-    acts = [
+    """Returns run(x_T) -> x0_hat; guide(x, mean, std, t) updates x after each step."""
+    predict = denoise(model, variant, clamp=clamp)
+    options = {"dtype": torch.float32, "device": device()}
+    both = (times.now, times.next)
+    now, after = (torch.tensor(np.asarray(t), **options) for t in both)
+    is_guided = [
         a >= 0.05 and b >= 0 for a, b in zip(now.tolist(), after.tolist(), strict=True)
     ]
     step = {"ddim": _ddim, "marginal": _marginal}[solver]
@@ -505,9 +506,9 @@ def chain(
     def run(x_T: Any) -> Any:
         x, x0_hat = x_T, torch.zeros_like(x_T)
         for i, (of_x0, of_x, of_noise) in enumerate(moves):
-            x0_hat = estimate(x, now[i].expand(len(x)), x0_hat)
+            x0_hat = predict(x, now[i].expand(len(x)), x0_hat)
             moved = of_x0 * x0_hat + of_x * x + of_noise * torch.randn_like(x)
-            if guide is not None and acts[i]:
+            if guide is not None and is_guided[i]:
                 a, b, std = first[i]
                 moved = guide(moved, a * x0_hat + b * x, std, after[i].expand(len(x)))
             x = moved
@@ -517,7 +518,7 @@ def chain(
 
 
 def _ddim(alpha, sigma, alpha_next, sigma_next) -> tuple:
-    """(of x0_hat, of x_t, of fresh noise) with eta 1."""
+    """Returns the coefficients of (x0_hat, x_t, noise) for eta 1."""
     beta = 1 - (alpha / alpha_next) ** 2
     coef_x = sigma_next**2 * (1 - beta).sqrt() / sigma**2
     fresh = (beta * sigma_next**2 / sigma**2).clip(min=0).sqrt()
@@ -529,7 +530,7 @@ def _marginal(alpha, sigma, alpha_next, sigma_next) -> tuple:
 
 
 class Tagger(nn.Module):
-    """`classifier` with a label a position: a trunk and a head."""
+    """The classifier with a label per position: a trunk and a head."""
 
     def __init__(self, cfg: Any, classes: int, schedule: Any, *, plain: bool):
         super().__init__()
@@ -539,8 +540,8 @@ class Tagger(nn.Module):
 
     def log_prob(self, x: Any, t: Any, labels: Any) -> Any:
         alpha, sigma = self.noise(t)
-        told = ((10.0 - 2 * (alpha.log() - sigma.log())) / 24.0).clip(0.0, 1.0)
-        scores = self.head(self.trunk(x, told))
+        time = ((10.0 - 2 * (alpha.log() - sigma.log())) / 24.0).clip(0.0, 1.0)
+        scores = self.head(self.trunk(x, time))
         return -F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
@@ -553,14 +554,14 @@ def pusher(
     updates: int = 3,
     fluency: float = 0.01,
 ) -> Callable:
-    """`control.guide` by the published rule: sign steps up log p and the fluency."""
+    """Returns gradient guidance by the published rule: sign steps (docs/method.md, 7.6)."""
     tagger.to(device()).eval().requires_grad_(False)
     fast = variant != "eager"
 
     def objective(x: Any, mean: Any, std: Any, t: Any) -> Any:
         with torch.autocast(device(), torch.bfloat16, enabled=fast):
-            wanted = tagger.log_prob(x, t, labels)
-        return wanted - fluency * (mean - x).square().sum() / std
+            log_prob = tagger.log_prob(x, t, labels)
+        return log_prob - fluency * (mean - x).square().sum() / std
 
     compiled = _compiled(objective) if variant == "compiled" else objective
 
@@ -578,33 +579,33 @@ def pusher(
     return push
 
 
-# --- as a contender
+# --- the contender
 
 
 def make(case: Any, variant: str) -> Callable[[], Any]:
-    """The work of a case of `alternate`."""
+    """Returns a function that does the work of a case once."""
     from dlm_jax.diffusion import samplers
     from dlm_jax.training.config import resolve_config
 
     config = alternate.settings(case)
     step_cfg, plain = resolve_config(config), variant == "eager"
-    # our first estimate is without dropout: else the peer would do more than we do
+    # dlm_jax's first estimate has no dropout; the peer's would have
     assert not (step_cfg.cfg.self_cond and step_cfg.cfg.dropout)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     net = Model(step_cfg.cfg, case.vocab, step_cfg.schedule, plain=plain)
     ids = torch.tensor(ours.ids_of(config, case.vocab), device=device()).long()
     if case.job == "train":
-        of = {"objective": step_cfg.objective, "normalize": step_cfg.normalize}
-        step = trainer(net, variant, optim=config.optim, **of)
+        options = {"objective": step_cfg.objective, "normalize": step_cfg.normalize}
+        step = trainer(net, variant, optim=config.optim, **options)
         return lambda: step(ids)
     guide = None
     if case.job == "guided":
-        of = (ours.tagger_config(config), ours.CLASSES, step_cfg.schedule)
-        tagger, labels = Tagger(*of, plain=plain), ids % ours.CLASSES
+        spec = (ours.tagger_config(config), ours.CLASSES, step_cfg.schedule)
+        tagger, labels = Tagger(*spec, plain=plain), ids % ours.CLASSES
         guide = pusher(tagger, labels, variant, updates=case.updates)
     times = samplers.schedule_timesteps(step_cfg.schedule, case.num_steps)
-    of = {"solver": config.sample.solver, "clamp": case.clamp, "guide": guide}
-    run = chain(net, variant, times, **of)
+    solver = config.sample.solver
+    run = chain(net, variant, times, solver=solver, clamp=case.clamp, guide=guide)
     x_T = torch.randn(*ids.shape, step_cfg.cfg.dim, device=device())
     return lambda: float(run(x_T).sum())
 

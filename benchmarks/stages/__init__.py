@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 
 class Wrong(Exception):
-    """A result that differs from the reference: nothing after it would mean anything."""
+    """A result differs from the reference, so later stages would mean nothing."""
 
 
 class Job(NamedTuple):
-    """What a stage is given: where its JSON goes, and its time box.
+    """The input of a stage: the path of its JSON file and its time limit in seconds.
 
-    began: time.monotonic() of its start; data: E2E's folder; rehearse: tiny shapes on
-    the CPU.
+    began: time.monotonic() at its start. data: the folder of E2E. rehearse: tiny shapes
+    on the CPU. profile: save the trace of a training step.
     """
 
     path: Path
@@ -28,11 +28,11 @@ class Job(NamedTuple):
     profile: bool = False
 
     def left(self) -> float:
-        """Returns the seconds left in the box."""
+        """Returns the seconds left of the time limit."""
         return self.seconds - (time.monotonic() - self.began)
 
     def report(self, record: dict[str, Any]) -> None:
-        """Writes what is known so far; the file is always whole."""
+        """Replaces the stage's JSON file by this record, atomically."""
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(record, indent=1, default=float) + "\n")
         part.replace(self.path)
@@ -44,15 +44,15 @@ def together(
     *,
     done: Callable[[str, Any], None] = lambda name, result: None,
 ) -> dict[str, Any]:
-    """Runs each piece in a thread, as compilers use one core each; name -> result.
+    """Runs each function in a thread; returns {name: result}.
 
-    done(name, result) is called as each piece is there. Raises the first error when all
-    others are done.
+    Compilation uses one core per program, so threads compile in parallel. done(name,
+    result) is called after each function. Raises the first error when all have ended.
     """
     results: dict[str, Any] = {}
     errors: list[BaseException] = []
     with ThreadPoolExecutor(threads) as pool:
-        names = {pool.submit(piece): name for name, piece in work.items()}
+        names = {pool.submit(function): name for name, function in work.items()}
         for future in as_completed(names):
             if error := future.exception():
                 errors.append(error)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small E2E model trained in the minutes that are left, and what it can do.
+"""Trains a small E2E model in the remaining time and evaluates it.
 
-The modern recipe at 5M parameters, whose averaged weights come back as a run directory
-that `dlm_jax.load` reads, packed into files of at most 15 MiB:
+It uses the later recipe (docs/method.md, section 10) at 5M parameters. The averaged
+weights are saved as a run directory for `dlm_jax.load`, in files of at most 15 MiB:
 
     cat model.tar.xz.* | tar xJ -C runs    # then dlm_jax.load("runs/model")
 """
@@ -41,13 +41,13 @@ from stages import Job, together
 SIZE = ("model.hidden_dim=256", "model.mlp_dim=1024", "model.layers=4", "model.heads=4")
 TINY = ("model.hidden_dim=32", "model.mlp_dim=64", "model.layers=1", "model.heads=2")
 VOCAB = 821
-EVALUATION = 75.0  # seconds that the evaluation needs, compilation included
-FAST = 0.01  # seconds of a step up to which the larger batch is taken
+EVALUATION = 75.0  # seconds of the evaluation, with compilation
+FAST = 0.01  # the larger batch is used if a step takes fewer seconds than this
 PART = 15 * 2**20
 
 
 def config_of(job: Job, batch: int) -> Any:
-    """`configs/e2e.py:modern` at this size; learning rate and average fitted to it."""
+    """Returns `configs/e2e.py:modern` with size, learning rate and EMA for 5M."""
     config = alternate.load_config("configs/e2e.py:modern")
     alternate.changed(config, TINY if job.rehearse else SIZE)
     config.data.path = job.data
@@ -61,7 +61,7 @@ def config_of(job: Job, batch: int) -> Any:
 
 
 def batch_of(job: Job, speed: dict[str, Any]) -> int:
-    """256 if the speed measured at 87M parameters predicts a fast step, else 64."""
+    """Returns 256 if the speed measured at 87M predicts a fast step, else 64."""
     if job.rehearse:
         return 8
     rows = speed.get("rows", {}).values()
@@ -71,7 +71,7 @@ def batch_of(job: Job, speed: dict[str, Any]) -> int:
 
 
 def run(job: Job, speed: dict[str, Any]) -> None:
-    """Trains until the evaluation must begin; reports every piece as it is there."""
+    """Trains until the evaluation must begin, then evaluates; reports each result."""
     config = config_of(job, batch_of(job, speed))
     record: dict[str, Any] = {"batch": config.train.batch}
     steps = 30 if job.rehearse else _steps(job, config, record)
@@ -97,7 +97,7 @@ def run(job: Job, speed: dict[str, Any]) -> None:
 
 
 def _steps(job: Job, config: Any, record: dict[str, Any]) -> int:
-    """How many updates fit, by the time of one with random words."""
+    """Returns how many training steps fit, from the time of steps on random ids."""
     step = ours.Training(config, VOCAB)
     for _ in range(2):
         step()
@@ -110,11 +110,11 @@ def _steps(job: Job, config: Any, record: dict[str, Any]) -> int:
 
 
 def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
-    """Trains; a run that takes too long is stopped as by SIGTERM, which saves it."""
+    """Trains; a run that takes too long stops by SIGTERM, which saves a checkpoint."""
     limit = job.left() - EVALUATION
     if limit < 30 and not job.rehearse:
         raise RuntimeError(f"no time to train: {job.left():.0f} s left")
-    # until the loop has its own handler, a signal that comes too early is no end
+    # ignores a signal that arrives before the loop has set its own handler
     signal.signal(signal.SIGTERM, lambda *_: None)
     stop = threading.Timer(limit, os.kill, (os.getpid(), signal.SIGTERM))
     began = time.monotonic()
@@ -136,7 +136,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
 
 
 def pack(lm: DiffusionLM, workdir: str, out: Path) -> list[str]:
-    """Writes the averaged weights as a run directory's archive, in parts; their names."""
+    """Packs the averaged weights as a run directory; returns the names of its parts."""
     records = checkpoint.read_records(workdir, lm.step)
     step = np.asarray(lm.step, np.int32)
     state = train_step.TrainState(step, lm.ema, lm.ema, (), (), lm.schedule_state)
@@ -150,7 +150,7 @@ def pack(lm: DiffusionLM, workdir: str, out: Path) -> list[str]:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as file:
             file.add(model, "model")
-    # a window over the whole file: the second copy of the weights takes no room
+    # a window over the whole file compresses the second copy of the weights away
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 2**27}]
     packed = lzma.compress(archive.getvalue(), filters=filters)
     names = []
@@ -160,17 +160,17 @@ def pack(lm: DiffusionLM, workdir: str, out: Path) -> list[str]:
     return names
 
 
-# --- what it can do
+# --- evaluation
 
 
 def _pieces(lm: DiffusionLM, config: Any, tiny: bool) -> dict[str, Any]:
-    """Each measure as a function, to be run side by side."""
+    """Returns each measurement as a function, to run in parallel."""
     texts = sources.load_texts(config.data, "valid")
     rows = np.random.default_rng(0).permutation(len(texts))
     n = 8 if tiny else 256
-    some = [texts[i] for i in rows[:n]]
+    held_out = [texts[i] for i in rows[:n]]
     return {
-        "bound": partial(_bound, lm, some, 2 if tiny else 8),
+        "bound": partial(_bound, lm, held_out, 2 if tiny else 8),
         "samples": partial(lm.sample, 64, seed=0),
         **{
             f"control: {name}": partial(_control, lm, config, name, 8 if tiny else 64)
@@ -180,10 +180,10 @@ def _pieces(lm: DiffusionLM, config: Any, tiny: bool) -> dict[str, Any]:
 
 
 def _bound(lm: DiffusionLM, texts: list[str], draws: int) -> dict[str, Any]:
-    """Nats per token (END counted) and per position, each with its standard error."""
-    found = report.likelihood_rows(lm, texts, draws)
+    """Returns nats per token (END counted) and per position, with standard errors."""
+    rows = report.likelihood_rows(lm, texts, draws)
     names = ("nats/token", "nats/position")
-    return {name: tuple(found[name]) for name in names} | {"texts": len(texts)}
+    return {name: tuple(rows[name]) for name in names} | {"texts": len(texts)}
 
 
 def _a_word(sentence: Any, rng: Any) -> str:
@@ -205,16 +205,16 @@ CONTROLS = {
 
 
 def _control(lm: DiffusionLM, config: Any, name: str, n: int) -> dict[str, Any]:
-    """Success over held-out targets at 32 steps, with targets and texts."""
+    """Measures success on held-out targets at 32 steps; keeps targets and texts."""
     task, rng = CONTROLS[name], np.random.default_rng(0)
-    found = [
+    sentences = [
         s
         for s in held_out.load_targets(config, name, 2 * n)
         if UNK not in lm.tokenizer.encode(s.text)
         and any(len(w) > 3 for w in s.text.split())
         and len(s.text.split()) <= lm.length - 2
     ][:n]
-    targets = [task.target(s, rng) for s in found]
+    targets = [task.target(s, rng) for s in sentences]
     scorer = held_out.make_scorer(config, name, None)
     options: Any = {"samples": 1, "seeds": 1, "num_steps": 32}
     row = control.run_task(lm, task, targets, scorer, GuidanceConfig(), **options)
@@ -223,9 +223,9 @@ def _control(lm: DiffusionLM, config: Any, name: str, n: int) -> dict[str, Any]:
 
 
 def _by_chance(record: dict[str, Any]) -> None:
-    """What the free samples have of the same targets; and their entropy."""
-    samples, word = record["samples"], record["control: word"]["targets"]
-    pairs = [(t, w) for t in samples for w in word]
+    """Adds how often unconstrained samples meet the targets, and their entropy."""
+    samples, words = record["samples"], record["control: word"]["targets"]
+    pairs = [(t, w) for t in samples for w in words]
     by_chance = [held_out.has_phrase(w, t) for t, w in pairs]
     record["control: word"]["by chance"] = float(np.mean(by_chance))
     lengths = record["control: length"]["targets"]
@@ -236,7 +236,7 @@ def _by_chance(record: dict[str, Any]) -> None:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+    """Returns the lines that describe the record."""
     if "train_steps" not in record:
         return ["nothing was trained"]
     lines = [
@@ -249,7 +249,7 @@ def table(record: dict[str, Any]) -> list[str]:
         mean, error = record["bound"]["nats/token"]
         place, _ = record["bound"]["nats/position"]
         lines.append(
-            f"bound: {mean:.3f} ± {error:.3f} nats a token, {place:.3f} a position"
+            f"bound: {mean:.3f} ± {error:.3f} nats per token, {place:.3f} per position"
         )
     for name in CONTROLS:
         if row := record.get(f"control: {name}"):
@@ -260,6 +260,6 @@ def table(record: dict[str, Any]) -> list[str]:
             lines.append(f"{name} at 32 steps: {shares}{chance}")
     if "samples" in record:
         entropy = record["samples' unigram entropy, nats"]
-        lines.append(f"entropy of 64 samples {entropy:.3f} nats; the first of them:")
+        lines.append(f"entropy of 64 samples: {entropy:.3f} nats; the first 8:")
         lines += [f"  | {text}" for text in record["samples"][:8]]
     return lines

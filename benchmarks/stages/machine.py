@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do at most: matrix products, copies, how fast it starts a program."""
+"""Measures the machine's limits: matrix products, copies, and dispatch of programs."""
 
 import statistics
 import time
@@ -39,26 +39,26 @@ def run(job: Job) -> None:
 
 
 def products(size: int, dtype: str, precision: str) -> float:
-    """TFLOP/s of a product of two square matrices of random numbers."""
+    """Measures the TFLOP/s of a product of two random square matrices."""
     x, w = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in (0, 1))
     product = jax.jit(partial(jnp.matmul, precision=precision))
     return 2e-12 * size**3 / queued(partial(product, x, w))
 
 
 def copies(elements: int) -> float:
-    """GB/s read and written by y = x + 1 over so many float32 numbers."""
+    """Measures the GB/s read and written by y = x + 1 over float32 numbers."""
     x = jnp.ones(elements)
     return 2e-9 * x.nbytes / queued(partial(jax.jit(lambda x: x + 1), x))
 
 
 def queued(run: Callable[[], Any], calls: int = 10, repeats: int = 5) -> float:
-    """Seconds of one call out of several that wait in the device's queue; the median."""
+    """Returns the median seconds per call when several calls are queued at once."""
     jax.block_until_ready(run())
 
     def once() -> float:
         began, last = time.perf_counter(), None
         for _ in range(calls):
-            last = run()  # the one before is freed
+            last = run()  # frees the previous result
         jax.block_until_ready(last)
         return (time.perf_counter() - began) / calls
 
@@ -66,7 +66,7 @@ def queued(run: Callable[[], Any], calls: int = 10, repeats: int = 5) -> float:
 
 
 def dispatch(calls: int = 200) -> tuple[float, float]:
-    """Microseconds of a call that does next to nothing: queued, and waited for."""
+    """Measures the microseconds of a nearly empty call: queued, and waited for."""
     one = jax.jit(lambda x: x + 1)
     tiny = partial(one, jnp.ones(8))
     jax.block_until_ready(tiny())
@@ -79,7 +79,7 @@ def dispatch(calls: int = 200) -> tuple[float, float]:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+    """Returns the lines that describe the record."""
     names = ", ".join(f"{n} {v}" for n, v in record["versions"].items())
     limits = [f"{n} {v:.4g}" for n, v in record.items() if isinstance(v, float)]
     return [f"{record['devices']} x {record['device']}; {names}", "; ".join(limits)]

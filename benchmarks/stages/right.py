@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the device computes what the CPU computes in float32.
+"""Checks the device's results against the CPU's in float32.
 
-The reference runs beside it in a process of its own that has no accelerator. Errors are
-|found - reference| / |reference| over all numbers of a result; of a chain with the
-clamp, whose results are words, the share of positions whose word differs.
+The reference runs at the same time in a process without an accelerator. The error of a
+result is |result - reference| / |reference| over all of its numbers. For a chain with the
+clamp, whose results are words, it is the share of coordinates that differ.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ SMALL = (
 TINY = ("model.hidden_dim=32", "model.mlp_dim=64", "model.layers=1", "model.heads=2")
 VOCAB = 821
 
-# The largest error allowed. bfloat16 keeps 8 bits, about 0.4% a rounding; in a step of
-# Adam or of sign guidance, numbers near zero may change their sign.
+# The largest errors allowed. bfloat16 has 8 significant bits, about 0.4% per rounding. In
+# a step of Adam or of sign guidance, numbers near zero may change their sign.
 LIMITS = {
     "forward": {"float32": 1e-3, "bfloat16": 5e-2},
     "gradient": {"float32": 1e-3, "bfloat16": 8e-2},
@@ -51,7 +51,7 @@ LIMITS = {
 
 
 def case(trunk: str, dtype: str, *, tiny: bool, **other: Any) -> Case:
-    """A small network of this trunk; without dropout, whose order of bits may differ."""
+    """Returns a case with a small network; no dropout, whose bits depend on devices."""
     size, batch, length = (TINY, 2, 16) if tiny else (SMALL, 8, 64)
     still = ("model.dropout=0.0", "model.attention_dropout=0.0")
     change = (*size, *still, f"model.dtype={dtype}")
@@ -61,12 +61,11 @@ def case(trunk: str, dtype: str, *, tiny: bool, **other: Any) -> Case:
 
 
 def passes(trunk: str, dtype: str, tiny: bool) -> dict[str, Any]:
-    """The network's output and its gradients by weights and input."""
+    """Computes the network's output and its gradients by weights and input."""
     config = alternate.settings(case(trunk, dtype, tiny=tiny))
     step_cfg = resolve_config(config)
-    cfg = dataclasses.replace(
-        step_cfg.cfg, token_posterior_input=False
-    )  # whose logits drown it
+    # the logits of the token posterior would dominate the output
+    cfg = dataclasses.replace(step_cfg.cfg, token_posterior_input=False)
     params = _moved(model.init(jax.random.key(0), cfg, VOCAB))
     shape = (config.train.batch, config.data.length, cfg.dim)
     x_t, x0_prev = jax.random.normal(jax.random.key(2), (2, *shape))
@@ -83,7 +82,7 @@ def passes(trunk: str, dtype: str, tiny: bool) -> dict[str, Any]:
 
 
 def _moved(params: Any) -> Any:
-    """Away from the start, where the gates of adaln are closed."""
+    """Adds noise to the initial parameters, at which the gates of adaln are zero."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [
@@ -94,7 +93,7 @@ def _moved(params: Any) -> Any:
 
 
 def attention(fused: bool, tiny: bool) -> dict[str, Any]:
-    """softmax(q k^T / sqrt k) v and its gradients, of numbers that bfloat16 keeps."""
+    """Computes attention and its gradients on numbers exact in bfloat16."""
     shape = (2, 2, 16, 16) if tiny else (8, 4, 64, 64)
     q, k, v = jax.random.normal(jax.random.key(3), (3, *shape)).astype(jnp.bfloat16)
     how: Literal["xla", "cudnn"] | None = ops.FUSED_ATTENTION.get(jax.default_backend())
@@ -104,7 +103,7 @@ def attention(fused: bool, tiny: bool) -> dict[str, Any]:
         scores = jnp.einsum("bnqk,bnlk->bnql", q, k) / shape[-1] ** 0.5
         return jnp.einsum("bnql,bnlk->bnqk", jax.nn.softmax(scores), v)
 
-    def library(q: Any, k: Any, v: Any) -> Any:  # by XLA where there is none
+    def library(q: Any, k: Any, v: Any) -> Any:  # XLA's where the device has none
         places = (x.swapaxes(1, 2) for x in (q, k, v))
         y = jax.nn.dot_product_attention(*places, implementation=how)
         return y.swapaxes(1, 2)
@@ -118,7 +117,7 @@ def attention(fused: bool, tiny: bool) -> dict[str, Any]:
 
 
 def steps(trunk: str, tiny: bool) -> dict[str, Any]:
-    """What three optimizer steps add to the weights."""
+    """Computes the change of the weights in three optimizer steps."""
     config = alternate.settings(case(trunk, "float32", tiny=tiny))
     config.optim.warmup = 0
     step_cfg = resolve_config(config)
@@ -132,16 +131,16 @@ def steps(trunk: str, tiny: bool) -> dict[str, Any]:
 
 
 def chains(trunk: str, tiny: bool) -> dict[str, Any]:
-    """A chain with the clamp; two steps of which the first is guided by a classifier."""
-    of = partial(case, trunk, "float32", tiny=tiny)
-    chain = ours.chain(of(job="chain", num_steps=20, clamp=True))
-    guided = ours.chain(of(job="guided", num_steps=2, clamp=False))
+    """Runs a chain with the clamp, and two steps, the first one guided."""
+    make = partial(case, trunk, "float32", tiny=tiny)
+    chain = ours.chain(make(job="chain", num_steps=20, clamp=True))
+    guided = ours.chain(make(job="guided", num_steps=2, clamp=False))
     name = "20 steps with clamp, other words"
     return {name: chain(), "guided step": guided()}
 
 
 def compute(*, tiny: bool, reference: bool) -> dict[str, np.ndarray]:
-    """All results, flat, by name, trunk and precision; the reference's in float32."""
+    """Computes all results, flattened, by name; the reference only in float32."""
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "/bfloat16": partial(attention, not reference, tiny)
     }
@@ -151,10 +150,9 @@ def compute(*, tiny: bool, reference: bool) -> dict[str, np.ndarray]:
         work[f", {trunk}/float32  "] = partial(chains, trunk, tiny)
         if not reference:
             work[f", {trunk}/bfloat16"] = partial(passes, trunk, "bfloat16", tiny)
-    found = together(work)
     return {
         f"{name}{where.rstrip()}": _flat(tree)
-        for where, results in found.items()
+        for where, results in together(work).items()
         for name, tree in results.items()
     }
 
@@ -166,34 +164,34 @@ def _flat(tree: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """An error and the largest that is allowed; NaN is never allowed."""
+    """An error and the largest allowed one; NaN is never allowed."""
 
     error: float
     limit: float
 
     @property
     def holds(self) -> bool:
-        """Whether the result is right."""
+        """Returns whether the error is within the limit."""
         return self.error <= self.limit
 
 
 def compare(
     found: dict[str, np.ndarray], reference: dict[str, np.ndarray]
 ) -> dict[str, Check]:
-    """Checks every result; one in bfloat16 against the reference's float32."""
+    """Compares every result with its reference; bfloat16 with float32."""
     checks = {}
     for name, value in found.items():
         kind, _, dtype = name.rpartition("/")
         what = kind.partition(", post_ln")[0].partition(", adaln")[0]
-        wanted = reference.get(name, reference.get(f"{kind}/float32"))
-        assert wanted is not None, name
+        expected = reference.get(name, reference.get(f"{kind}/float32"))
+        assert expected is not None, name
         error = words_apart if "words" in what else apart
-        checks[name] = Check(error(value, wanted), LIMITS[what][dtype])
+        checks[name] = Check(error(value, expected), LIMITS[what][dtype])
     return checks
 
 
 def apart(found: np.ndarray, wanted: np.ndarray) -> float:
-    """|found - wanted| / |wanted|."""
+    """Computes |found - wanted| / |wanted|."""
     a, b = found.astype(np.float64), wanted.astype(np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -201,25 +199,25 @@ def apart(found: np.ndarray, wanted: np.ndarray) -> float:
 def words_apart(
     found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-3
 ) -> float:
-    """The share of coordinates that differ: those of other words do."""
+    """Computes the share of coordinates that differ, as those of other words do."""
     return float(np.mean(~(np.abs(found - wanted) <= tolerance)))
 
 
-# it is compiled for one use: quickly
+# each program runs only once, so compilation should be fast
 REFERENCE = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def no_fused_attention(*, tiny: bool) -> str:
-    """Why fused attention does not run on this device, with its gradient; "" if it does."""
+    """Returns why fused attention and its gradient fail on this device, or ""."""
     try:
         jax.block_until_ready(attention(True, tiny))
-    except Exception as error:  # a library's, of many kinds
+    except Exception as error:  # libraries raise errors of many kinds
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     return ""
 
 
 def run(job: Job) -> None:
-    """Reports all errors; raises Wrong for the first that is too large."""
+    """Reports all errors; raises Wrong for the first one above its limit."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reference.npz"
         reference = subprocess.Popen(
@@ -245,7 +243,7 @@ def run(job: Job) -> None:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """A line a check."""
+    """Returns a line per check."""
     lines = [f"{n}: {v}" for n, v in record.items() if n != "checks"]
     return lines + [
         f"{'ok   ' if row['holds'] else 'WRONG'} {name}: {row['error']:.2g}"

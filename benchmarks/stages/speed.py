@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps and chains of the 87M model, beside PyTorch's on the same card.
+"""Measures training and sampling of the 87M model beside PyTorch on the same device.
 
-Every contender has a process of its own (`alternate`). Ours are measured alone first, so
-that they are sure to be had. Beside peers, ours start first, the peers start together
-when ours are ready, and all are then measured in turn.
+Every contender has its own process (`lib/alternate.py`). dlm_jax is first measured alone,
+so that its figures exist even if time runs out. In a race with the PyTorch peers it starts
+first, the peers start together when it is ready, and all are then measured in turn.
 """
 
 import importlib.util
@@ -21,8 +21,9 @@ from lib.alternate import Case, Contender, Makers
 from stages import Job
 
 CONFIGS = {"e2e": "configs/e2e.py", "e2e:modern": "configs/e2e.py:modern"}
-# The peer cannot leave dropout out of its first estimate, as ours does; and the fused
-# attention of both is without. The published recipe has no such estimate.
+# No dropout where there is self-conditioning: the peer cannot disable it in the first
+# estimate, as dlm_jax does, and the fused attention of both has none. The published recipe
+# has no self-conditioning.
 CHANGE = {"e2e": (), "e2e:modern": ("model.dropout=0.0", "model.attention_dropout=0.0")}
 TINY = (
     "model.hidden_dim=32",
@@ -32,13 +33,13 @@ TINY = (
     "model.dim=16",
 )
 PEERS = {"e2e": ("eager", "bf16", "compiled"), "e2e:modern": ("bf16", "compiled")}
-GUARD = 20.0  # seconds that a race needs besides its slowest contender's start
-PATIENCE = 100.0  # in which a peer must be ready
-PROFILE = 75.0  # seconds for the trace
+GUARD = 20.0  # seconds that a race needs after its slowest contender has started
+PATIENCE = 100.0  # seconds in which a peer must be ready
+PROFILE = 75.0  # seconds allowed for the trace
 
 
 class Plan:
-    """What is measured at full size, and in a rehearsal; seconds: what a race may take."""
+    """The sizes to measure, or those of a rehearsal; seconds: the time a race needs."""
 
     def __init__(self, job: Job):
         tiny = job.rehearse
@@ -51,31 +52,31 @@ class Plan:
         self.seconds = 10 if tiny else 45
 
     def case(self, name: str, batch: int, **other: Any) -> Case:
-        """A case of this config, as our peer computes it too."""
+        """Returns a case of this config that the peers can also compute."""
         change = (*CHANGE[name], *self.change)
         length = 16 if self.change else 0
         return Case(CONFIGS[name], batch=batch, length=length, change=change, **other)
 
 
 def peers(job: Job, backend: str) -> tuple[tuple[str, ...], str]:
-    """The peers that can run beside us, and why not all."""
+    """Returns the peers that can run here, and a note if some cannot."""
     missing = [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]
     if missing:
         return (), f"no peers: {' and '.join(missing)} not installed (extra `peer`)"
     if backend == "tpu":
         return (), "no peers: PyTorch does not run on this device"
     if backend == "gpu":
-        ask = "import torch; raise SystemExit(not torch.cuda.is_available())"
-        if subprocess.run([sys.executable, "-c", ask]).returncode:
+        program = "import torch; raise SystemExit(not torch.cuda.is_available())"
+        if subprocess.run([sys.executable, "-c", program]).returncode:
             return (), "no peers: this PyTorch does not see the GPU"
     return ("eager", "bf16") if job.rehearse else ("eager", "bf16", "compiled"), ""
 
 
 class Races:
-    """Runs races while the box has room, and reports every row at once.
+    """Runs races while time is left, and reports every row immediately.
 
-    A case that was measured before is measured again beside new peers; its row keeps
-    the others' figures, and the seconds of its first compilation.
+    A case that was measured before is measured again beside new peers. Its row keeps
+    the figures of earlier peers and the seconds of its first compilation.
     """
 
     def __init__(self, job: Job, plan: Plan, record: dict[str, Any]):
@@ -88,39 +89,39 @@ class Races:
         *,
         apart: bool = False,
     ) -> None:
-        """All cases at once, each beside its peers; apart: one process at a time."""
+        """Races all cases with their peers; apart: starts one process at a time."""
         if self.job.left() < self.plan.seconds:
             for name in cases.keys() - self.record["rows"].keys():
                 self.keep(name, {"skipped": f"{max(0, self.job.left()):.0f} s left"})
             return
         env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if apart else {}
-        mine: Makers = {
+        ours: Makers = {
             f"{name}/ours": partial(self._ours, case, env)
             for name, case in cases.items()
         }
-        theirs: Makers = {
+        peers: Makers = {
             f"{name}/{variant}": partial(self._peer, case, variant)
             for name, case in cases.items()
             for variant in (variants or {}).get(name, ())
         }
-        # ours first: XLA chooses kernels by timing them, which others would disturb
+        # dlm_jax first: XLA times kernels to choose them, which peers would disturb
         plan = self.plan
-        lanes = [[{n: make}] for n, make in (mine | theirs).items()]
-        found: dict[str, Any] = {}
-        for waves in lanes if apart else [[mine, theirs]]:
-            found |= alternate.race(waves, plan.repeats, plan.turn)
+        lanes = [[{n: make}] for n, make in (ours | peers).items()]
+        times: dict[str, Any] = {}
+        for waves in lanes if apart else [[ours, peers]]:
+            times |= alternate.race(waves, plan.repeats, plan.turn)
         for name, case in cases.items():
             start = f"{name}/"
-            rows = {n[len(start) :]: r for n, r in found.items() if n.startswith(start)}
+            rows = {n[len(start) :]: r for n, r in times.items() if n.startswith(start)}
             self.keep(name, self._merged(name, self._row(case, rows)))
 
     def _ours(self, case: Case, env: dict[str, str]) -> Contender:
         change = (*case.change, f"model.dtype={self.plan.dtype}")
-        mine = case._replace(change=change)
-        return Contender("ours.py", mine, "", self._left(), self._left(), env)
+        case = case._replace(change=change)
+        return Contender("ours.py", case, "", self._left(), self._left(), env)
 
     def _peer(self, case: Case, variant: str) -> Contender:
-        """A peer; it asks JAX for the config alone. One that compiles for long is out."""
+        """Makes a peer, which uses JAX for its config only and must be ready in time."""
         patience, env = min(self._left(), PATIENCE), {"JAX_PLATFORMS": "cpu"}
         return Contender("torch_peer.py", case, variant, patience, self._left(), env)
 
@@ -133,7 +134,7 @@ class Races:
             return row
         new, before = row["contenders"], old["contenders"]
         peers = {n: r for n, r in new.items() if n != "ours"}
-        if "ratios" not in row:  # ours failed this time: the first row stands
+        if "ratios" not in row:  # dlm_jax failed this time: keep the first row
             return {**old, "contenders": before | peers}
         start = {n: before["ours"][n] for n in ("build", "first")}
         contenders = {**before, **new, "ours": new["ours"] | start}
@@ -156,24 +157,24 @@ class Races:
         if case.job == "train":
             passes = 4 if config.model.self_cond else 3
             row["tokens/s"] = config.train.batch * config.data.length / seconds
-        if case.job != "guided":  # a classifier's operations are not counted
+        if case.job != "guided":  # the classifier's operations are not counted
             row["TFLOP/s"] = 1e-12 * passes * forward / seconds
             if peak := self.record.get("peak, TFLOP/s"):
                 row["share of the peak"] = row["TFLOP/s"] / peak
         return row
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
-        """Reports a row."""
+        """Stores and reports a row."""
         self.record["rows"][name] = row
         self.job.report(self.record)
 
     def rate(self, name: str) -> float:
-        """Tokens per second of a row; 0 where there are none."""
+        """Returns the tokens per second of a row; 0 if it has none."""
         return self.record["rows"].get(name, {}).get("tokens/s", 0.0)
 
 
 def run(job: Job, machine: dict[str, Any]) -> None:
-    """Reports a row for every case; machine: what that stage found."""
+    """Reports a row for every case; machine: the record of that stage."""
     variants, note = peers(job, machine.get("backend", "cpu"))
     record: dict[str, Any] = {"note": note, "rows": {}}
     record["peak, TFLOP/s"] = machine.get("bfloat16, TFLOP/s")
@@ -190,7 +191,7 @@ def run(job: Job, machine: dict[str, Any]) -> None:
     for batch in reversed(plan.batches):
         _beside(races, batch, fast)
     _beside(races, plan.batches[-1], slow)
-    _chains(races, plan.num_steps[:1], fast)  # a guided one takes minutes to compile
+    _chains(races, plan.num_steps[:1], fast)  # guided chains take minutes to compile
     for name in CONFIGS:
         _largest(races, name, fast[name] + slow[name])
     _beside(races, plan.batches[0], slow)
@@ -198,7 +199,7 @@ def run(job: Job, machine: dict[str, Any]) -> None:
 
 
 def _check(record: dict[str, Any]) -> None:
-    """Raises the first error of ours that is not for want of memory or time."""
+    """Raises the first error of dlm_jax other than a lack of memory or time."""
     for name, row in record["rows"].items():
         why = row.get("error", "")
         if why and why != "out of memory" and not why.startswith("not done"):
@@ -214,7 +215,7 @@ def _title(name: str, batch: int) -> str:
 
 
 def _ours_alone(races: Races) -> None:
-    """What needs no peer, and so is sure to be had: steps and chains of ours."""
+    """Measures steps and chains of dlm_jax, without peers."""
     cases: dict[str, Case] = {}
     for batch in races.plan.batches:
         cases |= _training(races, batch)
@@ -223,7 +224,7 @@ def _ours_alone(races: Races) -> None:
 
 
 def _beside(races: Races, batch: int, variants: dict[str, tuple[str, ...]]) -> None:
-    """Training steps beside these peers, where there are any."""
+    """Measures training steps beside these peers, if there are any."""
     titles = {_title(n, batch): v for n, v in variants.items() if v}
     cases = {t: c for t, c in _training(races, batch).items() if t in titles}
     if cases:
@@ -233,7 +234,7 @@ def _beside(races: Races, batch: int, variants: dict[str, tuple[str, ...]]) -> N
 def _chains(
     races: Races, steps: tuple[int, ...], beside: dict[str, tuple[str, ...]]
 ) -> None:
-    """Chains and guided chains of so many steps."""
+    """Measures chains and guided chains of each number of steps."""
     plan, cases, variants = races.plan, {}, {}
     for name in CONFIGS:
         for job, n in itertools.product(("chain", "guided"), steps):
@@ -245,9 +246,9 @@ def _chains(
 
 
 def _largest(races: Races, name: str, variants: tuple[str, ...]) -> None:
-    """Larger batches while they are faster; then the peers at the best of them.
+    """Doubles the batch while that is faster; then measures the peers at the best.
 
-    One process at a time, as each may need all of the memory.
+    Runs one process at a time, because each may need all of the memory.
     """
     best, rate = 0, max(races.rate(_title(name, b)) for b in races.plan.batches)
     for batch in races.plan.larger:
@@ -262,7 +263,7 @@ def _largest(races: Races, name: str, variants: tuple[str, ...]) -> None:
 
 
 def profile(job: Job, plan: Plan) -> list[str]:
-    """Saves a trace of a training step beside the JSON; what takes its time, in words."""
+    """Saves the trace of a training step beside the JSON; returns its summary."""
     case = plan.case("e2e", plan.batches[-1])
     change = (*case.change, f"model.dtype={plan.dtype}")
     command = [
@@ -286,27 +287,27 @@ HEAD = f"{'':52s}{'ms':>10s}{'eager':>7s}{'best':>7s}{'tokens/s':>11s}{'peak':>6
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """A line a row: time, the peers' times over ours, rate, share, memory, compilation."""
+    """Returns a line per row: ms, the peers' times over it, rate, memory, start-up."""
     lines = [record["note"]] if record.get("note") else []
     lines.append(HEAD)
     for name, row in record.get("rows", {}).items():
         lines.append(f"{name:52s}" + _cells(row))
-        for peer, found in row.get("contenders", {}).items():
-            if peer != "ours" and "error" in found:
-                lines.append(f"    {peer}: {found['error']}")
+        for peer, result in row.get("contenders", {}).items():
+            if peer != "ours" and "error" in result:
+                lines.append(f"    {peer}: {result['error']}")
     return lines + record.get("profile", [])
 
 
 def _cells(row: dict[str, Any]) -> str:
     if why := row.get("error") or row.get("skipped"):
         return f"  {why}"
-    mine, ratios = row["contenders"]["ours"], row["ratios"]
+    ours, ratios = row["contenders"]["ours"], row["ratios"]
     fast = [r["median"] for n, r in ratios.items() if n != "eager"]
     eager = f"{ratios['eager']['median']:7.2f}" if "eager" in ratios else f"{'-':>7s}"
     best = f"{min(fast):7.2f}" if fast else f"{'-':>7s}"
     rate = f"{row['tokens/s']:11,.0f}" if "tokens/s" in row else f"{'-':>11s}"
     share = row.get("share of the peak")
     share = f"{share:6.0%}" if share else f"{'-':>6s}"
-    memory = mine.get("device_mb") or mine["peak_mb"]
-    ready = mine["build"] + mine["first"]
-    return f"{1e3 * mine['median']:10.1f}{eager}{best}{rate}{share}{memory:8.0f}{ready:8.0f}s"
+    memory = ours.get("device_mb") or ours["peak_mb"]
+    ready = ours["build"] + ours["first"]
+    return f"{1e3 * ours['median']:10.1f}{eager}{best}{rate}{share}{memory:8.0f}{ready:8.0f}s"

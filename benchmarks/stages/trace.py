@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace of one training step, and its longest kernels as text.
+"""Saves the trace of one training step and prints its longest kernels.
 
 python benchmarks/stages/trace.py TRACE.tar.gz CASE-AS-JSON
 """
@@ -21,7 +21,7 @@ from lib.alternate import Case
 
 
 def kernels(path: Path) -> dict[str, float]:
-    """Milliseconds by kernel, of the device's planes where there are any."""
+    """Returns the milliseconds by kernel, of the device's planes if there are any."""
     data = jax.profiler.ProfileData.from_file(str(path))
     planes = [p for p in data.planes if "/device:" in (p.name or "")]
     spent: collections.Counter = collections.Counter()
@@ -34,7 +34,7 @@ def kernels(path: Path) -> dict[str, float]:
 
 
 def main(out: str, case: Case) -> None:
-    """Traces one step after two others; prints parts and kernels with their shares."""
+    """Traces one step after two warm-up steps; prints the shares of its kernels."""
     step = ours.Training(alternate.settings(case), case.vocab)
     for _ in range(2):
         step()
