@@ -249,7 +249,7 @@ def test_infill_leaves_the_noise_of_the_others_alone():
 
 
 def test_published_rule(golden):
-    """Three sign steps, fluency over sigma (REFERENCE 6.2, item 15)."""
+    """Three sign steps, fluency over sigma (docs/method.md, section 7.6)."""
     x, target = golden["n1"], golden["n0"]
     found = guidance.gradient_updates(
         jnp.asarray(x),

@@ -211,7 +211,7 @@ def test_start():
 
 
 def test_count(params):
-    """By hand for the tiny one; the published sizes of REFERENCE 1.4 for the large."""
+    """By hand for the tiny one; docs/method.md, section 2.5, for the large."""
 
     def linear(fan_in, fan_out):
         return fan_in * fan_out + fan_out

@@ -197,7 +197,7 @@ def test_a_missing_weight_is_named(name):
     ("vocab", "dim", "count"), [(821, 16, 87_129_749), (11_043, 128, 88_712_483)]
 )
 def test_parameter_counts_of_the_published_models(vocab, dim, count):
-    """REFERENCE 1.4: counted on the published network, E2E and ROCStories."""
+    """docs/method.md, section 2.5: counted on the published network, E2E and ROCStories."""
     cfg = DenoiserConfig(dim=dim)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), cfg, vocab))
     assert model.count(shapes) == count

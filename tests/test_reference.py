@@ -2,7 +2,7 @@
 """Parity with the published code: every value of golden.npz but `langevin/out`.
 
 golden.npz holds what the modules of XiangLi1999/Diffusion-LM (commit 759889d) gave on a
-tiny network on a CPU with torch 2.13; REFERENCE section 6.3 of the design lists it.
+tiny network on a CPU with torch 2.13; tests/README.md describes it.
 """
 
 import dataclasses
@@ -194,7 +194,7 @@ def test_gradients(golden, net, gradient):
 
 
 def compare_weights(found, want):
-    """A key's bias has no gradient: Adam makes steps of its rounding noise (item 17)."""
+    """A key's bias has no gradient: Adam makes steps of its rounding noise."""
 
     def compare(path, a, b):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -259,7 +259,7 @@ def test_p_sample(golden, net, clamped):
 def test_ddim_step(golden, net, monkeypatch, clamped, eta):
     """One step from n1 at indices 0, 1, 99, 199 of T = 200, with n0 as its noise.
 
-    The published coefficients come from float32 alpha_bar (Q20): 1e-4.
+    The published coefficients come from float32 alpha_bar (docs/method.md, section 1.2): 1e-4.
     """
     monkeypatch.setattr(samplers, "standard_normal", lambda keys, shape: golden["n0"])
     x, now = jnp.asarray(golden["n1"]), jnp.array([0, 1, 99, 199]) / 200

@@ -15,7 +15,7 @@ DISCRETE_ONLY = ("linear", "trunc_lin", "pw_lin")
 CURVES = [name for name in SCHEDULES if name not in DISCRETE_ONLY]
 TABLES = {name: schedule.discretize(make(), 2000) for name, make in SCHEDULES.items()}
 
-# REFERENCE 1.1: beta at 0, 1, T/2, T-2, T-1; alpha_bar at 0, T/2, T-2, T-1; sigma_0;
+# docs/method.md, section 1.4, to more digits: beta at 0, 1, T/2, T-2, T-1; alpha_bar at 0, T/2, T-2, T-1; sigma_0;
 # the published modules' float64 values to nine digits
 PUBLISHED = """
 sqrt 2000 .0146413105 .00888908777 .00120697593 .555611135 .999
@@ -49,7 +49,7 @@ def test_published_table(row):
 
 
 def test_published_coefficients():
-    """REFERENCE 1.1, sqrt at T = 2000."""
+    """The published posterior coefficients (docs/method.md, section 1.6), sqrt."""
     table = TABLES["sqrt"]
     t = np.array([0, 1, 2, 1000, 1998, 1999]) / 2000
     coef_0, coef_t, var = schedule.posterior_coefficients(t, t - 1 / 2000, table)
@@ -65,7 +65,7 @@ def test_published_coefficients():
 
 
 def test_coarse_table_is_every_tenth_of_the_fine():
-    """REFERENCE 6.1 item 4: abar200 = abar2000[9::10], but for the clipped last."""
+    """docs/method.md, section 5.6: abar200 = abar2000[9::10], but for the clipped last."""
     fine, coarse = TABLES["sqrt"], schedule.make_schedule("sqrt", 200)
     np.testing.assert_allclose(
         coarse.log_alpha_bar_table[:-1],

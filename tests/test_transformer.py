@@ -338,7 +338,7 @@ def check_spread(name, value, sigma, kurtosis):
 
 
 def test_post_ln_starts_as_published():
-    """REFERENCE 1.4: U(-1/sqrt fan_in, +) everywhere, N(0, 1) positions, norms 1 and 0."""
+    """docs/method.md, section 2.5: U(-1/sqrt fan_in, +), N(0, 1) positions, norms 1 and 0."""
     cfg = DenoiserConfig(
         dim=16, hidden_dim=64, layers=1, heads=4, mlp_dim=256, positions=64
     )
