@@ -5,11 +5,11 @@
     python benchmarks/accelerator.py --out FOLDER --rehearse     # tiny, on the CPU
 
 Each of the four stages runs in its own process with its own time limit. `machine`
-measures peak rates. `right` compares results with the CPU. `speed` compares training and
-sampling with PyTorch. `learn` trains a small model in the remaining time. FOLDER receives
-a JSON file per stage, which grows as results arrive, `log.txt` and the model. A stage
-that does not fit is skipped, and the table says so. The exit status is 1 if a stage
-failed and 2 for a user's mistake.
+measures peak rates. `right` compares results with the CPU. `speed` compares training
+and sampling with PyTorch. `learn` trains a small model in the remaining time. FOLDER
+receives a JSON file per stage, which grows as results arrive, `log.txt` and the model.
+A stage that does not fit is skipped, and the table says so. The exit status is 1 if a
+stage failed and 2 for a user's mistake.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def check_device() -> None:
-    """Fails without an accelerator; asks JAX in a subprocess, so the device stays free."""
+    """Fails without an accelerator; a subprocess asks, so the device stays free."""
     program = "import jax; print(jax.default_backend())"
     options: Any = {"capture_output": True, "text": True, "timeout": 180}
     try:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sentence infilling on stories: the middle of three (arXiv:2205.14217, section 6.3).
 
-    python benchmarks/anlg.py --data tinystories.lower.4MB.txt --out benchmarks/results/anlg.json
+    python benchmarks/anlg.py --data tinystories.lower.4MB.txt \\
+        --out benchmarks/results/anlg.json
 
 Trains a model on windows of three sentences, nine of ten with some words given. It
 generates the middle sentence of held-out stories from its neighbours, as candidates of

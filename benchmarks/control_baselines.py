@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autoregressive baselines of control on the grammar (arXiv:2205.14217, section 6).
 
-    python benchmarks/control_baselines.py --out benchmarks/results/control_baselines.json
+    python benchmarks/control_baselines.py \\
+        --out benchmarks/results/control_baselines.json
 
 FT-sample and FT-search use the same blocks, causal, trained from scratch by the same
-command for as many steps as the quickstart, on the control as words, a bar, and the text.
-FUDGE is the plain autoregressive model (configs/grammar.py:autoregressive) whose tokens
-are weighted by a classifier of prefixes, trained as the guidance classifiers are.
-`dlm_jax.evaluation.control_tasks` gives the targets and scores.
+command for as many steps as the quickstart, on the control as words, a bar, and the
+text. FUDGE is the plain autoregressive model (configs/grammar.py:autoregressive) whose
+tokens are weighted by a classifier of prefixes, trained as the guidance classifiers
+are. `dlm_jax.evaluation.control_tasks` gives the targets and scores.
 """
 
 import argparse

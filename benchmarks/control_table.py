@@ -4,7 +4,8 @@
 It reads the rows that `--mode control` has written:
 
     python benchmarks/control_table.py --rows runs/quickstart/control \\
-        --baselines benchmarks/results/control_baselines.json --out benchmarks/results/control.json
+        --baselines benchmarks/results/control_baselines.json \\
+        --out benchmarks/results/control.json
 
 Rows that are only in --out are kept.
 """
@@ -70,7 +71,7 @@ def table(rows: list[dict], baselines: list[dict]) -> str:
 def method(row: dict) -> str:
     """Describes the method of a row of `--mode control`."""
     preset = row["control"]["preset"]
-    words = [f"{row['num_steps']} calls", "" if preset == "tuned" else f"{preset} rule"]
+    words = [f"{row['num_steps']} steps", "" if preset == "tuned" else f"{preset} rule"]
     words.append("published targets" if row["control"]["targets"] else "")
     return ", ".join(filter(None, words))
 

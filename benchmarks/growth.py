@@ -4,8 +4,8 @@
     python benchmarks/growth.py --out benchmarks/results/growth.json
 
 Varies the batch, the length, the vocabulary, the sampling steps and the devices. On a
-CPU the devices are virtual and share its cores, so they show the cost of splitting.
-The network has the published architecture at the size of `configs/e2e_small.py:faithful`.
+CPU the devices are virtual and share its cores, so they show the cost of splitting. The
+network has the published architecture at the size of `configs/e2e_small.py:faithful`.
 """
 
 from pathlib import Path

@@ -5,9 +5,9 @@
     python benchmarks/limit.py --cases e2e --batch 512 --dtype bfloat16   # on a GPU
 
 The limit is measured: the rate of matrix products of the model's shapes, by JAX or by
-PyTorch, whichever is faster. A step's share of it is the rate of its matrix products over
-its whole time, divided by the limit. A profile of the step shows where the rest of the
-time goes. The bandwidth of memory is measured as well.
+PyTorch, whichever is faster. A step's share of it is the rate of its matrix products
+over its whole time, divided by the limit. A profile of the step shows where the rest of
+the time goes. The bandwidth of memory is measured as well.
 """
 
 import collections

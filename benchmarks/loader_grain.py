@@ -4,9 +4,9 @@
     pip install grain
     python benchmarks/loader_grain.py
 
-Both return any batch of any epoch from (seed, step), so both resume exactly. Grain calls
-Python once per row, `batching.batch_index` once per batch. docs/performance.md holds the
-figures and the conclusion.
+Both return any batch of any epoch from (seed, step), so both resume exactly. Grain
+calls Python once per row, `batching.batch_index` once per batch. docs/performance.md
+holds the figures and the conclusion.
 """
 
 import argparse

@@ -3,9 +3,9 @@
 
     python benchmarks/restart.py --repeats 3
 
-For each size: the bytes of a checkpoint, and the seconds until a save returns to the loop,
-until it is complete, and until it is restored. Also the seconds to compile the step with
-an empty and with a warm compilation cache, each in its own process.
+For each size: the bytes of a checkpoint, and the seconds until a save returns to the
+loop, until it is complete, and until it is restored. Also the seconds to compile the
+step with an empty and with a warm compilation cache, each in its own process.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares solvers, clamp, churn and numbers of steps, with the grammar's weights.
 
-    python benchmarks/samplers.py --workdir runs/quickstart --out benchmarks/results/samplers.json
+    python benchmarks/samplers.py --workdir runs/quickstart \\
+        --out benchmarks/results/samplers.json
 
-Each row is a setting: the share of samples that the grammar accepts, their unigram entropy
-(nats) and length (words), with standard errors over seeds. The first is held-out text.
+Each row is a setting: the share of samples that the grammar accepts, their unigram
+entropy (nats) and length (words), with standard errors over seeds. The first is
+held-out text.
 """
 
 import argparse

@@ -7,10 +7,10 @@ r"""Compares training and sampling speed with PyTorch, interleaved on one machin
     python benchmarks/speed.py --cases e2e --batch 50 --dtype bfloat16 \
         --jobs "200 guided steps"
 
-Each row is a case of `CASES` and a job of `JOBS`, timed in turn: A B C, A B C, ... A ratio
-is PyTorch's time over that of dlm_jax within a round: above 1, dlm_jax is faster. The
-peers are the architecture as people run it (eager, float32) and the best effort in PyTorch
-(`lib/torch_peer.py`). --dtype is the precision of dlm_jax.
+Each row is a case of `CASES` and a job of `JOBS`, timed in turn: A B C, A B C, ... A
+ratio is PyTorch's time over that of dlm_jax within a round: above 1, dlm_jax is faster.
+The peers are the architecture as people run it (eager, float32) and the best effort in
+PyTorch (`lib/torch_peer.py`). --dtype is the precision of dlm_jax.
 """
 
 import json
@@ -83,7 +83,10 @@ def _spread(values: dict[str, float], scale: float, digits: int) -> str:
     return f"{mid:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-HEAD = "| case | job | batch | eager / ours | best / ours | best is | ours, ms | MB: ours / best |"
+HEAD = (
+    "| case | job | batch | eager / dlm_jax | best / dlm_jax | best is | dlm_jax, ms "
+    "| MB: dlm_jax / best |"
+)
 
 
 def keep(path: Path, new: dict[str, Any]) -> None:

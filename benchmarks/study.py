@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares the paper's recipe, the later one and its ablations at equal operations.
 
-    python benchmarks/study.py --steps 1000 --seeds 3 --out benchmarks/results/study.json
+    python benchmarks/study.py --steps 1000 --seeds 3 \\
+        --out benchmarks/results/study.json
     python benchmarks/study.py --plot benchmarks/results/study.json
 
 Each run trains by the command in runs/study, and a row of figures is added to the JSON

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how long a variant trains until its samples are grammatical.
 
-    python benchmarks/time_to_language.py --variant modern --out benchmarks/results/time_modern.json
+    python benchmarks/time_to_language.py --variant modern \\
+        --out benchmarks/results/time_modern.json
 
 Trains configs/grammar.py by the command, keeps a checkpoint every --every steps, and
 generates 256 samples from each. Prints the training seconds and the floating-point

@@ -96,8 +96,8 @@ def resident(field: str) -> float:
 def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> None:
     """Runs a contender: builds its work, then reads a number of runs per line.
 
-    alone: the imports it would need outside the benchmark. Memory of any other import is
-    subtracted.
+    alone: the imports it would need outside the benchmark; the memory of other imports
+    is subtracted.
     """
     case, variant = Case(*json.loads(sys.argv[1])), sys.argv[2]
     imports = resident("VmRSS")
@@ -119,7 +119,7 @@ def serve(make: Callable[[Case, str], Callable[[], Any]], alone: str = "") -> No
 
 
 def on_gpu() -> bool:
-    """Returns whether this is a PyTorch peer on a GPU: its host memory is not compared."""
+    """Returns whether this is a PyTorch peer on a GPU (no host memory is compared)."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_available()
 

@@ -24,8 +24,8 @@ def fudge(
 ) -> Ids:
     """Samples ids [b length], each token from p(w | before) p(c | before, w)^weight.
 
-    log_prob: log p(c | tokens so far) [b] in nats; its argument has PAD after them. Only
-    the `top` most likely tokens are considered.
+    log_prob: log p(c | tokens so far) [b] in nats, of ids with PAD after these tokens.
+    Only the `top` most likely tokens are considered.
     """
     start, _ = autoregressive.start_ids(keys.shape[0], length, None)
     b = keys.shape[0]

@@ -6,11 +6,11 @@
     pip install -e '.[peer]'
     python benchmarks/speed.py --cases e2e
 
-There are three variants. `eager` is the published code as people run it, in float32, with
-transformers' BertEncoder. `bf16` is the best effort: layers written here with
-scaled_dot_product_attention, fused projections, a fused optimiser, foreach averaging and
-autocast to bfloat16. `compiled` adds torch.compile, with CUDA graphs on a GPU. With the
-weights of dlm_jax they compute the same numbers (`tests/test_torch_peer.py`).
+There are three variants. `eager` is the published code as people run it, in float32,
+with transformers' BertEncoder. `bf16` is the best effort: layers written here with
+scaled_dot_product_attention, fused projections, a fused optimiser, foreach averaging
+and autocast to bfloat16. `compiled` adds torch.compile, with CUDA graphs on a GPU. With
+the weights of dlm_jax they compute the same numbers (`tests/test_torch_peer.py`).
 """
 
 import dataclasses
@@ -170,7 +170,7 @@ class Trunk(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Maps (x_t, t, x0_prev, posterior_x0) to the output; without a head, the trunk's."""
+    """(x_t, t, x0_prev, posterior_x0) -> output; without a head, the trunk's."""
 
     def __init__(self, cfg: Any, out: int, *, plain: bool):
         super().__init__()
@@ -409,7 +409,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _optimizers(model: Model, optim: Any, *, fused: bool) -> list[Any]:
-    """Returns AdamW for all, or Muon for the layers' matrices and AdamW for the rest."""
+    """Returns AdamW, or Muon for the layers' matrices and AdamW for the rest."""
 
     def adamw(params: list) -> Any:
         betas = (optim.b1, optim.b2)
@@ -554,7 +554,7 @@ def pusher(
     updates: int = 3,
     fluency: float = 0.01,
 ) -> Callable:
-    """Returns gradient guidance by the published rule: sign steps (docs/method.md, 7.6)."""
+    """Returns gradient guidance by the published rule (docs/method.md, section 7.6)."""
     tagger.to(device()).eval().requires_grad_(False)
     fast = variant != "eager"
 

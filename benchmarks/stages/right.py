@@ -2,8 +2,8 @@
 """Checks the device's results against the CPU's in float32.
 
 The reference runs at the same time in a process without an accelerator. The error of a
-result is |result - reference| / |reference| over all of its numbers. For a chain with the
-clamp, whose results are words, it is the share of coordinates that differ.
+result is |result - reference| / |reference| over all of its numbers. For a chain with
+the clamp, whose results are words, it is the share of coordinates that differ.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ SMALL = (
 TINY = ("model.hidden_dim=32", "model.mlp_dim=64", "model.layers=1", "model.heads=2")
 VOCAB = 821
 
-# The largest errors allowed. bfloat16 has 8 significant bits, about 0.4% per rounding. In
-# a step of Adam or of sign guidance, numbers near zero may change their sign.
+# The largest errors allowed. bfloat16 has 8 significant bits, about 0.4% per rounding.
+# In a step of Adam or of sign guidance, numbers near zero may change their sign.
 LIMITS = {
     "forward": {"float32": 1e-3, "bfloat16": 5e-2},
     "gradient": {"float32": 1e-3, "bfloat16": 8e-2},

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures training and sampling of the 87M model beside PyTorch on the same device.
 
-Every contender has its own process (`lib/alternate.py`). dlm_jax is first measured alone,
-so that its figures exist even if time runs out. In a race with the PyTorch peers it starts
-first, the peers start together when it is ready, and all are then measured in turn.
+Every contender has its own process (`lib/alternate.py`). dlm_jax is first measured
+alone, so that its figures exist even if time runs out. In a race with the PyTorch peers
+it starts first, the peers start together when it is ready, and all are then measured in
+turn.
 """
 
 import importlib.util
@@ -21,9 +22,9 @@ from lib.alternate import Case, Contender, Makers
 from stages import Job
 
 CONFIGS = {"e2e": "configs/e2e.py", "e2e:modern": "configs/e2e.py:modern"}
-# No dropout where there is self-conditioning: the peer cannot disable it in the first
-# estimate, as dlm_jax does, and the fused attention of both has none. The published recipe
-# has no self-conditioning.
+# No dropout with self-conditioning: the peer cannot disable it in the first estimate,
+# as dlm_jax does. Fused attention has none in either. The published recipe has no
+# self-conditioning.
 CHANGE = {"e2e": (), "e2e:modern": ("model.dropout=0.0", "model.attention_dropout=0.0")}
 TINY = (
     "model.hidden_dim=32",
@@ -121,7 +122,7 @@ class Races:
         return Contender("ours.py", case, "", self._left(), self._left(), env)
 
     def _peer(self, case: Case, variant: str) -> Contender:
-        """Makes a peer, which uses JAX for its config only and must be ready in time."""
+        """Makes a peer; it uses JAX for the config only, and must be ready in time."""
         patience, env = min(self._left(), PATIENCE), {"JAX_PLATFORMS": "cpu"}
         return Contender("torch_peer.py", case, variant, patience, self._left(), env)
 
