@@ -108,7 +108,7 @@ def test_flags_the_three_and_not_the_real(tables):
         "repetition within a text",
         "energy distance",
     } <= _flags(tables["junk"])
-    assert {"teacher nats/token", "accepted by the grammar", "4-grams of train"} <= (
+    assert {"autoregressive nats/token", "accepted by the grammar", "4-grams of train"} <= (
         _flags(tables["unigram"])
     )
 
@@ -116,7 +116,7 @@ def test_flags_the_three_and_not_the_real(tables):
 def test_likelihood_alone_can_be_won(tables):
     """A stuck sampler beats real text in it, and in validity: others flag it."""
     stuck, real = tables["stuck"], tables["real"]
-    for name in ("teacher nats/token", "exact nats/token, accepted"):
+    for name in ("autoregressive nats/token", "exact nats/token, accepted"):
         assert stuck[name].samples.mean < real[name].samples.mean
     assert stuck["accepted by the grammar"].samples.mean == 1.0
     assert {"unigram entropy, nats", "distinct texts"} <= _flags(stuck)
@@ -136,7 +136,7 @@ def test_measure_without_its_ar_model_says_so(reference):
     alone = reference._replace(ar_model=None, grammatical=False)
     held_out = grammar.sample(8, 2 * SIZE)
     table = report.compare([_real(0), _real(1)], held_out, alone)
-    for name in ("teacher nats/token", "energy distance"):
+    for name in ("autoregressive nats/token", "energy distance"):
         assert "config.evaluate.ar_model" in table[name].note
     assert "grammar" in table["accepted by the grammar"].note
     assert not table["distinct-1"].note
@@ -181,7 +181,7 @@ def test_writes_what_it_prints(trained, ar_model, capsys):
     assert bound["bits/token"]["mean"] == pytest.approx(sum(parts) / np.log(2))
     # hardly trained: far above the language, and above the autoregressive model
     assert bound["above the language, nats/token"]["mean"] > 0.5
-    assert bound["teacher, nats/token"]["mean"] < bound["nats/token"]["mean"]
+    assert bound["autoregressive, nats/token"]["mean"] < bound["nats/token"]["mean"]
     assert [p["num_steps"] for p in saved["frontier"]] == [2, 4]
     out = capsys.readouterr().out
     assert all(name in out for name in report.METRICS)

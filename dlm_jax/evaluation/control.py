@@ -210,9 +210,11 @@ def _identity(
 
 def _files(path: str) -> int:
     """Returns a checksum of a file, or of all files of a folder; 0 if path is empty."""
+    if not path:
+        return 0
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     total = 0
-    for file in (f for f in files if path and f.is_file()):
+    for file in filter(Path.is_file, files):
         total = zlib.crc32(file.read_bytes(), total)
     return total
 

@@ -100,7 +100,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "accepted by the grammar": Metric(_accepted, -1, 0.5),
     "exact nats/token, accepted": Metric(_exact_nll, +1, 0.5),
-    "teacher nats/token": Metric(_ar_nll, +1, 0.5),
+    "autoregressive nats/token": Metric(_ar_nll, +1, 0.5),
     "energy distance": Metric(_energy, +1, 0.1),
     "unigram entropy, nats": Metric(
         lambda t, r: text_metrics.unigram_entropy(t), -1, 0.25
@@ -251,7 +251,7 @@ def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
 def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     """Measures quality and entropy by denoiser calls; [] without a quality metric."""
     quality = (
-        "accepted by the grammar" if reference.grammatical else "teacher nats/token"
+        "accepted by the grammar" if reference.grammatical else "autoregressive nats/token"
     )
     if lm.cfg.causal or options.texts:
         return []
@@ -295,7 +295,7 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     bounds = likelihood_rows(lm, held_out[: options.nll_texts], options.draws)
     if reference.ar_model is not None:
         ar_rows = likelihood_rows(reference.ar_model, held_out[: options.nll_texts], 1)
-        bounds["teacher, nats/token"] = ar_rows["nats/token"]
+        bounds["autoregressive, nats/token"] = ar_rows["nats/token"]
     points = frontier(lm, reference, options)
     _show(rows, bounds, points, samples[0][:8])
     record = {
