@@ -85,7 +85,9 @@ def _start(
     """The command on every host; workdirs: where they differ; nameless: by NAMELESS."""
     flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
     command = ["--config", "configs/smoke.py"]
-    command += [f"--config.{name}={value}" for name, value in flat.items()]
+    for name, value in flat.items():
+        if not name.startswith("control.presets"):  # keys with a plus are no flags
+            command.append(f"--config.{name}={value}")
     command += ["--mode", mode]
     if processes > 1:
         command += ["--num_processes", str(processes)]

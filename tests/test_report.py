@@ -108,9 +108,11 @@ def test_flags_the_three_and_not_the_real(tables):
         "repetition within a text",
         "energy distance",
     } <= _flags(tables["junk"])
-    assert {"autoregressive nats/token", "accepted by the grammar", "4-grams of train"} <= (
-        _flags(tables["unigram"])
-    )
+    assert {
+        "autoregressive nats/token",
+        "accepted by the grammar",
+        "4-grams of train",
+    } <= (_flags(tables["unigram"]))
 
 
 def test_likelihood_alone_can_be_won(tables):
