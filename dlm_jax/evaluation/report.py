@@ -251,7 +251,9 @@ def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
 def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     """Measures quality and entropy by denoiser calls; [] without a quality metric."""
     quality = (
-        "accepted by the grammar" if reference.grammatical else "autoregressive nats/token"
+        "accepted by the grammar"
+        if reference.grammatical
+        else "autoregressive nats/token"
     )
     if lm.cfg.causal or options.texts:
         return []
