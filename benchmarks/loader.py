@@ -31,14 +31,18 @@ from dlm_jax.runtime import hosts
 from dlm_jax.training import train_step, trainer
 
 
+def _trainer(config: Any, workdir: Path) -> trainer.Trainer:
+    return trainer.Trainer(trainer.language_job(config), str(workdir))
+
+
 def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     """Measures tokens per second of loaders and step: medians of interleaved rounds."""
     config = e2e_small.get_config()
     config.data.path = folder
     prepare.prepare_data(config, str(scratch / "prepared"))
-    runs = {"in memory": trainer.Trainer(config, str(scratch / "run"))}
+    runs = {"in memory": _trainer(config, scratch / "run")}
     config.data.source, config.data.path = "prepared", str(scratch / "prepared")
-    runs["prepared"] = trainer.Trainer(config, str(scratch / "run_prepared"))
+    runs["prepared"] = _trainer(config, scratch / "run_prepared")
     first = runs["in memory"]
     one = partial(
         train_step.train_step, step_cfg=first.step_cfg, axis=first.layout.axis
