@@ -57,14 +57,14 @@ def _require_config(config: Any, example: str) -> Any:
 def _train(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import loop
 
-    config = _require_config(config, "configs/grammar.py")
+    config = _require_config(config, "--config grammar")
     loop.train(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import train_classifier
 
-    config = _require_config(config, "configs/classifier.py")
+    config = _require_config(config, "--config classifier")
     train_classifier.train_classifier(
         config, workdir, allow_fallback=FLAGS.allow_fallback
     )
@@ -124,7 +124,7 @@ def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.data import prepare
 
     _require_one_host()
-    prepare.prepare_data(_require_config(config, "configs/stories.py"), workdir)
+    prepare.prepare_data(_require_config(config, "--config stories"), workdir)
 
 
 MODES: dict[str, Callable] = {

@@ -15,7 +15,7 @@ from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import samplers
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading
-from dlm_jax.inference.sampling_config import default_section
+from dlm_jax.inference.sampling_config import SamplingConfig, default_section
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training.trainer import Trainer, language_job
 
@@ -192,3 +192,15 @@ def test_tokenizer_of_another_run(tmp_path, workdir, lm):
     path = checkpoint.folder(copy) / "7" / "tokenizer" / "metadata"
     path.write_text(json.dumps(other.to_dict()))
     _fails("checkpoints/7: damaged or not of this model", copy)
+
+
+def test_a_config_sets_no_option_of_another_solver():
+    """Nothing that a user sets is ignored silently; defaults may stay."""
+    section = default_section() | {"solver": "marginal"}
+    assert SamplingConfig.from_config(section).solver_options == ()
+    for option in ({"eta": 0.5}, {"top_p": 2.0}, {"sigma": "large"}):
+        (name,) = option
+        with pytest.raises(UserError, match=f"{name}: solver 'marginal' does not take"):
+            SamplingConfig.from_config(section | option)
+        # another solver for one call leaves the config as it is
+        SamplingConfig.from_config(section | option, solver="dpmpp_2m")

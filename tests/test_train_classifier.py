@@ -174,7 +174,7 @@ def test_bad_beginnings(folder, trained, tmp_path):
     for change, message in (
         ({"classifier.task": "semantic"}, "records"),
         ({"loss.time_sampler": "importance"}, "importance"),
-        ({"model.self_cond": True}, r"take configs/classifier\.py"),
+        ({"model.self_cond": True}, "take --config classifier"),
         ({"data.path": "nothing.csv", "data.source": "csv"}, r"nothing\.csv"),
         ({"classifier.texts": -1}, r"config\.classifier\.texts=-1"),
     ):

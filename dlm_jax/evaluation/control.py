@@ -17,17 +17,10 @@ from tqdm import tqdm
 
 from dlm_jax.errors import UserError, choose
 from dlm_jax.evaluation import text_metrics
-from dlm_jax.evaluation.control_targets import (
-    Scorer,
-    load_targets,
-    make_scorer,
-)
+from dlm_jax.evaluation.control_targets import Scorer, load_targets, make_scorer
 from dlm_jax.evaluation.control_tasks import CONTROL_TASKS, ControlTask, is_feasible
 from dlm_jax.inference import loading
-from dlm_jax.inference.constraints import (
-    UNCONSTRAINED,
-    batch_constraints,
-)
+from dlm_jax.inference.constraints import UNCONSTRAINED, batch_constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
@@ -144,22 +137,17 @@ def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     config: Any = ml_collections.ConfigDict(lm.config)
     options = config.control
     names = ["unguided", *CONTROL_TASKS] if options.task == "all" else [options.task]
-    lm = _with_classifiers(lm, options, names)
+    lm = _with_classifiers(lm, config, names)
     ar_model = loading.load_ar_model("config.control.ar_model", options.ar_model, lm)
-    pairs, rows = (
-        [(name, num_steps) for name in names for num_steps in options.num_steps],
-        [],
-    )
-    main = (
-        hosts.process_index_and_count()[0] == 0
-    )  # all hosts generate and score; the first one writes
+    pairs = [(name, steps) for name in names for steps in options.num_steps]
+    # all hosts generate and score; the first one writes
+    rows, main = [], hosts.process_index_and_count()[0] == 0
     with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
         for name, num_steps in pairs:
-            bar.set_description(f"{name}, {num_steps} calls")
+            bar.set_description(f"{name}, {num_steps} steps")
             identity = _identity(lm, config, name, num_steps, ar_model)
-            path = (
-                Path(workdir) / "control" / f"{name}_{num_steps}_{_crc(identity)}.json"
-            )
+            file = f"{name}_{num_steps}_{_crc(identity)}.json"
+            path = Path(workdir) / "control" / file
             if hosts.broadcast_from_host0(path.exists()):
                 bar.update(options.seeds)
             else:
@@ -250,24 +238,21 @@ def _row(
     scorer = make_scorer(config, name, ar_model)
     row = run_task(lm, task, targets, scorer, guidance, tick, **sizes)
     left_out = len(sentences) - len(usable)
-    return {
-        "targets": len(targets),
-        "left out": left_out,
-        **row,
-        "config": lm.config,
-    }
+    head = {"targets": len(targets), "left out": left_out}
+    return {**head, **row, "config": lm.config}
 
 
-def _with_classifiers(lm: DiffusionLM, options: Any, names: list[str]) -> DiffusionLM:
+def _with_classifiers(lm: DiffusionLM, config: Any, names: list[str]) -> DiffusionLM:
     """Returns lm with the classifiers that the tasks need. Raises UserError."""
+    check_ranges(lm.config, "control")
+    options = config.control
     for name in names:
         if name not in ("unguided", *CONTROL_TASKS):
             raise UserError(
                 f"config.control.task={name!r}: choose all, unguided or one of "
                 f"{', '.join(CONTROL_TASKS)}"
             )
-    choose("config.control.preset", options.presets.to_dict(), options.preset)
-    check_ranges(lm.config, "control")
+        guidance_of(config, name)
     for num_steps in options.num_steps:
         lm.sampling_config(num_steps=num_steps)
     lm = lm.with_classifier(*options.classifiers.split())
@@ -280,7 +265,7 @@ def _with_classifiers(lm: DiffusionLM, options: Any, names: list[str]) -> Diffus
     for need in sorted(needed - set(lm.classifiers)):
         raise UserError(
             f"config.control.classifiers: no classifier of task {need}; train one with "
-            f"--mode train_classifier --config configs/classifier.py:{need}"
+            f"--mode train_classifier --config classifier:{need}"
         )
     return lm
 

@@ -17,10 +17,10 @@ from dlm_jax.data import encoding, grammar, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers, time_sampling
 from dlm_jax.errors import UserError
+from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
 
-DiffusionLM: TypeAlias = Any  # inference.pipeline.DiffusionLM
 Points: TypeAlias = Float[np.ndarray, "n 2"]
 
 WORDS = 200  # labels on the embedding map
@@ -101,16 +101,18 @@ def _printable(word: str) -> str:
 
 
 def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path:
-    """Plots quality over denoiser calls and over entropy, as plots/frontier.png.
+    """Plots quality over sampling steps and over entropy, as plots/frontier.png.
 
     points: dicts of num_steps, quality, entropy (nats) and measure, the name of the
     quality; entropy: that of held-out text, nats. Returns the path.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    calls, by_entropy = figure.subplots(1, 2, sharey=True)
+    by_steps, by_entropy = figure.subplots(1, 2, sharey=True)
     quality = [p["quality"] for p in points]
-    calls.semilogx([p["num_steps"] for p in points], quality, "o-", color=BLUE, base=2)
-    calls.set(xlabel="denoiser calls", ylabel=points[0]["measure"])
+    by_steps.semilogx(
+        [p["num_steps"] for p in points], quality, "o-", color=BLUE, base=2
+    )
+    by_steps.set(xlabel="sampling steps", ylabel=points[0]["measure"])
     by_entropy.plot([p["entropy"] for p in points], quality, "o", color=BLUE)
     for p in points:
         by_entropy.annotate(f" {p['num_steps']}", (p["entropy"], p["quality"]))

@@ -249,7 +249,7 @@ def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
 
 
 def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
-    """Measures quality and entropy by denoiser calls; [] without a quality metric."""
+    """Measures quality and entropy by number of steps; [] without a quality metric."""
     quality = (
         "accepted by the grammar"
         if reference.grammatical
@@ -325,7 +325,7 @@ def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
         print(f"{name:32s}{value.mean:10.3f} ±{value.stderr:6.3f}")
     for point in points:
         print(
-            f"{point['num_steps']:5d} calls: {point['measure']} {point['quality']:.3f}"
+            f"{point['num_steps']:5d} steps: {point['measure']} {point['quality']:.3f}"
             f", unigram entropy {point['entropy']:.3f}"
         )
     print("\n".join(f"  | {text}" for text in texts))

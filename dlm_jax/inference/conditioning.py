@@ -24,9 +24,10 @@ def load_classifier(workdir: str | Path, table: Table) -> GuidanceClassifier:
     """Loads a classifier's newest checkpoint; UserError if it is of another table."""
     step = checkpoint.latest_step(workdir)
     record = checkpoint.read_records(workdir, step)
-    if record.run["kind"] != "classifier":
+    kind = record.run.get("kind")
+    if kind != "classifier":
         raise UserError(
-            f"{workdir} holds a {record.run['kind']} model: train a classifier with "
+            f"{workdir} holds a {kind} model: train a classifier with "
             "--mode train_classifier"
         )
     if record.run.get("table") != checkpoint.checksum(table):

@@ -181,7 +181,7 @@ def template_constraints(
     """
     numbers = [np.random.default_rng((seed, i)) for i in range(n)]
     if words is not None:
-        widths = [_parted(template, words, rng) for rng in numbers]
+        widths = [_draw_widths(template, words, rng) for rng in numbers]
     else:
         spare = length - 2 - template.size
         if spare < 0:
@@ -199,7 +199,7 @@ def template_constraints(
     return Constraints(ids, known, allowed_tokens(ids, known, vocab))
 
 
-def _parted(template: Template, words: int, rng: Any) -> list[int]:
+def _draw_widths(template: Template, words: int, rng: Any) -> list[int]:
     """Draws gap widths that give the text this length, uniformly over all such widths."""
     spare = words - template.size
     if spare < 0 or (spare and not template.gaps):
@@ -309,7 +309,7 @@ def _classifier_for(
     if task not in classifiers:
         raise UserError(
             f"{name}: needs a classifier, lm.with_classifier(WORKDIR), trained by "
-            f"--mode train_classifier --config configs/classifier.py:{task}"
+            f"--mode train_classifier --config classifier:{task}"
         )
     return classifiers[task]
 

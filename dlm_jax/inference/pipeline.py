@@ -68,7 +68,7 @@ class DiffusionLM(TrainedModel):
         such as eta; what is not given comes from the run's config. trajectory=True also
         returns the ids of every step.
         """
-        s = self.sampling_config(**options)
+        s = SamplingConfig.from_config(self.config["sample"], **options)
         _require_positive("n", n)
         sampling.check_support(self, constraints, s, guidance)
         seed = self._default("seed", seed)
@@ -137,7 +137,7 @@ class DiffusionLM(TrainedModel):
     def sampling_config(self, **options: Any) -> SamplingConfig:
         """Returns the run's sampling settings with these options. Raises UserError."""
         s = SamplingConfig.from_config(self.config["sample"], **options)
-        sampling.check_support(self, UNCONSTRAINED, s, DEFAULT_GUIDANCE)
+        s.check_schedule(self.schedule)
         return s
 
     def _default(self, name: str, value: int | None) -> int:

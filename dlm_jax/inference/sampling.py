@@ -128,11 +128,7 @@ def check_support(
     lm: TrainedModel, constraints: Constraints, s: SamplingConfig, g: GuidanceConfig
 ) -> None:
     """Raises UserError for a setting that this model cannot follow."""
-    most = lm.schedule.num_steps
-    if most is not None and s.num_steps > most:
-        raise UserError(
-            f"num_steps={s.num_steps}: this model's schedule has {most} steps at most"
-        )
+    s.check_schedule(lm.schedule)
     if lm.cfg.causal and jax.tree.leaves(constraints):
         raise UserError("an autoregressive model takes no constraints")
     if lm.cfg.causal and s.trajectory:

@@ -69,8 +69,9 @@ class SamplingConfig:
     ) -> "SamplingConfig":
         """Builds from a run's `sample` section; overrides that are None are ignored.
 
-        The section also holds the options of other solvers, which are not used; an
-        override that the solver does not take raises UserError.
+        The section also holds the options of other solvers. Raises UserError for an
+        override that the solver does not take, and for an option of another solver that
+        the section sets to something else than its default.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         values = dict(section) | given
@@ -81,7 +82,12 @@ class SamplingConfig:
         solver = values["solver"]
         choose("solver", samplers.SOLVERS, solver)
         own = samplers.solver_options(solver)
-        for name in sorted(given.keys() - wanted - own.keys()):
+        unknown = given.keys() - wanted
+        if "solver" not in given:  # the section was written for this solver
+            unknown |= {
+                n for n, v in _OPTIONS.items() if n in values and values[n] != v
+            }
+        for name in sorted(unknown - own.keys()):
             raise UserError(f"{name}: solver {solver!r} does not take it")
         settings = {name: values[name] for name in wanted}
         if isinstance(values["clamp"], bool):
@@ -89,6 +95,15 @@ class SamplingConfig:
         both = own | values
         options = tuple((name, both[name]) for name in own)
         return cls(**settings, solver_options=options, trajectory=trajectory)
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raises UserError if a discretised schedule has fewer steps than num_steps."""
+        most = schedule.num_steps
+        if most is not None and self.num_steps > most:
+            raise UserError(
+                f"num_steps={self.num_steps}: this model's schedule has {most} "
+                "steps at most"
+            )
 
     def step(self, denoise: model.Denoise, schedule: Schedule) -> samplers.Step:
         """Returns the solver's step, at the wanted temperature."""
@@ -102,6 +117,15 @@ class SamplingConfig:
         return samplers.temperature(solver, denoise, schedule, tau=self.temperature)
 
 
+# the defaults of a run for the options of all solvers; the published sampler is DDIM
+# with its full noise
+_OPTIONS = {
+    name: value
+    for solver in samplers.SOLVERS
+    for name, value in samplers.solver_options(solver).items()
+} | {"eta": 1.0}
+
+
 def default_section() -> dict[str, Any]:
     """Returns the defaults of a run's `sample` section, the published ones.
 
@@ -111,6 +135,4 @@ def default_section() -> dict[str, Any]:
     section = {"n": 50, "batch": 50, "seed": 101}
     section |= dataclasses.asdict(SamplingConfig())
     del section["solver_options"], section["trajectory"]
-    for solver in samplers.SOLVERS:
-        section |= samplers.solver_options(solver)
-    return section | {"eta": 1.0}  # the published sampler is DDIM with its full noise
+    return section | _OPTIONS

@@ -16,9 +16,8 @@ from dlm_jax.types import Array, Ids, PyTree
 
 BATCH = 256  # rows scored at once
 
-Score = Callable[
-    [jax.Array, Params, Ids], PyTree
-]  # (key, params, ids [b l]) -> [b ...]
+# (key, params, ids [b l]) -> arrays [b ...]
+Score = Callable[[jax.Array, Params, Ids], PyTree]
 
 
 def make_nll(lm: TrainedModel, draws: int) -> Score:
@@ -51,10 +50,8 @@ def make_features(lm: TrainedModel) -> Score:
 
 def by_batches(key: jax.Array, score: Score, params: Params, ids: Ids) -> PyTree:
     """Scores all rows of ids [n l], BATCH at a time, each batch with its own key."""
-    parts = []
-    for i, (rows, mask) in enumerate(
-        batching.batches(np.asarray(ids), min(len(ids), BATCH))
-    ):
+    batches, parts = batching.batches(np.asarray(ids), min(len(ids), BATCH)), []
+    for i, (rows, mask) in enumerate(batches):
         out = score(jax.random.fold_in(key, i), params, sharding.shard_rows(rows))
         out = sharding.gather_to_host(out)
         parts.append(jax.tree.map(lambda x, m=mask: x[m > 0], out))

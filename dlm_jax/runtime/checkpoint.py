@@ -285,10 +285,8 @@ def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
 
     Raises `damaged` if it belongs to another run or the run has no other step.
     """
-    step, path = (
-        damaged.path.name,
-        resolve_workdir(workdir) / "damaged" / damaged.path.name,
-    )
+    step = damaged.path.name
+    path = resolve_workdir(workdir) / "damaged" / step
     if damaged.path.parent != folder(workdir) or all_steps(workdir)[1:] == []:
         raise damaged
     while path.exists():
@@ -395,11 +393,7 @@ def _differences(old: dict, new: dict) -> list[tuple[str, Any, Any]]:
         section = name.partition(".")[0]
         if section not in old or (name not in a and not b[name]):
             continue
-        if (
-            a.get(name) == b.get(name)
-            or name in RESUMABLE_CHANGES
-            or section in RESUMABLE_CHANGES
-        ):
+        if a.get(name) == b.get(name) or {name, section} & RESUMABLE_CHANGES:
             continue
         grows = name == "train.total_steps" and b.get("optim.decay") == "constant"
         if grows and b[name] >= a[name]:

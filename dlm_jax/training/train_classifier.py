@@ -76,7 +76,7 @@ def with_base_settings(config: Any, base: DiffusionLM) -> Any:
     The text is the model's own unless config.data.path names another. Raises UserError.
     """
     if not config.classifier.task or config.model.causal or config.model.self_cond:
-        raise UserError("--config: take configs/classifier.py, or one like it")
+        raise UserError("--config: take --config classifier, or a config like it")
     if config.loss.time_sampler == "importance" or config.loss.conditioning_prob:
         raise UserError(
             "config.loss: a classifier takes neither time_sampler='importance' nor "

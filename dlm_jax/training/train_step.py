@@ -87,11 +87,12 @@ class StepConfig(NamedTuple):
     skip: bool = False  # skip updates whose loss or gradient is not finite
     task: TrainingTask = DIFFUSION_LM
 
-    def at(self, noise: Any) -> "StepConfig":
+    def at(self, schedule_state: Any) -> "StepConfig":
         """Returns the settings with the schedule of a state's `schedule_state`."""
         if not self.adaptive:
             return self
-        return self._replace(schedule=adaptive.ADAPTIVE_SCHEDULES[self.adaptive](noise))
+        schedule = adaptive.ADAPTIVE_SCHEDULES[self.adaptive](schedule_state)
+        return self._replace(schedule=schedule)
 
 
 def init_state(
@@ -100,9 +101,8 @@ def init_state(
     """Returns the state of step 0; table [v d]: initial embedding; None: random."""
     params = step_cfg.task.init(key, step_cfg, vocab)
     if table is not None:
-        table = (
-            unit_rows(jnp.asarray(table)) if step_cfg.normalize else jnp.asarray(table)
-        )
+        table = jnp.asarray(table)
+        table = unit_rows(table) if step_cfg.normalize else table
         params = params._replace(table=table)
     opt = step_cfg.optimizer.init(params)
     moments = ()
@@ -189,10 +189,8 @@ def train_step(
     axis: the mapped axis, None under jit. Returns the new state and the metrics, which
     are means over the global batch: the loss, its named terms and the gradient norm.
     """
-    key, step_cfg = (
-        jax.random.fold_in(key, state.step),
-        step_cfg.at(state.schedule_state),
-    )
+    key = jax.random.fold_in(key, state.step)
+    step_cfg = step_cfg.at(state.schedule_state)
     first = 0 if axis is None else jax.lax.axis_index(axis) * ids.shape[0]
     grads, (terms, t, weight) = _gradients(key, state, ids, step_cfg, first)
     metrics = {"loss": terms.total(), **terms._asdict()}
@@ -206,12 +204,11 @@ def train_step(
     updates, opt = step_cfg.optimizer.update(grads, state.opt, state.params)
     moved: Any = optax.apply_updates(state.params, updates)
     params = _constrain(moved, state.params, step_cfg)
-    ema = _constrain(
-        optimizer.average(state.ema, params, step_cfg.ema), state.ema, step_cfg
-    )
+    ema = optimizer.average(state.ema, params, step_cfg.ema)
+    ema = _constrain(ema, state.ema, step_cfg)
     moments = _update_moments(state.moments, terms, t, weight, axis)
-    noise = _update_schedule_state(state.schedule_state, terms, t, step_cfg, axis)
-    new = TrainState(state.step + 1, params, ema, opt, moments, noise)
+    adapted = _update_schedule_state(state.schedule_state, terms, t, step_cfg, axis)
+    new = TrainState(state.step + 1, params, ema, opt, moments, adapted)
     return _skip_nonfinite(new, state, metrics) if step_cfg.skip else new, metrics
 
 
@@ -226,9 +223,9 @@ def _constrain(params: Any, before: Any, step_cfg: StepConfig) -> Any:
     """Applies the constraint on the table: frozen, or rows of norm sqrt(d)."""
     if step_cfg.frozen:
         return params._replace(table=before.table)
-    return (
-        params._replace(table=unit_rows(params.table)) if step_cfg.normalize else params
-    )
+    if step_cfg.normalize:
+        return params._replace(table=unit_rows(params.table))
+    return params
 
 
 def _update_moments(moments, terms: Any, t, weight, axis):
@@ -242,11 +239,11 @@ def _update_moments(moments, terms: Any, t, weight, axis):
     return time_sampling.update_moments(moments, t, loss)
 
 
-def _update_schedule_state(noise, terms: Any, t, step_cfg: StepConfig, axis):
+def _update_schedule_state(schedule_state, terms: Any, t, step_cfg: StepConfig, axis):
     """Updates the adaptive schedule's statistics with this batch's losses."""
     if not step_cfg.adaptive:
-        return noise
+        return schedule_state
     u, loss = -step_cfg.schedule.log_snr(t), terms.diffusion + terms.t0
     if axis is not None:
         u, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (u, loss))
-    return adaptive.update(noise, u, loss)
+    return adaptive.update(schedule_state, u, loss)

@@ -44,7 +44,9 @@ class Job(NamedTuple):
 def language_job(config: Any) -> Job:
     """Returns the job of a config: a diffusion or an autoregressive model."""
     step_cfg = resolve_config(config)
-    _check_sampling(config, step_cfg)
+    # a mistake in config.sample is reported now, not at the first preview
+    sampling = SamplingConfig.from_config(config.sample.to_dict())
+    sampling.check_schedule(step_cfg.schedule)
     record, compiled = _to_dict(config), {}
 
     def preview(tok: Tokenizer, ema: PyTree, schedule_state: PyTree) -> list[str]:
@@ -55,17 +57,6 @@ def language_job(config: Any) -> Job:
 
     kind = "autoregressive" if step_cfg.cfg.causal else "diffusion"
     return Job(config, step_cfg, kind, lambda tok: load_corpus(config, tok), preview)
-
-
-def _check_sampling(config: Any, step_cfg: StepConfig) -> None:
-    """Raises UserError now, not at the first preview."""
-    num_steps = SamplingConfig.from_config(config.sample.to_dict()).num_steps
-    most = step_cfg.schedule.num_steps
-    if most is not None and num_steps > most:
-        raise UserError(
-            f"config.sample.num_steps={num_steps}: config.schedule.num_steps={most} is "
-            "the most"
-        )
 
 
 def _to_dict(config: Any) -> dict:
