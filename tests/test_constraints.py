@@ -263,7 +263,7 @@ def test_bad_templates(lm, template, message):
         ({"span": (0, 1, "NP"), "tree": [(0, 1, "S")]}, "set one of the two"),
         ({"pos": ["VERB"]}, "pos 'VERB': not seen"),
         ({"tree": [(0, 1, "NP")]}, "tree: needs a classifier"),
-        ({"span": (0, 1, "NP")}, "span: needs a classifier.*py:tree"),
+        ({"span": (0, 1, "NP")}, "span: needs a classifier.*classifier:tree"),
         ({"semantic": {"animal": "zebra"}}, "'zebra' is not in"),
         ({"semantic": "cat"}, "semantic='cat': give"),
     ],
