@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option and the only defaults: the published recipe for E2E.
+"""Every option and its default: the published recipe, on the built-in grammar.
 
 docs/method.md, section 12, lists its values and the published flags. The options are
 described here, except these sections: `model` in `nn.transformer.DenoiserConfig`,
 `sample` in `inference.sampling_config` (`SamplingConfig`, `default_section`) and in
 `diffusion.samplers`, `control.presets` in `inference.guidance_config.GuidanceConfig`.
 
-Other configs start from this one and change values. Each is a run record: its docstring
-holds the command, the hardware, the time and the numbers to expect.
+Other configs start from this one and change values. The docstring of each holds its
+command and, where measured, the hardware, the time and the results.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def get_config() -> Any:
         {
             "name": "sqrt",  # a key of schedule.SCHEDULES
             "num_steps": 2000,  # T noise levels; 0: continuous time
-            "mean": 0.0,  # logistic, gumbel: location of log(1/SNR), nats
+            "mean": 0.0,  # logistic, gumbel: location of log(1/SNR)
             "scale": 0.0,  # likewise; 0: the schedule's own mean and scale
             "noise_factor": 1.0,  # F: noise F times larger relative to the signal
             "adaptive": "",  # "" | warp | gumbel (docs/method.md, section 9)

@@ -6,7 +6,7 @@
 
 `:pad`, the default, pads each text, as for the published checkpoint of the paper's
 control experiments. `:block` packs texts into blocks, as the command of the published
-README does. `:modern` is the later recipe (docs/method.md, section 10) and
+README does. `:modern` is the cross-entropy recipe (docs/method.md, section 10) and
 `:autoregressive` its baseline, both of the same size and compute.
 Published hardware and time: one A100, 5 hours. Not yet run here to the end.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded grammar: the later recipe, the paper's, and an autoregressive model.
+"""The built-in grammar: the cross-entropy recipe, the paper's, and autoregression.
 
     python -m dlm_jax.main --config configs/grammar.py --workdir runs/quickstart
     python -m dlm_jax.main --config configs/grammar.py:faithful --workdir runs/faithful
@@ -24,7 +24,7 @@ MUON = {
 
 
 def _modern(cfg: Any) -> None:
-    """Sets the later recipe, that of the quickstart (docs/method.md, section 10)."""
+    """Sets the cross-entropy recipe of the quickstart (docs/method.md, section 10)."""
     cfg.model.update(
         dim=32,
         trunk="adaln",
@@ -50,7 +50,7 @@ def _faithful(cfg: Any) -> None:
 
 
 def _autoregressive(cfg: Any) -> None:
-    """Sets an autoregressive model of the same blocks, the baseline of likelihoods."""
+    """Sets an autoregressive model of the same layers, the baseline of likelihoods."""
     _modern(cfg)
     cfg.model.update(dim=128, self_cond=False, token_posterior_input=False, causal=True)
     cfg.model.time_input = "t"

@@ -35,15 +35,17 @@ flags.DEFINE_enum(
     ],
     "what to run",
 )
-flags.DEFINE_integer("step", None, "the checkpoint to load; default: the newest")
+flags.DEFINE_integer(
+    "step", None, "the checkpoint that sample, plot etc. load; default: the newest"
+)
 flags.DEFINE_bool(
     "allow_fallback",
     False,
     "train: move a damaged newest checkpoint away and resume from the one before",
 )
 flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
-flags.DEFINE_integer("num_processes", 1, "number of hosts")
-flags.DEFINE_integer("process_id", 0, "this host's index, from 0")
+flags.DEFINE_integer("num_processes", 1, "number of processes")
+flags.DEFINE_integer("process_id", 0, "this process's index, from 0")
 
 
 def _require_config(config: Any, example: str) -> Any:
@@ -71,7 +73,7 @@ def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
-    """Loads the run's model; the sections of --config on its use replace the run's."""
+    """Loads the run's model; --config may replace sections that do not affect it."""
     import json
 
     from dlm_jax.inference import loading
@@ -171,19 +173,19 @@ def main(argv: list[str]) -> None:
 
 
 def _end(error: Exception) -> None:
-    """Exits with one line if the cause is a lost host or a user's mistake."""
+    """Exits with one line if the cause is a lost host or a user error."""
     from dlm_jax.errors import UserError
     from dlm_jax.runtime import hosts
 
     if reason := hosts.host_loss_reason(error):
-        with contextlib.suppress(Exception):  # the host of the shared store may be lost
+        with contextlib.suppress(Exception):  # its key-value store may be lost
             hosts.poll_remote_error()
         print(f"another host is lost ({reason}): restart all hosts", file=sys.stderr)
         hosts.exit_process(RESTART)
     if isinstance(error, UserError):
         _fail(error, hosts.fail_all_hosts)
     if isinstance(error, OSError):
-        line = f"--workdir {FLAGS.workdir}: {error}; choose a writable folder"
+        line = f"{error}; check the file, or --workdir {FLAGS.workdir}"
         _fail(line, hosts.fail_all_hosts)
 
 
@@ -213,7 +215,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             FLAGS.config.keys()  # raises if the config file is missing
         return rest
     except (KeyError, AttributeError) as error:
-        inner = error.args[0]  # a KeyError inside an AttributeError keeps its quotes
+        inner = error.args[0]  # str() of a KeyError would add quotes
         text = inner.args[0] if isinstance(inner, KeyError) else inner
         _fail(f"--config has no key {text}; configs/default.py lists all keys")
     except (flags.Error, OSError, ValueError, TypeError) as error:
@@ -253,24 +255,29 @@ def _config_file(value: str) -> str:
     return f"{files[name]}{colon}{variant}"
 
 
+def cache_for_processor(folder: Path) -> Path:
+    """Returns the subfolder for compilations that run on this kind of processor."""
+    kind = b""
+    with contextlib.suppress(OSError):  # the file exists on Linux only
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        kind = next((line for line in lines if line.startswith(b"flags")), b"")
+    return folder / f"{zlib.crc32(kind):08x}"
+
+
 def keep_compilations() -> None:
     """Turns on JAX's persistent compilation cache; call it before JAX is imported.
 
     It is ~/.cache/dlm_jax/<kind of processor>, of up to 2 GB, unless environment
     variables of JAX set something else.
     """
-    kind = b""
-    with contextlib.suppress(OSError):  # the file exists on Linux only
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-        kind = next((line for line in lines if line.startswith(b"flags")), b"")
     with contextlib.suppress(RuntimeError):  # the user has no home directory
-        folder = Path.home() / ".cache" / "dlm_jax" / f"{zlib.crc32(kind):08x}"
+        folder = cache_for_processor(Path.home() / ".cache" / "dlm_jax")
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 
 
 def large_pages() -> None:
-    """Restarts the process with MALLOC, unless GLIBC_TUNABLES is set already."""
+    """Restarts the process with large pages, unless GLIBC_TUNABLES is set."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

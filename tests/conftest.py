@@ -2,19 +2,23 @@
 """Shape checks on every public signature, one compilation cache, shared data."""
 
 import os
-import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    CACHE = tempfile.TemporaryDirectory(prefix="dlm_jax_jit_")  # one for the run
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# compiling takes longer than what is compiled, and a rerun finds it compiled
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 
 from jaxtyping import install_import_hook
 
 install_import_hook("dlm_jax", "beartype.beartype")
+
+from dlm_jax.main import cache_for_processor  # noqa: E402
+
+CACHE = cache_for_processor(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -43,14 +47,6 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("DLM_DATA does not name the data folder")
     return Path(folder)
-
-
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """For modules where compiling takes longer than what is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def wait_until(condition, what, seconds=60):

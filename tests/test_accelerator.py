@@ -241,6 +241,7 @@ alternate.serve(make)
 """
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_has_a_row(tmp_path):
     """Out of memory, an error, one that never gets ready: the others are measured."""
     script = tmp_path / "contender.py"

@@ -17,8 +17,6 @@ from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
 from dlm_jax.training.trainer import Trainer, language_job
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 START = schedule.logistic(2.0, 2.0)
 
 
@@ -119,6 +117,7 @@ def _config(name, **model):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", adaptive.ADAPTIVE_SCHEDULES)
 def test_trains_resumes_and_samples_with_it(name, tmp_path):
     """What it knows is part of the state: halves are the same as the whole."""
@@ -152,6 +151,7 @@ def test_trains_resumes_and_samples_with_it(name, tmp_path):
     assert np.isfinite(lm.nll(lm.encode(["The Mill ."])).total()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["x0", "eps"])
 def test_regression_follows_it_too(objective, tmp_path):
     """Whose x_0 is noisy: its sigma_0 is that of the schedule as it now is."""

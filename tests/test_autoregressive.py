@@ -18,8 +18,6 @@ from dlm_jax.types import END, PAD, START
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from lib import fudge
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 CFG = DenoiserConfig(
     dim=8, hidden_dim=16, layers=2, heads=2, mlp_dim=32, positions=6, time_dim=8,
     trunk="adaln", predicts="logits", causal=True, dropout=0.0, attention_dropout=0.0,

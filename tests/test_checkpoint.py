@@ -25,8 +25,6 @@ from dlm_jax.runtime import checkpoint
 from dlm_jax.training import loop
 from dlm_jax.training.trainer import Trainer, language_job
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ROOT = Path(__file__).parent.parent
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 STEPS = 300
@@ -53,14 +51,6 @@ TINY = {
     "train.sample_steps": NEVER,
     "sample.num_steps": 2,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """Compiling takes longer than what is compiled; the commands are told alike."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +138,7 @@ def _kill_after_first_checkpoint(command, workdir):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     """Dropout, shuffling, EMA and optimiser all follow from the step alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -331,6 +322,7 @@ def _run(texts, workdir, **options):
     loop.train(config, str(workdir), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_step_is_set_aside_on_request_only(texts, tmp_path, capsys):
     """Then the run ends where it would have ended, and the damaged files are kept."""

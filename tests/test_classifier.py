@@ -20,8 +20,6 @@ from dlm_jax.diffusion.embedding import embed, init_table
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import HeadSpec
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 VOCAB, LENGTH, DIM = 9, 6, 8
 NOISE = schedule.make_schedule("sqrt", 200)
 CFG = DenoiserConfig(
@@ -87,8 +85,8 @@ def trained(request):
     return params, spec
 
 
-def test_shapes_and_start(trained):
-    _, spec = trained
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.head)
+def test_shapes_and_start(spec):
     params = classifier.init(jax.random.key(1), CFG, spec)
     x = jnp.zeros((2, LENGTH, DIM))
     out = classifier.logits(params, CFG, spec, x, jnp.full(2, 0.5), NOISE)
@@ -96,6 +94,7 @@ def test_shapes_and_start(trained):
     assert spec.size == np.prod(spec.shape)
 
 
+@pytest.mark.slow
 def test_learns_and_knows_less_under_noise(trained):
     """Near-clean text is read all but rightly; pure noise only by the labels' rates."""
     params, spec = trained
@@ -106,6 +105,7 @@ def test_learns_and_knows_less_under_noise(trained):
     assert clean.nll.mean() < noisy.nll.mean()
 
 
+@pytest.mark.slow
 def test_log_prob_sums_over_what_is_asked(trained):
     params, spec = trained
     ids, labels, draws = batch(7, spec, n=4)
@@ -128,6 +128,7 @@ def test_log_prob_sums_over_what_is_asked(trained):
     np.testing.assert_allclose(mean(x, draws.t) * count, of(shaped), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_steers(trained):
     """Guided by it, what a Bayes-optimal denoiser of random words writes has the labels.
 

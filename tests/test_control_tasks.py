@@ -22,8 +22,6 @@ from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training.trainer import Trainer, language_job
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TEXT = "The Eagle is a cheap pub near Café Sicilia ."
 OTHER = "Zizzi is an expensive restaurant in the city centre ."
 
@@ -158,6 +156,7 @@ def test_every_preset_has_settings_of_every_task(config):
         assert control.guidance_of(saved, "unguided") == DEFAULT_GUIDANCE
 
 
+@pytest.mark.slow
 def test_every_task_runs_and_a_row_is_measured_once(lm, workdir, config, capsys):
     scorer = control_targets.make_scorer(config, "pos", None)
     for name, task in CONTROL_TASKS.items():

@@ -153,6 +153,7 @@ class _Quadrature:
         return total - under_q(self.levels[-1], self._log_p_words(words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "length"), [("logits", 1), *((name, 2) for name in MODELS)]
 )
@@ -216,6 +217,7 @@ def _gap(noise, noisy, length, draws=8, repeats=4000):
     return terms, log_p, repeats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noisy", "length"), [(True, 1), (False, 2), (False, 3)])
 def test_gap_closes_as_steps_grow(noisy, length):
     """With the best denoiser and the exact rounding, only the steps' size is lost."""

@@ -18,8 +18,6 @@ from dlm_jax.runtime import hosts
 from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ROOT = Path(__file__).parent.parent
 SMOKE = ("--config", "configs/smoke.py")
 # name: (flags, what the line says, environment); {} is an empty folder

@@ -23,7 +23,7 @@ from dlm_jax.errors import UserError
 from dlm_jax.runtime import checkpoint
 from dlm_jax.training.trainer import Trainer, language_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("--config", "configs/smoke.py", "--workdir", "{}/run")

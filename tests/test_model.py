@@ -137,6 +137,7 @@ def double(monkeypatch):
         yield lambda tree: jax.tree.map(lambda a: jnp.asarray(a, float), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [False, True])
 def test_large_vocabulary_is_read_by_example(monkeypatch, params, noisy, prior):
     """Loss and gradient are the same either way, and those of float64."""

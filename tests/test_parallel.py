@@ -24,7 +24,7 @@ from dlm_jax.runtime import checkpoint, hosts, logging, sharding
 from dlm_jax.runtime.sharding import AXIS
 from dlm_jax.training.trainer import Trainer, language_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 STARTED = []

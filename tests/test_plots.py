@@ -17,8 +17,6 @@ from dlm_jax.evaluation import plots
 from dlm_jax.inference import loading
 from dlm_jax.nn.transformer import DenoiserConfig
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def init(cfg, vocab):
     """Small random weights and a table on the sphere, without a compilation."""

@@ -77,6 +77,7 @@ def test_files_are_read_on_demand(source, tmp_path):
         next(texts)
 
 
+@pytest.mark.slow
 def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
     config = _config(tmp_path, train__total_steps=4, train__valid_steps=2)
     prepare.prepare_data(config, str(tmp_path / "p"))

@@ -24,7 +24,7 @@ from dlm_jax.training import train_classifier as command
 from dlm_jax.training.trainer import Trainer, language_job
 from dlm_jax.types import PAD
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.slow
 
 LENGTH, STEPS = 8, 120
 ANIMALS = {"land": ["cat", "dog", "cow"], "sea": ["cod", "eel", "ray"]}
@@ -209,7 +209,9 @@ def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
     writer = checkpoint.manager(model, keep=2)
     run.save(writer)
     writer.close()
-    with pytest.raises(UserError, match="model's embedding is not the one"):
+    with pytest.raises(
+        UserError, match=r"config\.classifier\.model: its embedding is not the one"
+    ):
         command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
 
 

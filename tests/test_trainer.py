@@ -18,8 +18,6 @@ from dlm_jax.training import loop, train_step, validation
 from dlm_jax.training.config import resolve_config
 from dlm_jax.training.trainer import NonFiniteError, Trainer, language_job
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 BATCH, LENGTH, DIM, VOCAB, T = 16, 6, 8, 11, 20
 STEPS = 6
 KEY = jax.random.key(5)
@@ -108,6 +106,7 @@ def _assert_close(a, b, atol=2e-5):
 # --- one function of the global batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "devices", "accumulate"),
     [("ce", 8, 1), ("ce", 1, 4), ("x0", 2, 4)],
@@ -122,6 +121,7 @@ def test_rows_may_lie_on_devices_and_in_microbatches(name, devices, accumulate):
     assert not np.allclose(*(p["in"]["kernel"] for p in positions), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_has_its_own_draws():
     """The key is folded with the step: the same state one step on differs."""
     start, step = _start("x0"), _step("x0")
@@ -138,10 +138,8 @@ def test_every_microbatch_has_its_own_dropout(monkeypatch):
     step_cfg = step_cfg._replace(cfg=_with(step_cfg.cfg, dropout=0.5))
     same = train_step.make_draws(KEY, _ids()[:1], step_cfg._replace(batch=1), 0, ())
     monkeypatch.setattr(train_step, "make_draws", lambda *args: same)
-    ids = np.repeat(_ids()[:1], 4, 0)
-    gradients = jax.jit(
-        lambda key: train_step._gradients(key, _start("x0"), ids, step_cfg, 0)
-    )
+    ids, start = np.repeat(_ids()[:1], 4, 0), _start("x0")
+    gradients = jax.jit(lambda key: train_step._gradients(key, start, ids, step_cfg, 0))
     _, (terms, *_) = gradients(KEY)
     assert len(np.unique(np.round(terms.total(), 5))) == 4
 
@@ -235,6 +233,7 @@ def _trainer(config, workdir):
     return Trainer(language_job(config), str(workdir))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     table = np.ones((10, DIM), np.float32)  # five words, `and`, four specials
     table[5] = 1e38  # its square is inf
@@ -307,6 +306,7 @@ def _bad_step(config):
     return next(i for i in range(14) if str(BAD) in _rows_of(config, i).split())
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
     config = spoilt()
     step = _bad_step(config)
@@ -315,6 +315,7 @@ def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
         loop.train(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     config = spoilt(train__on_nonfinite="skip")
     loop.train(config, str(tmp_path / "run"))
@@ -337,6 +338,7 @@ def test_a_skipped_update_leaves_all_but_the_step(spoilt, tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     spoilt, tmp_path, capsys
 ):

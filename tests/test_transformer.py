@@ -136,6 +136,7 @@ def test_dropout_needs_a_key(cfg, rate):
     assert str(traces[0]) == str(traces[1])
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_and_changes_nothing(cfg):
     """The same output and gradients, dropout too; the layers' insides are not kept."""
     deep = dataclasses.replace(cfg, layers=4, dropout=0.5)

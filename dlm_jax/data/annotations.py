@@ -231,7 +231,7 @@ ANNOTATORS: dict[str, Callable[[Any], Any]] = {
 def _grammar_texts(config: Any, task: str, split: str) -> Annotated:
     seed, n = config.data.seed, config.data.size
     if split == "valid":
-        seed, n = seed + sources.VALID_SEED, config.data.valid_size
+        seed, n = seed + sources.VALID_SHIFT, config.data.valid_size
     trees = grammar.trees(seed, min(n, config.classifier.texts or n))
     return [" ".join(t.leaves()) for t in trees], [ANNOTATORS[task](t) for t in trees]
 

@@ -29,7 +29,7 @@ from dlm_jax.data.files import (
 from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
 from dlm_jax.errors import UserError, choose
 
-VALID_SEED = 1_000_003  # added to the seed for the grammar's validation texts
+VALID_SHIFT = 1_000_003  # added to the seed for the grammar's validation texts
 
 
 def load_texts(cfg: Any, split: str) -> list[str]:
@@ -60,10 +60,10 @@ def _non_empty(texts: list, what: str) -> list:
 
 
 def _grammar(cfg: Any, split: str) -> list[str]:
-    """Samples the built-in grammar; a text may occur in both splits, as in E2E."""
+    """Samples the built-in grammar; a text may occur in both splits."""
     if split == "train":
         return grammar.sample(cfg.seed, cfg.size)
-    return grammar.sample(cfg.seed + VALID_SEED, cfg.valid_size)
+    return grammar.sample(cfg.seed + VALID_SHIFT, cfg.valid_size)
 
 
 def _file(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
@@ -151,7 +151,7 @@ def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
-def _prepared_ids(cfg: Any, split: str) -> list[str]:
+def _prepared(cfg: Any, split: str) -> list[str]:
     return array_record.read_texts(cfg.path, split)
 
 
@@ -165,7 +165,7 @@ SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "e2e": _e2e,
     **{name: partial(_file, read) for name, read in FILES.items()},
     "tfds": tfds.load_tfds,
-    "prepared": _prepared_ids,
+    "prepared": _prepared,
 }
 
 

@@ -124,7 +124,7 @@ def restrict_tokens(
 ) -> DenoiseLogits:
     """Renormalises each position's token probabilities over its allowed tokens.
 
-    This is exact for one position; the others are informed at the next step.
+    This is exact per position; other positions see it at the next step.
     """
     barred = jnp.where(jnp.asarray(allowed), 0.0, -1e9)
 
@@ -191,8 +191,8 @@ def token_guidance(
 def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
     """Returns log of the sum, over places, of the probability of the phrase there.
 
-    phrase [b k]: ids, a row per example, padded with -1. The sum counts a text that
-    holds the phrase twice twice, so it is an upper bound.
+    phrase [b k]: ids, a row per example, padded with -1. By the union
+    bound this is at most too large; it is capped at 0.
     """
     phrase = jnp.asarray(phrase)
     real = phrase >= 0
@@ -234,9 +234,9 @@ def weighted_sum(*conditions: tuple[Callable[..., PerExample], float]) -> Callab
 # --- patterns of known tokens
 
 
-def length_template(words: Int[Array, " b"], length: int) -> tuple[Ids, Known]:
-    """Returns (ids, known) [b length]: START, `words` open positions, END, then PAD."""
-    place, end = jnp.arange(length), jnp.asarray(words)[:, None] + 1
+def length_template(count: Int[Array, " b"], length: int) -> tuple[Ids, Known]:
+    """Returns (ids, known) [b length]: START, `count` open positions, END, then PAD."""
+    place, end = jnp.arange(length), jnp.asarray(count)[:, None] + 1
     ids = jnp.where(place == 0, START, jnp.where(place == end, END, PAD))
     return ids, (place == 0) | (place >= end)
 
@@ -321,7 +321,7 @@ def gradient_guidance(
 ) -> Step:
     """Ascends log p(c | x) - fluency |x - mean|^2 / std^power after each step.
 
-    mean and std of q(x_next | x_t, x0_hat) keep the sample likely. Acts at times in
+    mean and std are those of q(x_next | x_t, x0_hat), whatever the solver. Acts at times in
     t_range. Source: arXiv:2205.14217 section 5.1.
     """
     update, power = UPDATE_RULES[rule]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variational bound on -log p(w), in nats.
 
-It bounds the likelihood of the ancestral sampler with small steps and without the clamp,
+It bounds the likelihood of the ancestral sampler with small variance and no clamp,
 where a self-conditioned network is evaluated twice per step. Other samplers of the same
 weights define other distributions.
 
@@ -10,7 +10,7 @@ alpha EMB(w) and variance 1 - alpha^2 + alpha^2 sigma_0^2. The bound depends on 
 signal-to-noise ratio SNR(t) (arXiv:2107.00630, eqs. 11 to 15):
 
     -log p(w) <= KL(q(x_1 | w) || N(0, 1))                                      prior
-               + 1/2 sum_t (SNR(t - 1) - SNR(t)) E|EMB(w) - e_hat(x_t)|^2   diffusion
+               + 1/2 sum_i (SNR_{i-1} - SNR_i) E|EMB(w) - e_hat(x_i)|^2     diffusion
                + E[-log p(w | the least noisy latent)]                       rounding
 
 For a continuous schedule the sum is an integral over t. Nothing is left out at either
@@ -45,7 +45,7 @@ class Bound(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """The samples behind the diffusion term [k b]: times, and nats whose mean it is."""
+    """Draws of the diffusion term [k b], without the step to x_0: times and nats."""
 
     t: Array
     nats: Array
@@ -69,8 +69,8 @@ def latent_predictor(
     """Returns the predictor of a trained network; sigma_0 as in its training.
 
     A self-conditioned network is evaluated twice at each x_t, so that a reverse step
-    depends on x_t alone. A network trained on noisy x_0 estimates x_0; subtracting the
-    expected noise of x_0 gives e_hat, and the same mean of the reverse step.
+    depends on x_t alone. A network trained on noisy x_0 estimates x_0; subtracting
+    that noise's mean given x_t gives e_hat and leaves the reverse mean unchanged.
     """
     denoise = model.bind(params, cfg, schedule=schedule)
 
@@ -84,11 +84,11 @@ def latent_predictor(
             return x0_hat
         alpha, sigma = schedule.alpha_sigma(t)
         noisy = (alpha * sigma_0) ** 2
-        known = noisy / (noisy + sigma**2)
+        kappa = noisy / (noisy + sigma**2)
         if schedule.num_steps is not None:  # at index 0 the losses compare with EMB(w)
-            known = jnp.where(t * schedule.num_steps < 0.5, 0.0, known)
-        x0_hat = x0_hat - expand_to(known / alpha, x_t) * x_t
-        return x0_hat / expand_to(1 - known, x_t)
+            kappa = jnp.where(t * schedule.num_steps < 0.5, 0.0, kappa)
+        x0_hat = x0_hat - expand_to(kappa / alpha, x_t) * x_t
+        return x0_hat / expand_to(1 - kappa, x_t)
 
     def decode(x: Latent) -> Logits:
         if sigma_0:
@@ -101,12 +101,12 @@ def latent_predictor(
     return LatentPredictor(estimate, decode, sigma_0)
 
 
-def _place(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
+def _draw(schedule: Schedule, u: Time, sigma_0: float) -> tuple[Time, Time]:
     """Returns (t, weight) for uniform u, with mean weighted error = sum over all steps.
 
     For a continuous schedule t = u and the weight is -dSNR/dt. For a discretised one,
     half of the draws are uniform over the indices from 1, and half in proportion to
-    SNR(t - 1) - SNR(t), because a few indices hold half of the published table's drop.
+    SNR_{i-1} - SNR_i, because the SNR falls by half within a few published indices.
     """
     steps = schedule.num_steps
     if steps is None:
@@ -144,7 +144,7 @@ def bound(
     *,
     draws: int = 8,
 ) -> tuple[Bound, Profile]:
-    """Estimates the bound of each example without bias, from `draws` times each.
+    """Estimates each example's bound without bias, from `draws` noise levels.
 
     The times of an example are stratified: (u + k / draws) mod 1.
     """
@@ -158,7 +158,7 @@ def bound(
         return 0.5 * jnp.sum((x - e_hat) ** 2, (-2, -1))
 
     def at(k: Array) -> tuple[Time, PerExample]:
-        t, weight = _place(schedule, (u + k / draws) % 1.0, sigma_0)
+        t, weight = _draw(schedule, (u + k / draws) % 1.0, sigma_0)
         return t, weight * error(jax.random.fold_in(k_noise, k), t)
 
     profile = Profile(*jax.lax.map(at, jnp.arange(draws)))
@@ -174,7 +174,7 @@ def bound(
 
 
 class MeanStderr(NamedTuple):
-    """A mean over examples and its standard error, in the unit that its name states."""
+    """A mean over examples and its standard error."""
 
     mean: float
     stderr: float

@@ -34,8 +34,8 @@ from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 class LossTerms(NamedTuple):
     """Named terms of the loss, each [b]; `end_to_end` states their units.
 
-    diffusion: error of the reverse step, 0 at index 0; t0: |EMB(w) - mu(x_1)|^2 (or its
-    KL) at index 0, else 0; rounding: -log p(w | x_0); prior: distance of q(x_T) to
+    diffusion: error at t; 0 at index 0 with x0, eps, mu and vlb; t0: |EMB(w) - x0_hat|^2
+    (or its KL) at index 0, else 0; rounding: -log p(w | x_0); prior: distance of q(x_T) to
     N(0, 1); weight: importance weight of the example.
     """
 
@@ -65,15 +65,15 @@ class _ForwardPass(NamedTuple):
     cfg: DenoiserConfig
     schedule: Schedule
     mask: Float[Array, "b l"]
-    places: PerExample
+    positions: PerExample
 
     def mean(self, value: Array) -> PerExample:
-        """Averages over the positions that count, and over d if there is such an axis [b].
+        """Averages over unmasked positions, and over d if there is such an axis [b].
 
-        Known tokens count, with the value 0.
+        Known tokens add 0 to the sum and stay in the denominator.
         """
         value = jnp.mean(value, -1) if value.ndim == 3 else value
-        return jnp.sum(value * self.mask, -1) / jnp.maximum(self.places, 1)
+        return jnp.sum(value * self.mask, -1) / jnp.maximum(self.positions, 1)
 
     def split(self, error: Array, at_zero: Array) -> tuple[PerExample, PerExample]:
         """Returns (diffusion, t0): at_zero replaces error where t is index 0."""
@@ -151,8 +151,8 @@ def _kl_terms(p: _ForwardPass, sigma: str) -> tuple[Array, Array, Array]:
     kl_zero = _kl(p.clean, log_zero, mine, log_mine)
     steps = require_num_steps(p.schedule)
     last = jnp.asarray((steps - 1) / steps)
-    alpha, var = p.schedule.alpha_sigma(last)
-    return kl, kl_zero, _kl(alpha * p.x_0, 2 * jnp.log(var), 0.0, 0.0)
+    alpha, std = p.schedule.alpha_sigma(last)
+    return kl, kl_zero, _kl(alpha * p.x_0, 2 * jnp.log(std), 0.0, 0.0)
 
 
 def _vlb(p: _ForwardPass, sigma: str = "small") -> LossTerms:
@@ -218,7 +218,7 @@ OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
     "ce": _ce,
     "ar": _ar,
 }
-DISCRETE = ("mu", "vlb", "vlb_legacy")
+NEEDS_STEPS = ("mu", "vlb", "vlb_legacy")
 
 
 def end_to_end(
@@ -307,8 +307,8 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
         )
     if cfg.causal != (objective == "ar"):
         raise UserError(
-            f"objective {objective!r} and causal={cfg.causal}: 'ar' is for causal=True, "
-            "and no other is"
+            f"objective {objective!r}, causal={cfg.causal}: only 'ar' takes causal=True, "
+            "and it must"
         )
     if cfg.causal and (
         cfg.self_cond or cfg.token_posterior_input or cfg.time_input == "log_snr"
@@ -317,9 +317,11 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
             "objective 'ar' takes neither self_cond nor token_posterior_input nor time_input='log_snr'"
         )
     if objective == "nelbo" and schedule.num_steps is not None:
-        raise UserError("objective 'nelbo' needs a curve: config.schedule.num_steps=0")
-    if objective in DISCRETE and schedule.num_steps is None:
-        raise UserError(f"objective {objective!r} needs schedule.discretize(., steps)")
+        raise UserError(
+            "objective 'nelbo' needs continuous time: config.schedule.num_steps=0"
+        )
+    if objective in NEEDS_STEPS and schedule.num_steps is None:
+        raise UserError(f"objective {objective!r} needs config.schedule.num_steps > 0")
 
 
 def _first_estimate(params, cfg, schedule, x_t, t, draws) -> Latent:

@@ -68,7 +68,7 @@ def apply(
 
     key: turns dropout on. head_fn(raw, *head_args), with arrays [b ...], is returned
     instead of raw; with a large vocabulary it runs on one example at a time, forward and
-    backward, so that the logits of a batch never exist.
+    backward, so that a batch's logits are never stored.
     """
     vocab, posterior_x0, t_cond = params.table.shape[0], None, t
     large = vocab > MAX_DENSE_VOCAB and cfg.predicts == "logits"
@@ -108,7 +108,7 @@ def apply(
 
 
 def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree:
-    """Computes f(*rows); if large, one example at a time, recomputed backward."""
+    """Computes f(*rows); if large, one example at a time, with remat."""
     if not large:
         return f(*rows)
 
@@ -136,9 +136,9 @@ def log_snr_time(schedule: Schedule, t: Time) -> Time:
 def token_posterior_logits(
     table: Table, x_t: Latent, t: Time, schedule: Schedule
 ) -> Logits:
-    """Computes log q(x_t | w) up to a constant: -|x_t - alpha E_v|^2 / (2 sigma^2).
+    """Computes log q(x_t | w) up to a constant: -|x_t - alpha E_w|^2 / (2 sigma^2).
 
-    Its softmax is p(w | x_t) of each position alone [b l v]; the network adds what the
+    Its softmax is p(w | x_t) of each position alone [b l v], for uniform p(w); the network adds what the
     context says. Source: the output prior of Plaid, arXiv:2305.18619; as an input, the
     softmax transform of arXiv:2205.14217 appendix F.
     """
@@ -195,8 +195,8 @@ def bind(
 ) -> Denoise:
     """Returns denoise(x_t [b l d], t [b] or [b l], x0_prev [b l d]) -> x0_hat [b l d].
 
-    t = index / num_steps in [0, 1). schedule may be None only if the network predicts x0
-    and reads t. key: turns dropout on.
+    t in [0, 1]; in discrete time index / num_steps. schedule is needed unless the network
+    predicts x0 from x_t and t alone. key: turns dropout on.
     """
     if cfg.predicts != "x0" or cfg.token_posterior_input or cfg.time_input == "log_snr":
         _require_schedule(schedule, cfg)

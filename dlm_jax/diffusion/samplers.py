@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 class Times(NamedTuple):
-    """The times before, at and after a step, each [n], or scalars inside the scan."""
+    """Times of the last step, this one and the next, each [n]; scalars inside the scan."""
 
     prev: Any
     now: Any
@@ -58,7 +58,7 @@ def timesteps(
 
 
 def schedule_timesteps(schedule: Schedule, num_steps: int) -> Times:
-    """Returns the times of a schedule: its indices, or 1 to 1/n if it is continuous."""
+    """Returns n times: (n-1)/n to 0 if discretised, else 1 to 1/n."""
     if schedule.num_steps is not None:
         return timesteps(num_steps)
     return timesteps(num_steps, start=1.0, stop=1.0 / num_steps)
@@ -108,7 +108,7 @@ def ancestral(
     """Returns DDPM's step: x_next ~ q(x_next | x_t, x0_hat).
 
     sigma: variance of the step, "small" (the posterior's) or "large" (beta). top_p > 0
-    limits |noise|. Source: arXiv:2006.11239.
+    bounds |noise| (not nucleus sampling). Source: arXiv:2006.11239.
     """
     choose("sigma", VARIANCES, sigma)
 
@@ -129,7 +129,7 @@ def ancestral(
 
 
 def marginal(denoise: Denoise, schedule: Schedule) -> Step:
-    """Returns the step x_next = sqrt(abar) x0_hat + sqrt(1 - abar) eps.
+    """Returns the step x_next = alpha_next x0_hat + sigma_next n, with fresh noise n.
 
     Source: arXiv:2205.14217 section 4.2; the published code uses `ancestral`.
     """
@@ -198,9 +198,9 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
 
 
 def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
-    """Adds noise before each step, so that it starts `rate` step lengths earlier.
+    """Adds noise before each step, so that it starts at t + rate (t - t_next).
 
-    This masks errors of earlier steps (arXiv:2206.00364, algorithm 2).
+    This corrects errors of earlier steps (arXiv:2206.00364, algorithm 2).
     """
 
     def churned(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -234,7 +234,7 @@ def temperature(
     """Returns solver(denoise) with the score divided by tau (arXiv:2211.15089).
 
     The step uses x0_hat moved away from x_t; the state keeps x0_hat itself for
-    self-conditioning. For the solvers in ONE_STEP.
+    self-conditioning. For the solvers in USE_X_T.
     """
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -267,7 +267,7 @@ SOLVERS: dict[str, Callable[..., Step]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
 }
-ONE_STEP = ("ancestral", "ddim")  # read only x_t: they take `churn` and `temperature`
+USE_X_T = ("ancestral", "ddim")  # x_next reads x_t: for `churn` and `temperature`
 
 
 def solver_options(name: str) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def sample(
     *,
     trace: Callable[[State], PyTree] | None = None,
 ) -> tuple[State, PyTree]:
-    """Runs the step over all times: the last State, and trace(state) per step [n ...].
+    """Runs all steps; returns the last State and trace(state) per step [n ...].
 
     key [] or [b]: an example's noise depends only on its key and the step's number.
     """

@@ -26,11 +26,11 @@ def _numpy(*values: Any) -> Any:
 
 
 class Schedule(NamedTuple):
-    """log alpha_bar as a curve over t or, once discretised, as a table [num_steps].
+    """log alpha_bar as a function of t or, once discretised, as an array [num_steps].
 
-    `curve` and `betas` are `Partial`s, functions whose parameters are leaves, so that a
-    schedule is a pytree. With a table, t stands for index round(t * num_steps); t < 0
-    stands for clean data. Host times (NumPy) give float64, device times float32.
+    `curve`(t) and `betas`(steps) are `Partial`s, functions whose parameters are leaves, so
+    that a schedule is a pytree. In discrete time, t stands for index
+    round(t * num_steps); t < 0 stands for clean data. Host times (NumPy) give float64, device times float32.
     """
 
     curve: Partial | None
@@ -53,7 +53,7 @@ class Schedule(NamedTuple):
         return float(sigma) if isinstance(sigma, np.generic | np.ndarray) else sigma
 
     def _log(self, t: Any) -> tuple[Any, Any]:
-        """Returns log alpha_bar(t) as a float32 pair, whose differences are exact enough."""
+        """Returns log alpha_bar(t) as (high, low), so that differences stay precise."""
         xp = _numpy(t, *jax.tree.leaves(self.curve))
         t = xp.asarray(t)
         if self.log_alpha_bar_table is None:
@@ -101,11 +101,12 @@ class Schedule(NamedTuple):
         )
 
     def snr(self, t: Any, sigma_0: float = 0.0) -> Any:
-        """Returns signal over noise variance of x_t given EMB(w), of t's shape.
+        """Returns the signal-to-noise ratio of x_t given EMB(w), of t's shape.
 
-        sigma_0: standard deviation of x_0 around EMB(w). expm1(-log) is avoided: XLA's
-        CPU compiler confuses it with the -expm1(log) of the same kernel (jax 0.10).
+        sigma_0: standard deviation of x_0 around EMB(w).
         """
+        # not expm1(-log): XLA's CPU compiler confuses it with the -expm1(log) of the
+        # same kernel (jax 0.10)
         log = self.log_alpha_bar(t)
         xp = _numpy(log)
         return xp.exp(log) / (xp.exp(log) * sigma_0**2 - xp.expm1(log))
@@ -176,7 +177,7 @@ def posterior(
     """Returns mean [b l d] and standard deviation (t's shape) of q(x_next | x_t, x0_hat).
 
     t_next: the time reached, by default t - 1/num_steps. sigma: "small" is the
-    posterior's own deviation, "large" is sqrt(beta), and 0 for clean data. Source:
+    posterior's own deviation, "large" is sqrt(beta); both are 0 at t_next < 0. Source:
     arXiv:2006.11239.
     """
     if t_next is None:
@@ -189,12 +190,15 @@ def posterior(
 def require_num_steps(schedule: Schedule) -> int:
     """Returns T of a discretised schedule. Raises UserError for a continuous one."""
     if schedule.num_steps is None:
-        raise UserError("this needs a discretised schedule: schedule.discretize(., T)")
+        raise UserError(
+            "a continuous schedule has no steps: set config.schedule.num_steps, or call "
+            "schedule.discretize(schedule, T)"
+        )
     return schedule.num_steps
 
 
 def clipped_variance(t: Time, schedule: Schedule, *, sigma: str = "small") -> Any:
-    """Returns the variance of the step; index 0, where it is 0, takes that of index 1."""
+    """Returns the step's variance; index 0, where it is 0, takes index 1's small one."""
     xp, step = _numpy(t), 1.0 / require_num_steps(schedule)
     later = xp.maximum(t, step)
     small, mine = (
@@ -300,7 +304,7 @@ def _of_curve(curve: Partial) -> Schedule:
 def logistic(mean: Any, scale: Any, cut: float = 1e-4) -> Schedule:
     """Returns the schedule under which uniform t makes log(1/SNR) logistic.
 
-    mean, scale: in nats; cut: times below it and above 1 - cut are clipped.
+    mean, scale: of log(1/SNR); cut: times below it and above 1 - cut are clipped.
     """
     return _of_curve(Partial(_logistic, mean=mean, scale=scale, cut=cut))
 
@@ -313,9 +317,9 @@ def gumbel(mean: Any, scale: Any, cut: float = 1e-5) -> Schedule:
     return _of_curve(Partial(_gumbel, mean=mean, scale=scale, cut=cut))
 
 
-def from_quantiles(t: Array, noise: Array) -> Schedule:
-    """Returns the schedule with log(1/SNR) `noise` at times `t`, linear in between."""
-    return _of_curve(Partial(_linear_between, knots=t, noise=noise))
+def from_quantiles(t: Array, log_nsr: Array) -> Schedule:
+    """Returns the schedule with log(1/SNR) `log_nsr` at times `t`, linear in between."""
+    return _of_curve(Partial(_linear_between, knots=t, noise=log_nsr))
 
 
 def rescale(schedule: Schedule, factor: float) -> Schedule:
@@ -348,12 +352,12 @@ QUANTILE_SCHEDULES = ("logistic", "gumbel")
 
 
 def betas(schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns the published code's clipped betas [steps], float64."""
+    """Returns the published code's betas [steps], float64."""
     return np.asarray(schedule.betas(steps), np.float64)
 
 
 def discretize(schedule: Schedule, steps: int) -> Schedule:
-    """Returns the schedule as a table of `steps` noise levels; index i is t = i / steps."""
+    """Returns the schedule in discrete time: `steps` levels; index i is t = i / steps."""
     return schedule._replace(
         log_alpha_bar_table=np.cumsum(np.log1p(-betas(schedule, steps)))
     )
@@ -370,13 +374,13 @@ def make_schedule(
 ) -> Schedule:
     """Returns SCHEDULES[name], discretised if num_steps > 0. Raises UserError.
 
-    mean, scale: of a quantile schedule, in nats, if scale > 0. noise_factor: see
+    mean, scale: of logistic or gumbel; scale 0: their defaults. noise_factor: see
     `rescale`. adaptive: training adapts the schedule from this start (see `adaptive`).
     """
     choose("config.schedule.name", SCHEDULES, name)
     if num_steps < 0 or 0 < num_steps < 20:
         raise UserError(
-            f"config.schedule.num_steps={num_steps}: take 20 or more, or 0 (a curve)"
+            f"config.schedule.num_steps={num_steps}: take 20 or more, or 0 (continuous)"
         )
     if scale and name not in QUANTILE_SCHEDULES:
         raise UserError(
@@ -391,4 +395,6 @@ def make_schedule(
         raise UserError(f"config.schedule.noise_factor={noise_factor}: must be over 0")
     schedule = SCHEDULES[name](mean, scale) if scale else SCHEDULES[name]()
     schedule = schedule if noise_factor == 1 else rescale(schedule, noise_factor)
+    if num_steps and betas(schedule, num_steps).max() >= 1:
+        raise UserError(f"config.schedule.num_steps={num_steps}: too few for {name!r}")
     return discretize(schedule, num_steps) if num_steps else schedule

@@ -29,15 +29,15 @@ from dlm_jax.types import PAD, START
 class Reference(NamedTuple):
     """The data and the model that metrics compare samples with.
 
-    held_out: texts for use inside metrics; the table's held-out column has others.
-    train_grams: the 4-grams of train. grammatical: the data is the embedded grammar.
+    held_out: texts that metrics compare with; the held-out column uses the other half.
+    train_grams: the 4-grams of train. on_grammar: the data is the built-in grammar.
     """
 
     train: frozenset[str]
     train_grams: frozenset[tuple[str, ...]]
     held_out: list[str]
     ar_model: DiffusionLM | None
-    grammatical: bool
+    on_grammar: bool
 
 
 class Row(NamedTuple):
@@ -73,14 +73,14 @@ def _energy(texts: list[str], reference: Reference) -> float:
 
 
 def _accepted(texts: list[str], reference: Reference) -> float:
-    if not reference.grammatical:
+    if not reference.on_grammar:
         raise UserError("needs the grammar")
     return float(np.mean([grammar.accepts(text) for text in texts]))
 
 
 def _exact_nll(texts: list[str], reference: Reference) -> float:
     """Returns nats per token, END counted, of the texts that the grammar accepts."""
-    if not reference.grammatical:
+    if not reference.on_grammar:
         raise UserError("needs the grammar")
     good = [text for text in texts if grammar.accepts(text)]
     if not good:
@@ -158,7 +158,7 @@ def compare(
     """Returns {metric: Row} of samples, a list of texts per seed, and held-out text.
 
     Each seed's samples are compared with as many held-out texts, because entropy and
-    distinct-n grow with the number. Raises UserError if a list is too short.
+    distinct-n depend on the number. Raises UserError if a list is too short.
     """
     size = min(map(len, samples))
     if size < 2 or len(held_out) < size * len(samples):
@@ -181,7 +181,7 @@ def likelihood_rows(
     """Estimates the bound on -log p of texts, per token and per position.
 
     draws: noise levels per text. For an autoregressive model the values are exact. On
-    the grammar, adds the excess over the exact -log p (docs/method.md, section 6).
+    the grammar, adds the excess over the grammar's exact -log p.
     """
     ids = lm.encode(texts)
     terms, count = lm.nll(ids, draws=draws), tokens(ids)
@@ -214,10 +214,8 @@ def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
     held_out = sources.load_texts(config.data, "valid")
     half = len(held_out) // 2
     seen = frozenset(text_metrics.all_grams(train))
-    grammatical = config.data.source == "grammar"
-    reference = Reference(
-        frozenset(train), seen, held_out[half:], ar_model, grammatical
-    )
+    on_grammar = config.data.source == "grammar"
+    reference = Reference(frozenset(train), seen, held_out[half:], ar_model, on_grammar)
     return reference, held_out[:half]
 
 
@@ -230,7 +228,7 @@ def _check(options: Any, lm: DiffusionLM) -> None:
 
 
 def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
-    """Returns a list of texts per seed: generated, or the lines of a file in parts."""
+    """Returns a list of texts per seed: generated, or a file's lines, split."""
     if not options.texts:
         return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
     path = Path(options.texts)
@@ -252,12 +250,12 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     """Measures quality and entropy by number of steps; [] without a quality metric."""
     quality = (
         "accepted by the grammar"
-        if reference.grammatical
+        if reference.on_grammar
         else "autoregressive nats/token"
     )
     if lm.cfg.causal or options.texts:
         return []
-    if not reference.grammatical and reference.ar_model is None:
+    if not reference.on_grammar and reference.ar_model is None:
         return []
     points = []
     for num_steps in options.num_steps:
@@ -274,7 +272,7 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
 
 
 def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
-    """Measures samples and likelihood; prints a table and writes evaluation.json.
+    """Measures samples and likelihood; prints a table and writes a JSON file.
 
     Returns what the file holds. Raises UserError.
     """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Constraints on generated texts, as arrays: templates, lengths, phrases, labels.
 
-A constraint is an array with one row per text, so one compilation serves every target.
+A constraint is an array with one row per text, so constraints of equal shapes compile
+once.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,12 +30,11 @@ class GuidanceClassifier(NamedTuple):
 
 
 class Constraints(NamedTuple):
-    """What each of n texts must satisfy, as arrays with a row per text; None: no limit.
+    """Fixed tokens, and targets that guide, as arrays with a row per text; None: no limit.
 
     ids, known [n l]: token ids, and a mask of the positions where they are fixed.
     allowed [n l v]: the tokens that each position may take. phrases, each [n k]: ids
-    that must occur in this order; excluded [n k]: ids that must not occur; rows are
-    padded with -1. labels: classifier targets by task [n ...]; -1 sets no target.
+    wanted side by side; excluded [n k]: unwanted ids; rows are padded with -1. labels: classifier targets by task [n ...]; -1 sets no target.
     """
 
     ids: Any = None
@@ -61,16 +61,16 @@ def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
 
 
 def pad_to_power_of_two(row: list[int]) -> np.ndarray:
-    """Pads a row of ids with -1 to [1 k], k a power of two: few compilations."""
+    """Pads a row of ids with -1 to [1 k], k a power of two, to limit recompilation."""
     width = 1 << max(len(row) - 1, 0).bit_length()
     return np.array([row + [-1] * (width - len(row))], np.int32)
 
 
 def require_word_tokens(tok: Tokenizer, what: str) -> None:
-    """Raises UserError if a position is not a word."""
+    """Raises UserError if tokens are not words."""
     if not isinstance(tok, WordTokenizer):
         raise UserError(
-            f"{what}: counts words, and this model's positions are sentencepiece "
+            f"{what}: needs one word per token, and this model has sentencepiece "
             "pieces; train with config.data.tokenizer=word"
         )
 
@@ -98,7 +98,7 @@ MAX_GAP_WORDS = 10  # as in the published code
 
 
 class Template(NamedTuple):
-    """A text in parts: a list of ids, None for one open word, or GAP for any number."""
+    """A text in parts: a list of ids, None for one open word, or GAP for several."""
 
     parts: list[Any]
 
@@ -149,9 +149,9 @@ def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Templ
 def fill_template(
     template: Template, length: int, widths: Iterable[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (ids, known) [length] with gaps of these widths; the last may stay open.
+    """Returns (ids, known) [length]; a gap without a width runs to the end.
 
-    Positions that are not known hold PAD, or END in an open gap.
+    Positions that are not known hold PAD, or END in a gap that runs to the end.
     """
     ids, known, gaps, rest = [START], [True], iter(widths), True
     for part in template.parts:
@@ -179,9 +179,9 @@ def template_constraints(
     words: length of the whole text; by default a gap has 1 to MAX_GAP_WORDS words, and
     a gap at the end stays open.
     """
-    numbers = [np.random.default_rng((seed, i)) for i in range(n)]
+    rngs = [np.random.default_rng((seed, i)) for i in range(n)]
     if words is not None:
-        widths = [_draw_widths(template, words, rng) for rng in numbers]
+        widths = [_draw_widths(template, words, rng) for rng in rngs]
     else:
         spare = length - 2 - template.size
         if spare < 0:
@@ -191,7 +191,7 @@ def template_constraints(
             )
         drawn = template.gaps - (template.parts[-1] == GAP)
         most = min(MAX_GAP_WORDS, 1 + spare // max(drawn, 1))
-        widths = [rng.integers(1, most + 1, drawn).tolist() for rng in numbers]
+        widths = [rng.integers(1, most + 1, drawn).tolist() for rng in rngs]
     ids, known = map(
         np.stack,
         zip(*(fill_template(template, length, w) for w in widths), strict=True),
@@ -213,9 +213,10 @@ def _draw_widths(template: Template, words: int, rng: Any) -> list[int]:
 
 
 def allowed_tokens(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
-    """Returns the allowed tokens [n l v]: known tokens, and words where it is open.
+    """Returns the mask [n l v]: the known token, or any word at an unknown position.
 
-    In an open gap, whose ids are END, the text may also end, after at least one word.
+    In a gap that runs to the end, whose ids are END, the text may also end, after at
+    least one word.
     """
     word = np.arange(vocab) > max(START, END, UNK, PAD)
     allowed = np.broadcast_to(word, (*ids.shape, vocab)).copy()
@@ -247,11 +248,11 @@ def parse_constraints(
 ) -> Constraints:
     """Builds the constraints of one text (n = 1) from names and values:
 
-    length: number of words. contains: a phrase, or a list of phrases. lacks: words that
+    length: number of words, not tokens. contains: a phrase, or a list of phrases. lacks: words that
     must not occur. semantic: {field: value}; label: {column: label}; pos: the tag of
-    each word; tree: (first, last, label) of every constituent, counted in words; span:
-    the same for one constituent. The last five need a classifier; without one, a
-    semantic value becomes a phrase that must occur. Raises UserError.
+    each word; tree: (first, last, label) of each constituent, by word indices from 0,
+    inclusive; span: one of these. All from semantic on need a classifier; without one,
+    a semantic value is treated as `contains`. Raises UserError.
     """
     if {"tree", "span"} <= wanted.keys():
         raise UserError(
@@ -336,15 +337,15 @@ def _check(
     longest = max(map(len, phrases), default=0)
     if longest > room:
         raise UserError(
-            f"contains: a phrase of {longest} words does not fit into {room}"
+            f"contains: a phrase of {longest} words exceeds the text's {room} words"
         )
-    others = len({i for phrase in phrases for i in phrase})
-    if others > room:
+    distinct = len({i for phrase in phrases for i in phrase})
+    if distinct > room:
         raise UserError(
-            f"contains: phrases of {others} different words do not fit into {room}"
+            f"contains: {distinct} different words exceed the text's {room} words"
         )
     if "span" in wanted and wanted["span"][1] >= room:
-        raise UserError(f"span={wanted['span']}: its last word is beyond the {room}")
+        raise UserError(f"span={wanted['span']}: ends past word {room}")
     values = _as_list(_fields(wanted.get("semantic", {})).values())
     inside = {i for phrase in phrases for i in phrase}
     inside |= {i for value in values for i in tok.encode(value)}

@@ -24,7 +24,7 @@ from dlm_jax.types import Ids
 
 
 class Samples(NamedTuple):
-    """Generated texts [n], their ids [n l] and latents [n l d], the last x0_hat.
+    """Generated texts [n], their ids [n l], and latents [n l d]: the last x0_hat.
 
     trajectory [n num_steps l]: the ids that x0_hat rounds to after every step, or None.
     """
@@ -36,7 +36,7 @@ class Samples(NamedTuple):
 
 
 class DiffusionLM(TrainedModel):
-    """A trained model, ready to generate, infill, control and score texts.
+    """A trained model, diffusion or autoregressive: generates, controls, scores texts.
 
     Its fields, such as params, ema, cfg, schedule and tokenizer, are `TrainedModel`'s.
     """
@@ -81,9 +81,9 @@ class DiffusionLM(TrainedModel):
     def infill(self, template: str, n: int = 5, **options: Any) -> list[str]:
         """Generates n texts from a template such as "The ___ is a pub [...]".
 
-        ___ stands for one word, [...] for any number of words. The other words come
-        back exactly. The width of each gap is drawn per text, from 1 to 10 words as
-        they fit; a gap at the end has any length. options: those of `control`.
+        ___ stands for one word, [...] for 1 to 10 words, fewer if the length is short, drawn
+        per text; a gap at the end has any length. The other words come back exactly.
+        options: those of `control`.
         """
         return self.control(n, template=template, **options)
 
@@ -109,8 +109,8 @@ class DiffusionLM(TrainedModel):
     def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
         """Estimates the bound on -log p of each row of ids [n l]: nats, as named terms [n].
 
-        draws: noise levels per row. For an autoregressive model -log p is exact, and
-        all of it is the term `rounding`.
+        draws: noise levels per row. For an autoregressive model -log p is exact,
+        stored whole in the field `rounding`.
         """
         score = self.cached(("nll", draws), lambda: scoring.make_nll(self, draws))
         return scoring.by_batches(jax.random.key(seed), score, self.ema, ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is sampled: the settings, checked, and the solver's step they give."""
+"""Sampling settings, checked, and the solver step built from them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,12 +29,12 @@ ROUNDINGS: dict[str, Callable[..., Ids]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample; the defaults are the published ones. Raises UserError.
+    """How to sample. Without solver_options ddim has eta 0. Raises UserError.
 
     num_steps: denoiser calls. clamp: x0_hat is moved to the nearest embeddings at times
     t <= clamp; -1 turns it off. rounding: how the last x0_hat becomes ids, by the
-    largest logit or the nearest embedding. churn, temperature, asymmetry: see
-    `samplers`. solver_options: keyword arguments of the solver. trajectory: also
+    largest logit or the nearest embedding. churn, temperature: see
+    `samplers`; asymmetry: the gap of `samplers.shift_timesteps`. solver_options: keyword arguments of the solver. trajectory: also
     return the ids of every step.
     """
 
@@ -59,7 +59,7 @@ class SamplingConfig:
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature}: must be over 0")
         for name, off in (("churn", 0), ("temperature", 1)):
-            if getattr(self, name) != off and self.solver not in samplers.ONE_STEP:
+            if getattr(self, name) != off and self.solver not in samplers.USE_X_T:
                 raise UserError(f"{name}: solver {self.solver!r} does not take it")
         self.step(lambda x_t, t, x0_prev: x_t, make_schedule("sqrt"))  # checks options
 
@@ -101,8 +101,8 @@ class SamplingConfig:
         most = schedule.num_steps
         if most is not None and self.num_steps > most:
             raise UserError(
-                f"num_steps={self.num_steps}: this model's schedule has {most} "
-                "steps at most"
+                f"num_steps={self.num_steps}: this model's schedule has only {most} "
+                "steps"
             )
 
     def step(self, denoise: model.Denoise, schedule: Schedule) -> samplers.Step:
@@ -117,8 +117,7 @@ class SamplingConfig:
         return samplers.temperature(solver, denoise, schedule, tau=self.temperature)
 
 
-# the defaults of a run for the options of all solvers; the published sampler is DDIM
-# with its full noise
+# a run's defaults for every solver option; the published sampler is DDIM with eta 1
 _OPTIONS = {
     name: value
     for solver in samplers.SOLVERS

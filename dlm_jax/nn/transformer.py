@@ -31,7 +31,7 @@ from dlm_jax.nn.ops import (
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
 
 # (matmul dtype, activation dtype) of the trunk. CPUs are slow at elementwise work in
-# bfloat16; GPUs and TPUs are faster.
+# bfloat16; GPUs and TPUs are fast.
 DTYPES = {
     "float32": ("float32", "float32"),
     "mixed": ("bfloat16", "float32"),
@@ -58,9 +58,9 @@ class DenoiserConfig:
     predicts: str = "x0"  # x0 | eps | mu (the mean of x_{t-1}) | logits over words
     self_cond: bool = False  # the last x0_hat is an input
     token_posterior_input: bool = (
-        False  # softmax of p(w | x_t) per position is an input
+        False  # E[x_0 | x_t] of each position alone is an input
     )
-    causal: bool = False  # attention to earlier positions only, for objective "ar"
+    causal: bool = False  # no attention to later positions, for objective "ar"
     time_input: str = "t"  # t | log_snr, which keeps its meaning as schedules adapt
     dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -84,7 +84,7 @@ class DenoiserConfig:
 
 
 def time_features(t: Time, dim: int) -> Float[Array, "*t {dim}"]:
-    """Computes sinusoidal features of 1000 t, cosines first, for t in [0, 1)."""
+    """Computes sinusoidal features of 1000 t, cosines first, for t in [0, 1]."""
     half = dim // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half) / half)
     angle = 1000.0 * jnp.asarray(t)[..., None] * frequencies
@@ -92,7 +92,7 @@ def time_features(t: Time, dim: int) -> Float[Array, "*t {dim}"]:
 
 
 def _uniform(fan_in: int) -> Callable:
-    """Initialises from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default."""
+    """Returns the initializer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -104,8 +104,8 @@ def _uniform(fan_in: int) -> Callable:
 class Dense(nn.Module):
     """Computes x w + b over the last axis.
 
-    dtype, activation_dtype: of the product and of what it returns; out: of the result,
-    the input's if "". zero: initialise with zeros, otherwise as PyTorch does.
+    dtype: of the operands; activation_dtype: of the matrix product's result; out: of the
+    output, x's if "". zero: initialise with zeros, otherwise as PyTorch does.
     """
 
     features: int
@@ -137,7 +137,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, PAD included, as in the published code.
+    """Self-attention, PAD included, as in the published code; causal if cfg.causal.
 
     rotary: apply RoPE to queries and keys.
     """
@@ -244,7 +244,7 @@ def _compile_separately(layer: Callable) -> Callable:
     inlineable = "false" if jax.default_backend() == "cpu" else None
 
     def inside(block: nn.Module, x: Array) -> Array:
-        with set_xla_metadata(inlineable=None):
+        with set_xla_metadata(inlineable=None):  # marks the call alone
             return layer(block, x)
 
     def call(block: nn.Module, x: Array) -> Array:
@@ -283,7 +283,7 @@ class Trunk(nn.Module):
 
 
 def _positions(post: bool) -> Callable:
-    """Initialises positions from N(0, 1), as published; smaller without a LayerNorm."""
+    """Returns the initializer N(0, 1), as published, or N(0, 0.02^2) without LayerNorm."""
     return nn.initializers.normal(1.0 if post else 0.02)
 
 

@@ -55,7 +55,7 @@ class CorruptCheckpointError(UserError):
 
 PathLike = str | os.PathLike  # a run's directory; also gs://...
 FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
-# settings that may change when a run resumes, as they do not affect its training
+# settings that may change when a run resumes: same model, data and objective
 RESUMABLE_CHANGES = {
     f"train.{name}"
     for name in (
@@ -103,7 +103,7 @@ def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
 
 
 def _quiet() -> None:
-    """Silences Orbax's logs, some fifty lines per save; errors arrive as exceptions."""
+    """Silences all absl and asyncio logs: Orbax writes some fifty lines per save."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -124,7 +124,7 @@ def save(
         sums=ocp.args.JsonSave(sums),
         **{name: ocp.args.JsonSave(r) for name, r in records._asdict().items()},
     )
-    with _saving(writer, step):
+    with _saving(writer, f"step {step}"):
         done = writer.save(step, args=parts)
     if not done:
         raise UserError(
@@ -135,19 +135,19 @@ def save(
 
 def wait(writer: ocp.CheckpointManager) -> None:
     """Waits until the last save is complete. Raises UserError."""
-    with _saving(writer, "last"):
+    with _saving(writer, "the last step"):
         writer.wait_until_finished()
 
 
 @contextlib.contextmanager
-def _saving(writer: ocp.CheckpointManager, step: int | str) -> Iterator[None]:
+def _saving(writer: ocp.CheckpointManager, what: str) -> Iterator[None]:
     """Turns an error of the storage, such as a full disk, into a UserError."""
     try:
         yield
     except Exception as error:  # Orbax and its storage raise various types
         steps = all_steps(writer.directory.parent)
         raise UserError(
-            f"{writer.directory}: step {step} cannot be saved ({_reason(error)}); the "
+            f"{writer.directory}: {what} cannot be saved ({_reason(error)}); the "
             f"last complete checkpoint is {steps[-1] if steps else 'none'}: free space "
             "or repair the folder, and rerun the command to resume"
         ) from error
@@ -166,7 +166,7 @@ def _reason(error: Exception) -> str:
 
 def check_saves(writer: ocp.CheckpointManager) -> None:
     """Raises UserError if an asynchronous save has failed."""
-    with _saving(writer, "last"):
+    with _saving(writer, "the last step"):
         writer.check_for_errors()
 
 
@@ -327,7 +327,7 @@ def checksum(tree: PyTree) -> int:
 
 
 def write_run_config(workdir: PathLike, config: dict) -> None:
-    """Writes <workdir>/config.json, the config that a resume must match. UserError."""
+    """Writes <workdir>/config.json, the config that a resume must match."""
     try:
         resolve_workdir(workdir).mkdir(parents=True, exist_ok=True)
         write_json(resolve_workdir(workdir) / "config.json", config)

@@ -29,7 +29,8 @@ class Layout(NamedTuple):
     initializes the state. like(shapes): the target to restore a checkpoint into;
     loaded(tree): converts the result to a state. whole(state): global arrays, for
     checkpoints and `shard_rows`. step(fn, state): compiles fn. parts(accumulate):
-    number of parts that a host's rows are read in. rows(array): puts them on devices.
+    number of parts that a host's rows are read in. rows(array): makes them the input
+    of a step.
     """
 
     axis: str | None
@@ -57,7 +58,7 @@ def _here() -> NamedSharding:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Copies to all local devices, as donation requires before the first step."""
+    """Copies to all local devices, so that the first step can donate them."""
     return jax.device_put(tree, _here())
 
 

@@ -36,13 +36,14 @@ def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
     except checkpoint.CorruptCheckpointError as error:
         if not allow_fallback or hosts.host_loss_reason(error):
             raise
-        # several hosts would have to agree, and one of them may be waiting
+        # several hosts cannot agree on a fallback here
         if hosts.process_index_and_count()[1] > 1:
             raise UserError(
-                f"{error.path} is damaged: on several hosts nobody sets it aside, move "
-                "it out of its folder and start again"
+                f"{error.path} is damaged: with several hosts, move it out of its folder "
+                "and rerun"
             ) from error
-        print(f"{error}: moved to {checkpoint.quarantine(error, workdir)}", flush=True)
+        moved = checkpoint.quarantine(error, workdir)
+        print(f"{error.path} is damaged: moved to {moved}", flush=True)
         return run(job, workdir, allow_fallback=True)
     start, total = int(trainer.state.step), job.config.train.total_steps
     if start >= total:
@@ -64,10 +65,10 @@ def _run_and_close(trainer: Trainer, progress: Progress, total: int) -> None:
         _loop(trainer, progress, writer, preemption, total)
         checkpoint.wait(writer)
     except OSError as error:
-        last = checkpoint.all_steps(workdir)[-1:] or "none"
+        saved = checkpoint.all_steps(workdir)
         raise UserError(
-            f"--workdir {workdir}: {error}; the last checkpoint is {last}, start again "
-            "to go on from it"
+            f"--workdir {workdir}: {error}; the last checkpoint is "
+            f"{saved[-1] if saved else 'none'}; rerun to resume"
         ) from error
     finally:
         preemption.close()
@@ -83,10 +84,10 @@ def _loop(
     preemption: hosts.Preemption,
     total: int,
 ) -> None:
-    one = functools.partial(
+    step = functools.partial(
         train_step, step_cfg=trainer.step_cfg, axis=trainer.layout.axis
     )
-    step_fn = trainer.layout.step(one, trainer.state)
+    step_fn = trainer.layout.step(step, trainer.state)
     while True:
         try:
             return _steps(trainer, step_fn, progress, writer, preemption, total)
@@ -94,7 +95,7 @@ def _loop(
             if trainer.config.train.on_nonfinite != "rollback":
                 raise
             where = trainer.roll_back(error, writer)
-            progress.say(f"{error}; going back to {where}")
+            progress.say(f"{error.found}; going back to {where}")
 
 
 def _steps(
@@ -130,7 +131,7 @@ def _steps(
 
 
 class _Report:
-    """Checks and records the metrics of a step one step later, so it never waits."""
+    """Checks and records the metrics of a step one step later: the device stays busy."""
 
     def __init__(self, trainer: Trainer, progress: Progress):
         self.trainer, self.progress = trainer, progress
@@ -154,6 +155,6 @@ class _Report:
             error = NonFiniteError(self.trainer, step, bad[0], values[bad[0]])
             if config.on_nonfinite != "skip" or self.skipped > MAX_SKIPPED:
                 raise error
-            self.progress.say(f"{error}; the update was skipped")
+            self.progress.say(f"{error.found}; the update was skipped")
         if step % config.log_steps == 0 or step == 1:
             self.progress.record(step, values, kind="train")

@@ -18,9 +18,9 @@ from dlm_jax.types import Array, Ids, PRNGKey, PyTree
 
 
 class TrainState(NamedTuple):
-    """Everything that resuming needs; random keys and data order follow from step.
+    """The arrays that resuming needs; keys and data order follow from seed and step.
 
-    step: number of updates done. ema: moving average of params, used for sampling.
+    step: number of steps done, skipped ones included. ema: moving average of params, used for sampling.
     opt: optimiser state. moments: () or the loss history for importance sampling of t.
     schedule_state: () or the statistics of an adaptive schedule.
     """
@@ -34,7 +34,9 @@ class TrainState(NamedTuple):
 
 
 class TrainingTask(NamedTuple):
-    """What is trained. A row of data is a text's ids, then `labels` numbers.
+    """Initialization and loss of what is trained.
+
+    A row of data is a text's ids, then `labels` numbers.
 
     init(key, step_cfg, vocab): returns parameters. terms(key, params, rows, draws,
     step_cfg): returns the named loss terms of each row, with a method `total()`.
@@ -98,7 +100,7 @@ class StepConfig(NamedTuple):
 def init_state(
     key: PRNGKey, step_cfg: StepConfig, vocab: int, table: Any = None
 ) -> TrainState:
-    """Returns the state of step 0; table [v d]: initial embedding; None: random."""
+    """Returns the state of step 0. table: the initial embedding [v d], or random."""
     params = step_cfg.task.init(key, step_cfg, vocab)
     if table is not None:
         table = jnp.asarray(table)
@@ -147,7 +149,7 @@ def loss_fn(
 def _gradients(key, state, ids, step_cfg, first):
     """Returns the mean gradient over microbatches, and (terms, t, weight) per row."""
     k_draw, k_drop = jax.random.split(key)
-    k_cut = jax.random.fold_in(key, 2)
+    k_cut = jax.random.fold_in(key, 2)  # 0 and 1 are the split keys
     micro = ids.reshape(step_cfg.accumulate, -1, ids.shape[-1])
     dropout = max(step_cfg.cfg.dropout, step_cfg.cfg.attention_dropout) > 0
 
@@ -184,7 +186,7 @@ def train_step(
     step_cfg: StepConfig,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Performs one update on this device's rows [b l].
+    """Performs one update on the rows [b l] of a device, or under fsdp on all.
 
     axis: the mapped axis, None under jit. Returns the new state and the metrics, which
     are means over the global batch: the loss, its named terms and the gradient norm.
@@ -203,9 +205,9 @@ def train_step(
         grads = grads._replace(table=jnp.zeros_like(grads.table))
     updates, opt = step_cfg.optimizer.update(grads, state.opt, state.params)
     moved: Any = optax.apply_updates(state.params, updates)
-    params = _constrain(moved, state.params, step_cfg)
+    params = _fix_table(moved, state.params, step_cfg)
     ema = optimizer.average(state.ema, params, step_cfg.ema)
-    ema = _constrain(ema, state.ema, step_cfg)
+    ema = _fix_table(ema, state.ema, step_cfg)
     moments = _update_moments(state.moments, terms, t, weight, axis)
     adapted = _update_schedule_state(state.schedule_state, terms, t, step_cfg, axis)
     new = TrainState(state.step + 1, params, ema, opt, moments, adapted)
@@ -213,13 +215,13 @@ def train_step(
 
 
 def _skip_nonfinite(new: TrainState, state: TrainState, metrics: dict) -> TrainState:
-    """Returns the new state, or the old one if the loss or gradient is not finite."""
+    """Returns the new state; if loss or gradient is not finite, the old at the new step."""
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
     return kept._replace(step=new.step)
 
 
-def _constrain(params: Any, before: Any, step_cfg: StepConfig) -> Any:
+def _fix_table(params: Any, before: Any, step_cfg: StepConfig) -> Any:
     """Applies the constraint on the table: frozen, or rows of norm sqrt(d)."""
     if step_cfg.frozen:
         return params._replace(table=before.table)
@@ -232,7 +234,7 @@ def _update_moments(moments, terms: Any, t, weight, axis):
     """Adds this batch's losses, without importance weights, to the history."""
     if not isinstance(moments, time_sampling.LossMoments):
         return moments
-    error = (terms.diffusion + terms.t0) * terms.weight / weight  # see losses._vlb
+    error = (terms.diffusion + terms.t0) * terms.weight / weight  # undoes _vlb's
     loss = error + terms.rounding + terms.prior
     if axis is not None:
         t, loss = (jax.lax.all_gather(x, axis, tiled=True) for x in (t, loss))

@@ -23,7 +23,7 @@ from dlm_jax.training.train_step import StepConfig, TrainState, init_state
 from dlm_jax.training.validation import Validation
 from dlm_jax.types import PRNGKey, PyTree
 
-ROLLBACKS = 3  # from one checkpoint
+MAX_ROLLBACKS = 3  # from one checkpoint
 
 
 class Job(NamedTuple):
@@ -64,7 +64,7 @@ def _to_dict(config: Any) -> dict:
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient is not finite; step: the update that made it."""
+    """A loss or gradient is not finite. step: its update; found: what, without a remedy."""
 
     def __init__(self, trainer: "Trainer", step: int, name: str, value: float):
         rows = " ".join(map(str, trainer.row_index(step - 1, hosts=1).ravel()))
@@ -76,13 +76,13 @@ class NonFiniteError(UserError):
             f"of its batch, in the training data: {rows}"
         )
         self.step = step
+        self.found = f"{name} is {value} at step {step} (batch rows {rows})"
 
 
 class Trainer:
     """A training run in its directory: starts, resumes, saves, previews.
 
-    skipped_batches: (step, n) of each rollback: from that step on, the data is n
-    batches further.
+    skipped_batches: (step, n) of each rollback: n batches are skipped at that step.
     """
 
     def __init__(self, job: Job, workdir: str):
@@ -128,12 +128,12 @@ class Trainer:
         return self.layout.loaded(checkpoint.restore(self.workdir, step, like))
 
     def batch(self, step: int) -> Any:
-        """Returns this host's rows of a step, on its devices."""
+        """Returns this host's rows of a step, as the step's input."""
         index = self.row_index(step, hosts=self.hosts)
         return self.layout.rows(self.corpus.train[index])
 
     def row_index(self, step: int, *, hosts: int) -> np.ndarray:
-        """Returns the indices [parts b] of this host's training rows, of `hosts` hosts."""
+        """Returns the indices [parts b] of the training rows of one of `hosts` hosts."""
         parts = self.layout.parts(self.step_cfg.accumulate)
         step += sum(n for at, n in self.skipped_batches if step >= at)
         rows = [
@@ -150,16 +150,16 @@ class Trainer:
         return np.stack(rows)
 
     def roll_back(self, error: NonFiniteError, writer: Any) -> str:
-        """Returns to the newest checkpoint and skips the batches that led to the error.
+        """Restores the newest checkpoint and skips the batches after it; returns a message.
 
-        Raises the error again if there is no checkpoint, or after ROLLBACKS times.
+        Raises the error again if there is no checkpoint, or after MAX_ROLLBACKS times.
         """
         checkpoint.wait(writer)
         saved = checkpoint.all_steps(self.workdir)
         if not saved:
             raise error
         step = saved[-1]
-        if [at for at, _ in self.skipped_batches].count(step) == ROLLBACKS:
+        if [at for at, _ in self.skipped_batches].count(step) == MAX_ROLLBACKS:
             raise error
         self.state = self._restore(step)
         self.skipped_batches.append((step, error.step - step))
@@ -175,8 +175,8 @@ class Trainer:
         state = self.layout.whole(self.state)
         if not sharding.finite((state.params, state.ema)):
             raise UserError(
-                f"weights are not finite at step {int(self.state.step)}: stopped, none "
-                "saved; take a fresh --workdir and a lower config.optim.lr"
+                f"weights are not finite at step {int(self.state.step)}: stopped, not "
+                "saved; use a new --workdir and a lower config.optim.lr"
             )
         run = {"kind": self.job.kind, "skipped_batches": self.skipped_batches}
         records = checkpoint.Records(
@@ -200,7 +200,7 @@ class Trainer:
 
 
 def _newest_step(workdir: Any, host: int) -> int | None:
-    """Returns the step to resume from: the newest that host 0 sees, and all must."""
+    """Returns the step to resume from: host 0's newest, which all must see."""
     saved = checkpoint.all_steps(workdir)
     step = hosts.broadcast_from_host0(saved[-1] if saved else -1)
     if step >= 0 and step not in saved:
@@ -221,10 +221,13 @@ def _skipped_batches(saved: dict, workdir: Any) -> list[tuple[int, int]]:
 
 def _check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
     """Raises UserError if the data is not what the run was started with."""
-    for name, what in (("corpus", "text"), ("table", "model's embedding")):
+    for name, what in (
+        ("corpus", "config.data: its text"),
+        ("table", "config.classifier.model: its embedding"),
+    ):
         if saved.get(name) not in (None, identity.get(name)):
             raise UserError(
-                f"config.data: its {what} is not the one that {workdir} was begun "
+                f"{what} is not the one that {workdir} was begun "
                 "with; restore it or take a fresh --workdir"
             )
 
