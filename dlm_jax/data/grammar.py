@@ -14,11 +14,13 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from dlm_jax.data import inside_outside
 
 if TYPE_CHECKING:
     import nltk
@@ -169,6 +171,30 @@ def word_tags() -> dict[str, str]:
 def words() -> list[str]:
     """Returns all distinct words of the language, sorted."""
     return sorted(word_tags())
+
+
+@functools.cache
+def _chart(tokens: tuple[str, ...], longest: int) -> inside_outside.Chart:
+    missing = set(words()) - set(tokens)
+    if missing:
+        raise ValueError(f"the vocabulary lacks {sorted(missing)[0]!r} of the grammar")
+    ids = {token: i for i, token in enumerate(tokens)}
+    return inside_outside.make_chart(rules(), START, ids, longest)
+
+
+def posterior(
+    scores: np.ndarray, tokens: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns p(token | scores) [b l v] under the grammar, and log of the evidence [b].
+
+    scores [b l v]: log-likelihood in nats of each token at each position, up to a
+    constant per position; for x_t it is `model.token_posterior_logits`. tokens: the
+    token of each id, as in `Tokenizer.tokens()`. Then p @ table is E[x_0 | x_t], the
+    denoiser that no network can beat. The evidence is sum_text p(text) exp(scores).
+    Raises ValueError if a word of the grammar is no token.
+    """
+    chart = _chart(tuple(tokens), np.shape(scores)[1] - 2)
+    return inside_outside.posterior(scores, chart)
 
 
 # ---- parsing -------------------------------------------------------------------------

@@ -251,6 +251,19 @@ def temperature(
     return step
 
 
+def by_noise(low: Step, high: Step, schedule: Schedule, *, level: float) -> Step:
+    """Returns the step `low` where log(1/SNR) at its start is below level, else `high`.
+
+    Both must take the same noise and state: different solvers, clamps or denoisers.
+    """
+
+    def switched(keys: PRNGKeys, state: State, times: Times) -> State:
+        quiet = -schedule.log_snr(times.now) < level
+        return jax.lax.cond(quiet, low, high, keys, state, times)
+
+    return switched
+
+
 def shift_timesteps(times: Times, gap: float) -> Times:
     """Moves the end of each step `gap` step lengths further.
 

@@ -19,6 +19,7 @@ from dlm_jax.diffusion import likelihood
 from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import plots, text_metrics
+from dlm_jax.evaluation.exact import gap_rows
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
@@ -181,7 +182,7 @@ def likelihood_rows(
     """Estimates the bound on -log p of texts, per token and per position.
 
     draws: noise levels per text. For an autoregressive model the values are exact. On
-    the grammar, adds the excess over the grammar's exact -log p.
+    the grammar, adds the excess over the exact -log p, and the gap by level of noise.
     """
     ids = lm.encode(texts)
     terms, count = lm.nll(ids, draws=draws), tokens(ids)
@@ -199,6 +200,7 @@ def likelihood_rows(
         rows["above the language, nats/token"] = likelihood.ratio_with_stderr(
             total - exact, count
         )
+        rows |= gap_rows(lm, ids, count)
     return rows
 
 
