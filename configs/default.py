@@ -38,7 +38,7 @@ def get_config() -> Any:
             "name": "sqrt",  # a key of schedule.SCHEDULES
             "num_steps": 2000,  # T noise levels; 0: continuous time
             "mean": 0.0,  # logistic, gumbel: location of log(1/SNR)
-            "scale": 0.0,  # likewise; 0: the schedule's own mean and scale
+            "scale": 0.0,  # likewise; 0: the schedule's own, whatever mean
             "noise_factor": 1.0,  # F: noise F times larger relative to the signal
             "adaptive": "",  # "" | warp | gumbel (docs/method.md, section 9)
         }
@@ -115,7 +115,7 @@ def _data() -> ConfigDict:
         {
             "source": "grammar",  # grammar | text | e2e | csv | jsonl | tfds | prepared
             "path": "",  # a file, the folder of E2E or prepared data, or a TFDS name
-            "valid_path": "",  # "": the last valid_fraction of the file
+            "valid_path": "",  # "": src1_valid.txt of E2E, or the end of path
             "valid_fraction": 0.05,
             "column": "text",  # csv, jsonl and tfds: the column of texts
             "size": 200_000,  # grammar: number of training texts

@@ -221,7 +221,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, OSError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines()  # a traceback is cut to two lines
         _fail(" ".join(dict.fromkeys((lines[0], lines[-1].strip()))))
-    except Exception as error:  # any error in the code of a config file
+    except Exception as error:  # others in the code of a config file
         _fail(f"--config: the file raises {type(error).__name__}: {error}; correct it")
 
 

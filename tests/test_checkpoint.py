@@ -144,7 +144,7 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = _command(texts, killed, train__ckpt_steps=5, train__keep=100)
     _kill_after_first_checkpoint(command, killed)
-    reached = checkpoint.latest_step(killed)
+    reached = checkpoint.choose_step(killed)
     assert reached < STEPS
     unfinished = checkpoint.folder(killed) / f"{STEPS - 1}.orbax-checkpoint-tmp"
     (unfinished / "state").mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_killed_and_resumed_run_has_the_same_bits(texts, tmp_path, capsys):
     loop.train(config, str(killed))
     assert f"from step {reached}" in capsys.readouterr().out
     loop.train(config, str(whole))
-    assert checkpoint.latest_step(killed) == checkpoint.latest_step(whole) == STEPS
+    assert checkpoint.choose_step(killed) == checkpoint.choose_step(whole) == STEPS
     states = [_trainer(config, w).state for w in (whole, killed)]
     assert not np.array_equal(states[0].params.table, states[0].ema.table)
     _same_bits(*states)
@@ -248,7 +248,7 @@ def test_unwritable_workdir(texts, tmp_path):
 
 def _data(workdir):
     """The newest step's arrays, some superseded, and their description."""
-    state = checkpoint.folder(workdir) / str(checkpoint.latest_step(workdir)) / "state"
+    state = checkpoint.folder(workdir) / str(checkpoint.choose_step(workdir)) / "state"
     files = sorted(p for p in state.rglob("d/*") if p.is_file())
     return [*files, state / "_METADATA"]
 
@@ -366,7 +366,7 @@ def test_in_a_bucket_a_step_is_complete_when_orbax_says_so(tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint, "folder", lambda workdir: Bucket())
     assert checkpoint.all_steps("gs://bucket/run") == [2]
-    assert checkpoint.latest_step("gs://bucket/run") == 2
+    assert checkpoint.choose_step("gs://bucket/run") == 2
 
 
 @pytest.mark.parametrize("mode", main.LOCAL)
@@ -417,7 +417,7 @@ def test_a_disk_that_fails_ends_the_run_in_one_line(name, texts, tmp_path, monke
     if left is not None:
         assert checkpoint.all_steps(tmp_path / "run") == [left]
         _run(texts, tmp_path / "run")
-        assert checkpoint.latest_step(tmp_path / "run") == 6
+        assert checkpoint.choose_step(tmp_path / "run") == 6
 
 
 def test_every_flipped_bit_changes_its_sum():

@@ -347,7 +347,7 @@ def test_a_run_that_rolled_back_is_past_its_data_and_resumes_so(
     step = _bad_step(config)
     assert 3 <= step < 11, "another seed: the test needs a checkpoint before and after"
     loop.train(config, str(tmp_path / "run"))
-    assert "going back to step" in capsys.readouterr().out
+    assert "back to step" in capsys.readouterr().out
     saved = step // 3 * 3
     whole = _trainer(config, tmp_path / "run")
     assert whole.skipped_batches == [(saved, step + 1 - saved)]

@@ -129,7 +129,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in lines]
     curve = [(r["step"], r["loss"]) for r in rows if r["kind"] == "valid"]
     return {
-        "train_steps": checkpoint.latest_step(workdir),
+        "train_steps": checkpoint.choose_step(workdir),
         "training seconds": time.monotonic() - began,
         "held-out cross-entropy by step, nats per position": curve,
     }

@@ -91,7 +91,8 @@ def warp(state: AdaptiveState) -> Schedule:
 def fit_gumbel(state: AdaptiveState) -> Schedule:
     """Returns the Gumbel schedule whose distribution function is closest to the loss.
 
-    By linear regression: loss = H exp(-exp(-(u - mean) / scale)) means u = mean - scale log(-log(loss/H)).
+    By linear regression: loss = H exp(-exp(-(u - mean) / scale)) means u = mean - scale
+    log(-log(loss/H)).
     """
     loss = curve(state)
     share = jnp.clip(loss / jnp.maximum(loss[-1], 1e-9), 1e-4, 1 - 1e-4)

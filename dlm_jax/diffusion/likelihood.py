@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variational bound on -log p(w), in nats.
 
-It bounds the likelihood of the ancestral sampler with small variance and no clamp,
-where a self-conditioned network is evaluated twice per step. Other samplers of the same
-weights define other distributions.
+It bounds ancestral sampling with the variance of q(x_next | x_t, w), without the clamp
+and, unlike `samplers`, with two calls per step if the network is self-conditioned.
+Other samplers of the same weights define other distributions.
 
 Given the words, every latent is Gaussian: with x_0 = EMB(w) + sigma_0 n, x_t has mean
 alpha EMB(w) and variance 1 - alpha^2 + alpha^2 sigma_0^2. The bound depends on its
 signal-to-noise ratio SNR(t) (arXiv:2107.00630, eqs. 11 to 15):
 
-    -log p(w) <= KL(q(x_1 | w) || N(0, 1))                                      prior
+    -log p(w) <= KL(q(x_T | w) || N(0, 1))                                      prior
                + 1/2 sum_i (SNR_{i-1} - SNR_i) E|EMB(w) - e_hat(x_i)|^2     diffusion
                + E[-log p(w | the least noisy latent)]                       rounding
 
@@ -127,7 +127,7 @@ def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
 
 
 def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> PerExample:
-    """Computes KL(q(x_1 | w) || N(0, 1)) in nats per example [b]."""
+    """Computes KL(q(x_T | w) || N(0, 1)) in nats per example [b]."""
     steps = schedule.num_steps
     last = np.asarray(1.0 if steps is None else (steps - 1) / steps)
     alpha, _ = schedule.alpha_sigma(last)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end-to-end losses: diffusion, t = 0, rounding and prior terms per example.
 
-All randomness is drawn first (`time_sampling.draw_noise`); `end_to_end` is then
-deterministic. Sources: arXiv:2205.14217 section 4.1 and appendix A; docs/method.md,
-section 3, states each term, and where the published code differs from the paper.
+All randomness but dropout is drawn first (`time_sampling.draw_noise`). Sources:
+arXiv:2205.14217 section 4.1 and appendix A; docs/method.md, section 3, states each
+term, and where the published code differs from the paper.
 """
 
 import math
@@ -34,9 +34,9 @@ from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 class LossTerms(NamedTuple):
     """Named terms of the loss, each [b]; `end_to_end` states their units.
 
-    diffusion: error at t; 0 at index 0 with x0, eps, mu and vlb; t0: |EMB(w) - x0_hat|^2
-    (or its KL) at index 0, else 0; rounding: -log p(w | x_0); prior: distance of q(x_T) to
-    N(0, 1); weight: importance weight of the example.
+    diffusion: error at t, 0 at index 0 if t0 takes it; t0: |EMB(w) - x0_hat|^2 (or its
+    KL) at index 0, else 0; rounding: -log p(w | x_0); prior: (alpha_T x_0)^2, or its
+    KL; weight: importance weight of the example.
     """
 
     diffusion: PerExample
@@ -182,7 +182,7 @@ def _ce(p: _ForwardPass) -> LossTerms:
 
 
 def _ar(p: _ForwardPass) -> LossTerms:
-    """Cross-entropy of the next token, nats per position; the first token is START."""
+    """Cross-entropy of the next token, nats per position; the first token is given."""
     error = p.mean(jnp.pad(p.raw[:, :-1], ((0, 0), (1, 0))))
     zero = jnp.zeros_like(error)
     return p.terms(error, zero, zero, zero)

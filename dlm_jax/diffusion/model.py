@@ -138,9 +138,9 @@ def token_posterior_logits(
 ) -> Logits:
     """Computes log q(x_t | w) up to a constant: -|x_t - alpha E_w|^2 / (2 sigma^2).
 
-    Its softmax is p(w | x_t) of each position alone [b l v], for uniform p(w); the network adds what the
-    context says. Source: the output prior of Plaid, arXiv:2305.18619; as an input, the
-    softmax transform of arXiv:2205.14217 appendix F.
+    Its softmax is p(w | x_t) of each position alone [b l v], for uniform p(w); the
+    network adds what the context says. Source: the output prior of Plaid,
+    arXiv:2305.18619; as an input, the softmax transform of arXiv:2205.14217 appendix F.
     """
     alpha, sigma = schedule.alpha_sigma(t)
     near = expand_to(alpha / sigma**2, x_t) * jnp.einsum(

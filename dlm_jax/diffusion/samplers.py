@@ -34,7 +34,7 @@ class State(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Times of the last step, this one and the next, each [n]; scalars inside the scan."""
+    """The previous, current and next time, each [n]; scalars inside the scan."""
 
     prev: Any
     now: Any
@@ -205,7 +205,7 @@ def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
 
     def churned(keys: PRNGKeys, state: State, times: Times) -> State:
         after = jnp.maximum(times.next, 0.0)
-        latest = jnp.maximum(times.now, _last_time(schedule))
+        latest = jnp.maximum(times.now, _max_time(schedule))
         start = jnp.minimum(times.now + rate * (times.now - after), latest)
         beta = broadcast_to(schedule.beta(start, times.now), state.x_t)
         fresh = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
@@ -216,7 +216,7 @@ def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
     return churned
 
 
-def _last_time(schedule: Schedule) -> float:
+def _max_time(schedule: Schedule) -> float:
     return (
         1.0
         if schedule.num_steps is None
@@ -234,7 +234,7 @@ def temperature(
     """Returns solver(denoise) with the score divided by tau (arXiv:2211.15089).
 
     The step uses x0_hat moved away from x_t; the state keeps x0_hat itself for
-    self-conditioning. For the solvers in USE_X_T.
+    self-conditioning. For the solvers in ONE_STEP.
     """
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -280,7 +280,7 @@ SOLVERS: dict[str, Callable[..., Step]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
 }
-USE_X_T = ("ancestral", "ddim")  # x_next reads x_t: for `churn` and `temperature`
+ONE_STEP = ("ancestral", "ddim")  # x_t, no older estimate: `churn`, `temperature`
 
 
 def solver_options(name: str) -> dict[str, Any]:

@@ -28,9 +28,10 @@ def _numpy(*values: Any) -> Any:
 class Schedule(NamedTuple):
     """log alpha_bar as a function of t or, once discretised, as an array [num_steps].
 
-    `curve`(t) and `betas`(steps) are `Partial`s, functions whose parameters are leaves, so
-    that a schedule is a pytree. In discrete time, t stands for index
-    round(t * num_steps); t < 0 stands for clean data. Host times (NumPy) give float64, device times float32.
+    `curve`(t) and `betas`(steps) are `Partial`s, functions whose parameters are leaves,
+    so that a schedule is a pytree. In discrete time, t stands for index round(t *
+    num_steps); t < 0 stands for clean data. Host times (NumPy) give float64, device
+    times float32.
     """
 
     curve: Partial | None
@@ -103,7 +104,7 @@ class Schedule(NamedTuple):
     def snr(self, t: Any, sigma_0: float = 0.0) -> Any:
         """Returns the signal-to-noise ratio of x_t given EMB(w), of t's shape.
 
-        sigma_0: standard deviation of x_0 around EMB(w).
+        sigma_0: as trained, see `losses.sigma_0`.
         """
         # not expm1(-log): XLA's CPU compiler confuses it with the -expm1(log) of the
         # same kernel (jax 0.10)
@@ -352,7 +353,7 @@ QUANTILE_SCHEDULES = ("logistic", "gumbel")
 
 
 def betas(schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns the published code's betas [steps], float64."""
+    """Returns the schedule's betas [steps], float64."""
     return np.asarray(schedule.betas(steps), np.float64)
 
 

@@ -22,7 +22,7 @@ from dlm_jax.types import Array, Table
 
 def load_classifier(workdir: str | Path, table: Table) -> GuidanceClassifier:
     """Loads a classifier's newest checkpoint; UserError if it is of another table."""
-    step = checkpoint.latest_step(workdir)
+    step = checkpoint.choose_step(workdir)
     record = checkpoint.read_records(workdir, step)
     kind = record.run.get("kind")
     if kind != "classifier":

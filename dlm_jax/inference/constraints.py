@@ -34,7 +34,8 @@ class Constraints(NamedTuple):
 
     ids, known [n l]: token ids, and a mask of the positions where they are fixed.
     allowed [n l v]: the tokens that each position may take. phrases, each [n k]: ids
-    wanted side by side; excluded [n k]: unwanted ids; rows are padded with -1. labels: classifier targets by task [n ...]; -1 sets no target.
+    wanted side by side; excluded [n k]: unwanted ids; rows are padded with -1. labels:
+    classifier targets by task [n ...]; -1 sets no target.
     """
 
     ids: Any = None
@@ -248,11 +249,11 @@ def parse_constraints(
 ) -> Constraints:
     """Builds the constraints of one text (n = 1) from names and values:
 
-    length: number of words, not tokens. contains: a phrase, or a list of phrases. lacks: words that
-    must not occur. semantic: {field: value}; label: {column: label}; pos: the tag of
-    each word; tree: (first, last, label) of each constituent, by word indices from 0,
-    inclusive; span: one of these. All from semantic on need a classifier; without one,
-    a semantic value is treated as `contains`. Raises UserError.
+    length: number of words, not tokens. contains: a phrase, or a list of phrases.
+    lacks: words that must not occur. semantic: {field: value}; label: {column: label};
+    pos: the tag of each word; tree: (first, last, label) of each constituent, by word
+    indices from 0, inclusive; span: one of these. label, pos, tree and span need a
+    classifier; semantic without one is treated as `contains`. Raises UserError.
     """
     if {"tree", "span"} <= wanted.keys():
         raise UserError(
@@ -345,7 +346,7 @@ def _check(
             f"contains: {distinct} different words exceed the text's {room} words"
         )
     if "span" in wanted and wanted["span"][1] >= room:
-        raise UserError(f"span={wanted['span']}: ends past word {room}")
+        raise UserError(f"span={wanted['span']}: give last < {room}")
     values = _as_list(_fields(wanted.get("semantic", {})).values())
     inside = {i for phrase in phrases for i in phrase}
     inside |= {i for value in values for i in tok.encode(value)}

@@ -31,7 +31,7 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     if published.is_reference(workdir):
         cfg, params, tok, _ = published.load_reference(workdir)
         return from_parts(cfg, params, tok, published.reference_config(workdir))
-    step = checkpoint.latest_step(workdir, step)
+    step = checkpoint.choose_step(workdir, step)
     record = checkpoint.read_records(workdir, step)
     if record.run.get("kind") == "classifier":
         raise UserError(f"{workdir} is a classifier: pass it to lm.with_classifier")

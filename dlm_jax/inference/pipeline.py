@@ -81,8 +81,8 @@ class DiffusionLM(TrainedModel):
     def infill(self, template: str, n: int = 5, **options: Any) -> list[str]:
         """Generates n texts from a template such as "The ___ is a pub [...]".
 
-        ___ stands for one word, [...] for 1 to 10 words, fewer if the length is short, drawn
-        per text; a gap at the end has any length. The other words come back exactly.
+        ___ stands for one word, [...] for 1 to 10, drawn per text as room allows; at
+        the end, or if a length is given, for 1 or more. The other words come back exactly.
         options: those of `control`.
         """
         return self.control(n, template=template, **options)
@@ -123,7 +123,7 @@ class DiffusionLM(TrainedModel):
     def encode(self, texts: list[str]) -> np.ndarray:
         """Encodes texts as ids [n l] with START and END, padded or packed as in training.
 
-        A text that is too long is truncated.
+        In pad mode a text that is too long is truncated.
         """
         layout = {"length": self.length, "mode": self.config["data"]["mode"]}
         return encoding.encode(texts, self.tokenizer, **layout, too_long="truncate")

@@ -33,9 +33,9 @@ class SamplingConfig:
 
     num_steps: denoiser calls. clamp: x0_hat is moved to the nearest embeddings at times
     t <= clamp; -1 turns it off. rounding: how the last x0_hat becomes ids, by the
-    largest logit or the nearest embedding. churn, temperature: see
-    `samplers`; asymmetry: the gap of `samplers.shift_timesteps`. solver_options: keyword arguments of the solver. trajectory: also
-    return the ids of every step.
+    largest logit or the nearest embedding. churn, temperature: see `samplers`;
+    asymmetry: the gap of `samplers.shift_timesteps`. solver_options: keyword arguments
+    of the solver. trajectory: also return the ids of every step.
     """
 
     num_steps: int = 200
@@ -59,7 +59,7 @@ class SamplingConfig:
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature}: must be over 0")
         for name, off in (("churn", 0), ("temperature", 1)):
-            if getattr(self, name) != off and self.solver not in samplers.USE_X_T:
+            if getattr(self, name) != off and self.solver not in samplers.ONE_STEP:
                 raise UserError(f"{name}: solver {self.solver!r} does not take it")
         self.step(lambda x_t, t, x0_prev: x_t, make_schedule("sqrt"))  # checks options
 

@@ -43,7 +43,7 @@ DTYPES = {
 class DenoiserConfig:
     """The network. The defaults are the published E2E model (87M parameters).
 
-    The activations and weights outside the trunk are float32. `trunk` is a key of
+    Weights, and activations outside the trunk, are float32. `trunk` is a key of
     BLOCKS, `dtype` a key of DTYPES.
     """
 
@@ -283,7 +283,7 @@ class Trunk(nn.Module):
 
 
 def _positions(post: bool) -> Callable:
-    """Returns the initializer N(0, 1), as published, or N(0, 0.02^2) without LayerNorm."""
+    """Returns the initializer N(0, 1), as published, or N(0, 0.02^2) for adaln."""
     return nn.initializers.normal(1.0 if post else 0.02)
 
 

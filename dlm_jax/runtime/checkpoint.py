@@ -184,8 +184,8 @@ def all_steps(workdir: PathLike) -> list[int]:
     return sorted(int(p.name) for p in folders)
 
 
-def latest_step(workdir: PathLike, step: int | None = None) -> int:
-    """Returns the newest complete step, or `step` if it exists. Raises UserError."""
+def choose_step(workdir: PathLike, step: int | None = None) -> int:
+    """Returns `step`, or the newest if None. Raises UserError if it is missing."""
     steps = all_steps(workdir)
     if not steps:
         raise UserError(

@@ -94,8 +94,8 @@ def _loop(
         except NonFiniteError as error:
             if trainer.config.train.on_nonfinite != "rollback":
                 raise
-            where = trainer.roll_back(error, writer)
-            progress.say(f"{error.found}; going back to {where}")
+            done = trainer.roll_back(error, writer)
+            progress.say(f"{error.found}; {done}")
 
 
 def _steps(

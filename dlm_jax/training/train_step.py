@@ -18,11 +18,12 @@ from dlm_jax.types import Array, Ids, PRNGKey, PyTree
 
 
 class TrainState(NamedTuple):
-    """The arrays that resuming needs; keys and data order follow from seed and step.
+    """The arrays that resuming needs; keys and rows follow from seed, step, rollbacks.
 
-    step: number of steps done, skipped ones included. ema: moving average of params, used for sampling.
-    opt: optimiser state. moments: () or the loss history for importance sampling of t.
-    schedule_state: () or the statistics of an adaptive schedule.
+    step: number of steps done, skipped ones included. ema: moving average of params,
+    used for sampling. opt: optimiser state. moments: () or the loss history for
+    importance sampling of t. schedule_state: () or the statistics of an adaptive
+    schedule.
     """
 
     step: Array
@@ -69,7 +70,7 @@ DIFFUSION_LM = TrainingTask(_init, _end_to_end)
 
 
 class StepConfig(NamedTuple):
-    """The static settings of a step: everything it needs besides arrays."""
+    """The settings of a step: all it needs besides the state, rows and key."""
 
     cfg: DenoiserConfig
     schedule: Schedule
@@ -186,7 +187,7 @@ def train_step(
     step_cfg: StepConfig,
     axis: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Performs one update on the rows [b l] of a device, or under fsdp on all.
+    """Performs one update on a device's rows [b l]; fsdp: all, [parts b l].
 
     axis: the mapped axis, None under jit. Returns the new state and the metrics, which
     are means over the global batch: the loss, its named terms and the gradient norm.

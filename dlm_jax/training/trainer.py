@@ -64,15 +64,15 @@ def _to_dict(config: Any) -> dict:
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient is not finite. step: its update; found: what, without a remedy."""
+    """A loss or gradient is not finite at `step`; found: the message minus the remedy."""
 
     def __init__(self, trainer: "Trainer", step: int, name: str, value: float):
         rows = " ".join(map(str, trainer.row_index(step - 1, hosts=1).ravel()))
         saved = checkpoint.all_steps(trainer.workdir)
         super().__init__(
             f"{name} is {value} at step {step}: stopped; the last checkpoint is "
-            f"{saved[-1] if saved else 'none'}; lower config.optim.lr, set "
-            "config.optim.clip, or config.train.on_nonfinite=skip or rollback; the rows "
+            f"{saved[-1] if saved else 'none'}; rerun with config.train.on_nonfinite=skip "
+            "or rollback, or in a new --workdir with a lower config.optim.lr; the rows "
             f"of its batch, in the training data: {rows}"
         )
         self.step = step
@@ -163,7 +163,7 @@ class Trainer:
             raise error
         self.state = self._restore(step)
         self.skipped_batches.append((step, error.step - step))
-        return f"step {step}, past {error.step - step} batches"
+        return f"back to step {step}, skipping {error.step - step} batches"
 
     def save(self, writer: Any) -> None:
         """Starts saving the current step. Raises UserError if a weight is not finite."""
