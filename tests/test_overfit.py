@@ -96,7 +96,7 @@ def test_says_the_eight_sentences_and_no_other(changes, steps):
         ema=state.ema,
         schedule_state=state.schedule_state,
     )
-    found = lm.sample(64, seed=0)
+    found = lm.sample(256, seed=0)
     others = [text for text in found if text not in SENTENCES]
-    assert len(others) <= 2, others  # finitely many steps mix two sentences, rarely
+    assert len(others) <= 8, others  # finitely many steps mix two sentences, rarely
     assert len(set(found) & set(SENTENCES)) >= 7
