@@ -106,7 +106,9 @@ class _Quadrature:
 
     def _log_p_words(self, ids):
         x = jnp.asarray(self.points[..., None], jnp.float32)
-        log = np.asarray(jax.nn.log_softmax(self.predict.decode(x)), np.float64)
+        log = np.asarray(
+            jax.nn.log_softmax(self.predict.decode(x, jnp.zeros(len(x)))), np.float64
+        )
         return sum(log[:, i, w] for i, w in enumerate(ids))
 
     def _step(self, now, after, e_hat):
@@ -191,7 +193,7 @@ def _optimal(log_p, texts, noise, sigma_0):
     def estimate(x, t):
         return jnp.matmul(posterior(x, t), means, precision="highest")[..., None]
 
-    def decode(x):
+    def decode(x, t):
         p = posterior(x, jnp.full(x.shape[0], -1.0 if sigma_0 else 0.0))
         return jnp.log(jnp.einsum("bn,nlv->blv", p, jax.nn.one_hot(texts, VOCAB)))
 

@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int32
 
 from dlm_jax.data import array_record
 from dlm_jax.errors import UserError
+from dlm_jax.types import PAD
 
 
 @lru_cache(maxsize=2)
@@ -29,12 +30,14 @@ def batch_index(
     batch: int,
     host: int = 0,
     hosts: int = 1,
+    lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns this host's row indices [batch // hosts], of n rows, in a step's batch.
 
     A pure function of its arguments. Each epoch has its own permutation. A batch may
     span epochs, so every row occurs once per epoch. Host h takes the h-th of `hosts`
-    equal slices of the batch. Raises UserError if `hosts` does not divide `batch`.
+    equal slices of the batch. lengths [n]: of all rows; a batch then has rows of
+    similar length. Raises UserError if `hosts` does not divide `batch`.
     """
     if batch % hosts:
         raise UserError(
@@ -42,12 +45,64 @@ def batch_index(
             f"set the batch size to a multiple of {hosts}"
         )
     share = batch // hosts
+    if lengths is not None:
+        return _rows_by_length(lengths, seed, step, batch).reshape(hosts, -1)[host]
     epochs, index = np.divmod(step * batch + host * share + np.arange(share), n)
     rows = [
         _permutation(seed, epoch, n)[index[epochs == epoch]]
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
     ]
     return np.concatenate(rows)
+
+
+WINDOW = 16  # steps whose rows are sorted by length together
+
+
+def _rows_by_length(
+    lengths: np.ndarray, seed: int, step: int, batch: int
+) -> np.ndarray:
+    """Returns the row indices [batch] of a step's batch, rows of similar length.
+
+    The rows of WINDOW steps are sorted by length and dealt to these steps in random
+    order, so every row still occurs once per epoch.
+    """
+    window = step // WINDOW
+    rows = _window(len(lengths), seed, window, batch)
+    rows = rows[np.argsort(lengths[rows], kind="stable")].reshape(WINDOW, batch)
+    order = np.random.default_rng((seed % 2**64, window, 1)).permutation(WINDOW)
+    return rows[order[step % WINDOW]]
+
+
+@lru_cache(maxsize=2)
+def _window(n: int, seed: int, window: int, batch: int) -> np.ndarray:
+    steps = range(window * WINDOW, (window + 1) * WINDOW)
+    return np.concatenate(
+        [batch_index(n, seed=seed, step=s, batch=batch) for s in steps]
+    )
+
+
+def row_lengths(rows: Any) -> np.ndarray:
+    """Returns the number of tokens of each row, PAD not counted. Raises UserError."""
+    if not isinstance(rows, np.ndarray):
+        raise UserError(
+            "config.model.known_length needs the text in memory: set config.data.source "
+            "to its own source instead of prepared"
+        )
+    return np.sum(rows != PAD, -1)
+
+
+def count_lengths(rows: Any) -> tuple[int, ...]:
+    """Returns the number of rows of 0, 1, ... tokens, PAD not counted."""
+    return tuple(np.bincount(row_lengths(rows)).tolist())
+
+
+def row_widths(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
+    """Returns the few widths that rows are cut to: compilation is needed for each.
+
+    Multiples of 4 at the median and the 85th percentile of the lengths, and `longest`.
+    """
+    cuts = 4 * np.ceil(np.quantile(lengths, (0.5, 0.85)) / 4).astype(int)
+    return tuple(sorted({min(int(c), longest) for c in cuts} | {longest}))
 
 
 def batches(

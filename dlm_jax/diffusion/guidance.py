@@ -68,15 +68,22 @@ def clamp(
 
 
 def condition_on_tokens(
-    denoise: Denoise | DenoiseLogits, table: Table, ids: Ids, known: Known
+    denoise: Denoise | DenoiseLogits,
+    table: Table,
+    ids: Ids,
+    known: Known,
+    *,
+    known_length: bool = False,
 ) -> Any:
     """Gives the network the known tokens as clean embeddings at time 0.
 
-    For models trained so, with config.loss.conditioning_prob.
+    For models trained so, with config.loss.conditioning_prob or, if PAD is to be
+    skipped, config.model.known_length.
     """
     clean = embed(table, ids)
+    outside = jnp.asarray(ids) == PAD if known_length else None
     return lambda x_t, t, x0_prev: denoise(
-        *insert_clean_tokens(clean, known, x_t, t), x0_prev
+        *insert_clean_tokens(clean, known, x_t, t, outside), x0_prev
     )
 
 

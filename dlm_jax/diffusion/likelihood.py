@@ -29,7 +29,17 @@ from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule, expand_to
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, PRNGKey, Table, Time
+from dlm_jax.types import (
+    PAD,
+    Array,
+    Ids,
+    Latent,
+    Logits,
+    PerExample,
+    PRNGKey,
+    Table,
+    Time,
+)
 
 
 class Bound(NamedTuple):
@@ -38,10 +48,11 @@ class Bound(NamedTuple):
     prior: PerExample
     diffusion: PerExample
     rounding: PerExample
+    length: PerExample  # -log p(length), if the length is drawn first, else 0
 
     def total(self) -> PerExample:
         """The bound on -log p(w) of each example [b], nats."""
-        return self.prior + self.diffusion + self.rounding
+        return self.prior + self.diffusion + self.rounding + self.length
 
 
 class Profile(NamedTuple):
@@ -54,12 +65,13 @@ class Profile(NamedTuple):
 class LatentPredictor(NamedTuple):
     """What the bound needs from a model.
 
-    estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w). decode(x) ->
-    logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0.
+    estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w). decode(x, t) ->
+    logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0, where
+    t [b l] also tells the positions outside the text.
     """
 
     estimate: Callable[[Latent, Time], Latent]
-    decode: Callable[[Latent], Logits]
+    decode: Callable[[Latent, Time], Logits]
     sigma_0: float
 
 
@@ -90,10 +102,9 @@ def latent_predictor(
         x0_hat = x0_hat - expand_to(kappa / alpha, x_t) * x_t
         return x0_hat / expand_to(1 - kappa, x_t)
 
-    def decode(x: Latent) -> Logits:
+    def decode(x: Latent, t: Time) -> Logits:
         if sigma_0:
             return rounding.logits(params.table, params.bias, x)
-        t = jnp.zeros(x.shape[0])
         if cfg.predicts != "logits":  # each position's own posterior
             return model.token_posterior_logits(params.table, x, t, schedule)
         return model.apply(params, cfg, x, t, feedback(x, t), schedule=schedule)
@@ -126,13 +137,14 @@ def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
     return expand_to(alpha, x) * x + expand_to(std, x) * eps
 
 
-def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> PerExample:
+def _prior(x: Latent, unknown: Array, schedule: Schedule, sigma_0: float) -> PerExample:
     """Computes KL(q(x_T | w) || N(0, 1)) in nats per example [b]."""
     steps = schedule.num_steps
     last = np.asarray(1.0 if steps is None else (steps - 1) / steps)
     alpha, _ = schedule.alpha_sigma(last)
     off = alpha**2 * (sigma_0**2 - 1)  # the variance less 1
-    return 0.5 * jnp.sum(alpha**2 * x**2 + (off - np.log1p(off)), (-2, -1))
+    kl = alpha**2 * x**2 + (off - np.log1p(off))
+    return 0.5 * jnp.sum(kl * unknown[..., None], (-2, -1))
 
 
 def bound(
@@ -143,19 +155,31 @@ def bound(
     schedule: Schedule,
     *,
     draws: int = 8,
+    known_length: bool = False,
 ) -> tuple[Bound, Profile]:
     """Estimates each example's bound without bias, from `draws` noise levels.
 
-    The times of an example are stratified: (u + k / draws) mod 1.
+    The times of an example are stratified: (u + k / draws) mod 1. known_length: the
+    bound is that of the words given the length.
     """
     x, sigma_0 = embed(table, ids), predict.sigma_0
+    known = model.frame(ids) if known_length else jnp.zeros(ids.shape, bool)
+    outside = jnp.asarray(ids) == PAD if known_length else None
+    unknown = 1.0 - known
+
+    def given(x_t: Latent, t: Time) -> tuple[Latent, Time]:
+        if not known_length:
+            return x_t, t
+        return model.insert_clean_tokens(x, known, x_t, t, outside)
+
     k_time, k_noise, k_first, k_last = jax.random.split(key, 4)
     u = jax.random.uniform(k_time, ids.shape[:1])
 
     def error(key: PRNGKey, t: Time) -> PerExample:
         eps = jax.random.normal(key, x.shape)
-        e_hat = predict.estimate(_noisy(x, t, eps, schedule, sigma_0), t)
-        return 0.5 * jnp.sum((x - e_hat) ** 2, (-2, -1))
+        x_t = _noisy(x, t, eps, schedule, sigma_0)
+        e_hat = predict.estimate(*given(x_t, t))
+        return 0.5 * jnp.sum((x - e_hat) ** 2 * unknown[..., None], (-2, -1))
 
     def at(k: Array) -> tuple[Time, PerExample]:
         t, weight = _draw(schedule, (u + k / draws) % 1.0, sigma_0)
@@ -169,8 +193,9 @@ def bound(
         diffusion += gap * error(k_first, zero)
     eps = jax.random.normal(k_last, x.shape)
     last = _noisy(x, zero - 1.0 if sigma_0 else zero, eps, schedule, sigma_0)
-    word = jnp.sum(rounding.nll(predict.decode(last), ids), -1)
-    return Bound(_prior(x, schedule, sigma_0), diffusion, word), profile
+    word = rounding.nll(predict.decode(*given(last, zero)), ids)
+    word, prior = jnp.sum(word * unknown, -1), _prior(x, unknown, schedule, sigma_0)
+    return Bound(prior, diffusion, word, jnp.zeros_like(word)), profile
 
 
 class MeanStderr(NamedTuple):

@@ -254,8 +254,12 @@ def end_to_end(
     if objective == "ar":
         t, x_t = jnp.zeros_like(t), clean
     t_cond = t
-    if draws.known is not None:
-        x_t, t_cond = model.insert_clean_tokens(clean, draws.known, x_t, t)
+    known, outside = draws.known, None
+    if cfg.known_length:
+        frame, outside = model.frame(ids), jnp.asarray(ids) == PAD
+        known = frame if known is None else frame | known
+    if known is not None:
+        x_t, t_cond = model.insert_clean_tokens(clean, known, x_t, t, outside)
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t_cond, draws)
     scored = jnp.asarray(ids)
     if objective == "ar":  # the next token is predicted
@@ -285,8 +289,10 @@ def end_to_end(
         else jnp.ones(ids.shape)
     )
     places = jnp.sum(mask, -1)
-    if draws.known is not None:
-        mask = jnp.where(draws.known, 0.0, mask)
+    if cfg.known_length:  # a batch may be narrower: all words weigh the same
+        places = jnp.full_like(places, cfg.positions)
+    if known is not None:
+        mask = jnp.where(known, 0.0, mask)
     done = _ForwardPass(
         clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask, places
     )
@@ -304,6 +310,10 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
     if objective in ("ce", "ar") and cfg.predicts != "logits":
         raise UserError(
             f"objective {objective!r} needs predicts 'logits', not {cfg.predicts!r}"
+        )
+    if cfg.known_length and objective != "ce":
+        raise UserError(
+            f"config.model.known_length needs objective 'ce', not {objective!r}"
         )
     if cfg.causal != (objective == "ar"):
         raise UserError(

@@ -18,8 +18,22 @@ from dlm_jax.diffusion.schedule import (
 )
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import Array, Bias, Latent, Logits, PRNGKey, PyTree, Table, Time
+from dlm_jax.types import (
+    END,
+    PAD,
+    START,
+    Array,
+    Bias,
+    Ids,
+    Latent,
+    Logits,
+    PRNGKey,
+    PyTree,
+    Table,
+    Time,
+)
 
+AT_KNOWN, AT_OUTSIDE = -0.5, -1.0  # times of what a given length makes known
 MAX_DENSE_VOCAB = 2048  # above it, logits are computed one example at a time
 
 Denoise = Callable[[Latent, Time, Latent], Latent]
@@ -70,6 +84,10 @@ def apply(
     instead of raw; with a large vocabulary it runs on one example at a time, forward and
     backward, so that a batch's logits are never stored.
     """
+    given = None
+    if cfg.known_length and jnp.ndim(t) == 2:  # one time per text, and marks
+        given = jnp.where(t >= 0, 0, jnp.where(t > AT_OUTSIDE, 1, transformer.OUTSIDE))
+        t = jnp.maximum(jnp.max(t, -1), 0.0)
     vocab, posterior_x0, t_cond = params.table.shape[0], None, t
     large = vocab > MAX_DENSE_VOCAB and cfg.predicts == "logits"
     if cfg.time_input == "log_snr":
@@ -96,6 +114,7 @@ def apply(
         posterior_x0=posterior_x0,
         key=key,
         head=False,
+        given=given,
     )
 
     def last(y: Array, x_t: Latent, t: Time, *head_args: Array) -> PyTree:
@@ -120,12 +139,29 @@ def _by_example(f: Callable[..., PyTree], rows: tuple, *, large: bool) -> PyTree
 
 
 def insert_clean_tokens(
-    clean: Latent, known: Bool[Array, "b l"], x_t: Latent, t: Time
+    clean: Latent,
+    known: Bool[Array, "b l"],
+    x_t: Latent,
+    t: Time,
+    outside: Bool[Array, "b l"] | None = None,
 ) -> tuple[Latent, Float[Array, "b l"]]:
-    """Returns (x_t, times [b l]) with the known tokens clean and at time 0."""
+    """Returns (x_t, times [b l]) with the known tokens clean and at time 0.
+
+    outside: positions outside the text, for cfg.known_length, which reads negative
+    times as marks: AT_KNOWN and AT_OUTSIDE.
+    """
     known, t = jnp.asarray(known), jnp.asarray(t)
     each = jnp.broadcast_to(t if t.ndim == 2 else t[:, None], known.shape)
-    return jnp.where(known[..., None], clean, x_t), jnp.where(known, 0.0, each)
+    each = jnp.where(known, 0.0 if outside is None else AT_KNOWN, each)
+    if outside is not None:
+        each = jnp.where(outside, AT_OUTSIDE, each)
+    return jnp.where(known[..., None], clean, x_t), each
+
+
+def frame(ids: Ids) -> Bool[Array, "b l"]:
+    """Returns where START, END and PAD are: what a given length makes known."""
+    ids = jnp.asarray(ids)
+    return (ids == START) | (ids == END) | (ids == PAD)
 
 
 def log_snr_time(schedule: Schedule, t: Time) -> Time:

@@ -90,7 +90,8 @@ def _semantic(target: Fields, lm: DiffusionLM) -> Constraints:
 
 def _template(target: str, lm: DiffusionLM) -> Constraints:
     parts = parse_template(lm.tokenizer, target)
-    return template_constraints(parts, lm.length, lm.tokenizer.vocab_size, 1, 0)
+    vocab = lm.tokenizer.vocab_size
+    return template_constraints(parts, lm.length, vocab, 1, 0, lengths=lm.lengths)
 
 
 # --- scores

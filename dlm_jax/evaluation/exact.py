@@ -22,7 +22,7 @@ from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.diffusion.model import Denoise
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.inference.trained_model import TrainedModel
-from dlm_jax.types import Array, Ids, Latent, Logits, Table, Time
+from dlm_jax.types import PAD, Array, Ids, Latent, Logits, Table, Time
 
 EDGES = (-1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 8.0)  # of u, the levels that are told apart
 
@@ -47,7 +47,7 @@ def exact_predictor(
         return grammar.posterior(np.asarray(scores), tokens)[0].astype(np.float32)
 
     def probabilities(x_t: Latent, t: Time) -> Array:
-        scores = model.token_posterior_logits(table, x_t, t, schedule)
+        scores = model.token_posterior_logits(table, x_t, jnp.maximum(t, 0.0), schedule)
         shape = jax.ShapeDtypeStruct(scores.shape, jnp.float32)
         return jax.pure_callback(host, shape, scores)
 
@@ -55,8 +55,8 @@ def exact_predictor(
         p = probabilities(x_t, t)
         return jnp.einsum("blv,vd->bld", p, table, precision="highest")
 
-    def decode(x: Latent) -> Logits:
-        return jnp.log(jnp.maximum(probabilities(x, jnp.zeros(x.shape[0])), 1e-30))
+    def decode(x: Latent, t: Time) -> Logits:
+        return jnp.log(jnp.maximum(probabilities(x, t), 1e-30))
 
     return likelihood.LatentPredictor(estimate, decode, 0.0)
 
@@ -101,16 +101,23 @@ def gap_by_level(
     exact = exact_predictor(table, lm.schedule, lm.tokenizer)
     x = embed(table, ids)
 
+    known = model.frame(ids) if lm.cfg.known_length else np.zeros(np.shape(ids), bool)
+    outside = jnp.asarray(ids) == PAD if lm.cfg.known_length else None
+
     @jax.jit
     def errors(key: Array, t: Time) -> tuple[Array, Array]:
-        noise = jax.random.normal(key, x.shape)
-        x_t = schedule.add_noise(x, t, noise, lm.schedule)
-        best = exact.estimate(x_t, t)
+        x_t = schedule.add_noise(x, t, jax.random.normal(key, x.shape), lm.schedule)
         scale = 0.5 * jnp.exp(lm.schedule.log_snr(t))
-        information = scale * jnp.sum((x - best) ** 2, (-2, -1))
-        return information, scale * jnp.sum(
-            (predict.estimate(x_t, t) - best) ** 2, (-2, -1)
-        )
+        if lm.cfg.known_length:
+            x_t, t = model.insert_clean_tokens(x, known, x_t, t, outside)
+        best = exact.estimate(x_t, t)
+
+        def nats(a: Latent, b: Latent) -> Array:
+            return scale * jnp.sum(
+                jnp.where(known[..., None], 0.0, (a - b) ** 2), (-2, -1)
+            )
+
+        return nats(x, best), nats(predict.estimate(x_t, t), best)
 
     rng, rows = np.random.default_rng(seed), []
     for low, high in itertools.pairwise(edges):

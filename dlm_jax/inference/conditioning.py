@@ -119,7 +119,7 @@ def _constrain_tokens(
     denoise_logits = model.bind_logits(params, cfg, schedule=schedule)
     if condition_on_known:
         denoise_logits = _condition_on_known(
-            denoise_logits, params.table, constraints, config
+            denoise_logits, params.table, constraints, config, cfg.known_length
         )
     if constraints.allowed is not None:
         denoise_logits = guidance.restrict_tokens(
@@ -140,15 +140,21 @@ def _condition_on_known(
     table: Table,
     constraints: Constraints,
     config: GuidanceConfig,
+    known_length: bool,
 ) -> model.DenoiseLogits:
     """Conditions on known tokens, with classifier-free guidance of weight cfg_weight."""
-    conditional = guidance.condition_on_tokens(
-        denoise_logits, table, constraints.ids, constraints.known
-    )
+
+    def condition(known: Array) -> model.DenoiseLogits:
+        return guidance.condition_on_tokens(
+            denoise_logits, table, constraints.ids, known, known_length=known_length
+        )
+
+    conditional = condition(constraints.known)
     if config.cfg_weight == 1:
         return conditional
+    free = condition(model.frame(constraints.ids)) if known_length else denoise_logits
     return guidance.classifier_free_guidance(
-        conditional, denoise_logits, weight=config.cfg_weight
+        conditional, free, weight=config.cfg_weight
     )
 
 

@@ -5,7 +5,7 @@ A constraint is an array with one row per text, so constraints of equal shapes c
 once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +122,7 @@ def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Templ
     if not {BLANK, GAP} & set(template.split()):
         raise UserError(
             f"template {template!r} has no blank: write {BLANK} for a word, {GAP} for "
-            "any number of words"
+            "one or more"
         )
     require_word_tokens(tok, "template")
     parts: list[Any] = []
@@ -174,22 +174,30 @@ def template_constraints(
     n: int,
     seed: int,
     words: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> Constraints:
     """Builds the constraints of n texts, with random gap widths for each.
 
-    words: length of the whole text; by default a gap has 1 to MAX_GAP_WORDS words, and
-    a gap at the end stays open.
+    words: length of the whole text. lengths: training texts by number of tokens, from
+    which the length is drawn if it is not given. Without both a gap has 1 to
+    MAX_GAP_WORDS words, and a gap at the end stays open.
     """
     rngs = [np.random.default_rng((seed, i)) for i in range(n)]
-    if words is not None:
-        widths = [_draw_widths(template, words, rng) for rng in rngs]
+    spare = length - 2 - template.size
+    if words is None and spare < 0:
+        raise UserError(
+            f"the template needs {template.size + 2} positions with START and END; "
+            f"the model has {length}"
+        )
+    if words is not None or lengths:
+        sizes = [words or 0] * n
+        if words is None:
+            most = template.size + (spare if template.gaps else 0)
+            counts = range(template.size, most + 1)
+            sizes = draw_word_counts(lengths, n, seed, counts)
+        pairs = zip(sizes, rngs, strict=True)
+        widths = [_draw_widths(template, size, rng) for size, rng in pairs]
     else:
-        spare = length - 2 - template.size
-        if spare < 0:
-            raise UserError(
-                f"the template needs {template.size + 2} positions with START and END; "
-                f"the model has {length}"
-            )
         drawn = template.gaps - (template.parts[-1] == GAP)
         most = min(MAX_GAP_WORDS, 1 + spare // max(drawn, 1))
         widths = [rng.integers(1, most + 1, drawn).tolist() for rng in rngs]
@@ -198,6 +206,25 @@ def template_constraints(
         zip(*(fill_template(template, length, w) for w in widths), strict=True),
     )
     return Constraints(ids, known, allowed_tokens(ids, known, vocab))
+
+
+def draw_word_counts(
+    lengths: Sequence[int], n: int, seed: int, counts: range
+) -> list[int]:
+    """Draws a number of words for each of n texts, as frequent as in training.
+
+    lengths: the number of training texts of 0, 1, ... tokens, START and END counted.
+    counts: the numbers that may be drawn. Raises UserError if no text has one of them.
+    """
+    share = np.array([lengths[k + 2] if k + 2 < len(lengths) else 0 for k in counts])
+    if len(counts) == 1:
+        return list(counts) * n
+    if not share.sum():
+        raise UserError(
+            f"no training text has {counts[0]} to {counts[-1]} words: give length="
+        )
+    rngs = (np.random.default_rng((seed, i, 1)) for i in range(n))
+    return [int(rng.choice(counts, p=share / share.sum())) for rng in rngs]
 
 
 def _draw_widths(template: Template, words: int, rng: Any) -> list[int]:

@@ -41,7 +41,10 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     if record.config["schedule"].get("adaptive"):
         parts["schedule_state"] = jax.eval_shape(lambda: adaptive.init(start))
     state = checkpoint.restore_part(workdir, step, sharding.global_like(parts))
-    return from_parts(cfg, state.pop("params"), tok, record.config, step=step, **state)
+    params, lengths = state.pop("params"), tuple(record.run.get("lengths", ()))
+    return from_parts(
+        cfg, params, tok, record.config, step=step, lengths=lengths, **state
+    )
 
 
 MIN_SHARED_VOCAB = 0.9  # of an autoregressive model and the run that it scores
@@ -100,6 +103,7 @@ def from_parts(
     ema: Params | None = None,
     schedule_state: Any = (),
     step: int = 0,
+    lengths: tuple[int, ...] = (),
 ) -> DiffusionLM:
     """Builds a model from its parts; ema defaults to params. Raises UserError."""
     if tok.vocab_size != params.table.shape[0]:
@@ -112,5 +116,5 @@ def from_parts(
         noise_schedule = jax.device_get(adapted_schedule(config, schedule_state))
     ema = params if ema is None else ema
     return DiffusionLM(
-        params, ema, cfg, noise_schedule, tok, config, step, schedule_state
+        params, ema, cfg, noise_schedule, tok, config, step, schedule_state, lengths
     )

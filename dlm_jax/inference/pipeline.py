@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dlm_jax.data import encoding
-from dlm_jax.diffusion import likelihood
+from dlm_jax.diffusion import guidance, likelihood
 from dlm_jax.errors import UserError
 from dlm_jax.inference import conditioning, constraints, sampling, scoring
 from dlm_jax.inference.constraints import UNCONSTRAINED, Constraints
@@ -72,6 +72,8 @@ class DiffusionLM(TrainedModel):
         _require_positive("n", n)
         sampling.check_support(self, constraints, s, guidance)
         seed = self._default("seed", seed)
+        if self.cfg.known_length and constraints.known is None:
+            constraints = _draw_lengths(self, constraints, n, seed)
         batch = _require_positive("batch", self._default("batch", batch))
         latents, ids, trajectory = sampling.run_chain(
             self, n, seed, batch, constraints, s, guidance
@@ -146,6 +148,18 @@ class DiffusionLM(TrainedModel):
         return self.config["sample"][name] if value is None else value
 
 
+def _draw_lengths(
+    lm: TrainedModel, rows: Constraints, n: int, seed: int
+) -> Constraints:
+    """Fixes START, END and PAD of n texts whose lengths are drawn as in training."""
+    counts = range(1, lm.length - 1)
+    words = constraints.draw_word_counts(lm.lengths, n, abs(seed), counts)
+    template = guidance.length_template(np.array(words), lm.length)
+    ids, known = map(np.asarray, template)
+    allowed = constraints.allowed_tokens(ids, known, lm.tokenizer.vocab_size)
+    return rows._replace(ids=ids, known=known, allowed=allowed)
+
+
 def _constraints(
     lm: TrainedModel, n: int, template: str | None, seed: int, wanted: dict[str, Any]
 ) -> Constraints:
@@ -164,7 +178,7 @@ def _constraints(
     parts = constraints.parse_template(tok, template, one.excluded)
     words = constraints.num_words(wanted)
     filled = constraints.template_constraints(
-        parts, lm.length, tok.vocab_size, n, abs(seed), words
+        parts, lm.length, tok.vocab_size, n, abs(seed), words, lm.lengths
     )
     return rows._replace(ids=filled.ids, known=filled.known, allowed=filled.allowed)
 

@@ -12,7 +12,7 @@ from dlm_jax.diffusion import autoregressive, likelihood, losses
 from dlm_jax.diffusion.model import Params
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.runtime import sharding
-from dlm_jax.types import Array, Ids, PyTree
+from dlm_jax.types import PAD, Array, Ids, PyTree
 
 BATCH = 256  # rows scored at once
 
@@ -25,16 +25,24 @@ def make_nll(lm: TrainedModel, draws: int) -> Score:
 
     def exact(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
         nats = jnp.sum(autoregressive.nll(params, lm.cfg, ids), -1)
-        return likelihood.Bound(0.0 * nats, 0.0 * nats, nats)
+        return likelihood.Bound(0.0 * nats, 0.0 * nats, nats, 0.0 * nats)
 
     def bound(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
         sigma_0 = losses.sigma_0(lm.config["loss"]["objective"], lm.schedule)
         predict = likelihood.latent_predictor(
             params, lm.cfg, lm.schedule, sigma_0=sigma_0
         )
-        return likelihood.bound(
-            key, ids, params.table, predict, lm.schedule, draws=draws
-        )[0]
+        known = lm.cfg.known_length
+        options = {"draws": draws, "known_length": known}
+        terms, _ = likelihood.bound(
+            key, ids, params.table, predict, lm.schedule, **options
+        )
+        if not known:
+            return terms
+        counts = jnp.asarray(lm.lengths + (0,) * (lm.length + 1 - len(lm.lengths)))
+        share = (counts + 0.01) / jnp.sum(counts + 0.01)  # unseen lengths are possible
+        tokens = jnp.sum(jnp.asarray(ids) != PAD, -1)
+        return terms._replace(length=-jnp.log(share[tokens]))
 
     return exact if lm.cfg.causal else bound
 

@@ -21,8 +21,9 @@ class TrainedModel:
     """A trained model: parameters, network, noise schedule, tokenizer and config.
 
     params: the parameters as trained; ema: their moving average, which samples.
-    schedule_state: the statistics of an adaptive schedule, or (). classifiers: those
-    that can guide it, by task.
+    schedule_state: the statistics of an adaptive schedule, or (). lengths: the
+    number of training texts of 0, 1, ... tokens, if cfg.known_length. classifiers:
+    those that can guide it, by task.
     """
 
     params: Params
@@ -33,6 +34,7 @@ class TrainedModel:
     config: dict
     step: int
     schedule_state: PyTree = ()
+    lengths: tuple[int, ...] = ()
     classifiers: Mapping[str, GuidanceClassifier] = dataclasses.field(
         default_factory=dict
     )
@@ -54,6 +56,8 @@ class TrainedModel:
     def supports_conditioning(self) -> bool:
         """Whether it was trained with given tokens (config.loss.conditioning_prob)."""
         loss = self.config["loss"]
+        if self.cfg.known_length:
+            return True
         return "conditioning_prob" in loss and loss["conditioning_prob"] > 0
 
     def schedule_from(self, schedule_state: PyTree) -> Schedule:

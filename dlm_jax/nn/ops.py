@@ -120,13 +120,17 @@ FUSED_ATTENTION: dict[str, Literal["xla", "cudnn"]] = {"gpu": "cudnn"}
 
 
 def fused_attention(
-    q: Array, k: Array, v: Array, causal: bool
+    q: Array, k: Array, v: Array, causal: bool, inside: Array | None = None
 ) -> Float[Array, "b n l k"]:
-    """Computes softmax(q k^T / sqrt k) v for arrays [b heads l k]."""
+    """Computes softmax(q k^T / sqrt k) v for arrays [b heads l k].
+
+    inside [b l]: the keys that are read, by default all.
+    """
     by_place = (x.swapaxes(1, 2) for x in (q, k, v))
     mixed = jax.nn.dot_product_attention(
         *by_place,
         is_causal=causal,
+        mask=None if inside is None else inside[:, None, None],
         implementation=FUSED_ATTENTION[jax.default_backend()],
     )
     return mixed.swapaxes(1, 2)

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from dlm_jax.nn.ops import (
     FUSED_ATTENTION,
@@ -29,6 +29,10 @@ from dlm_jax.nn.ops import (
     normal_cdf_tanh,
 )
 from dlm_jax.types import Array, Latent, PRNGKey, PyTree, Time
+
+Inside = Bool[Array, "b l"] | None  # positions of the text; None: all
+Given = Int[Array, "b l"] | None  # 0: open, 1: known, OUTSIDE: beyond END
+OUTSIDE = 2
 
 # (matmul dtype, activation dtype) of the trunk. CPUs are slow at elementwise work in
 # bfloat16; GPUs and TPUs are fast.
@@ -60,6 +64,7 @@ class DenoiserConfig:
     token_posterior_input: bool = (
         False  # E[x_0 | x_t] of each position alone is an input
     )
+    known_length: bool = False  # a text's length is given; attention skips its PAD
     causal: bool = False  # no attention to later positions, for objective "ar"
     time_input: str = "t"  # t | log_snr, which keeps its meaning as schedules adapt
     dropout: float = 0.1
@@ -146,7 +151,7 @@ class Attention(nn.Module):
     rotary: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, deterministic: bool) -> Array:
+    def __call__(self, x: Array, deterministic: bool, inside: Inside = None) -> Array:
         cfg, (b, l, h) = self.cfg, x.shape
         qkv = Dense(3 * h, *cfg.dtypes, name="qkv")(x)
         heads = qkv.reshape(b, l, 3 * cfg.heads, -1).swapaxes(1, 2)
@@ -155,12 +160,14 @@ class Attention(nn.Module):
             q, k = apply_rope(q), apply_rope(k)
         drops = not deterministic and cfg.attention_dropout > 0
         if can_fuse_attention(cfg) and not drops and l > 1:  # cuDNN needs two positions
-            mixed: Any = fused_attention(q, k, v, cfg.causal)
+            mixed: Any = fused_attention(q, k, v, cfg.causal, inside)
         else:
             scores: Any = matmul_nt(q, k, cfg.matmul_dtype, "float32")
             scores = scores / math.sqrt(h // cfg.heads)
             if cfg.causal:
                 scores = jnp.where(jnp.tril(jnp.ones((l, l), bool)), scores, -jnp.inf)
+            if inside is not None:
+                scores = jnp.where(inside[:, None, None], scores, -jnp.inf)
             weights = jax.nn.softmax(scores, -1)
             weights = Dropout(cfg.attention_dropout)(weights, deterministic)
             mixed = matmul(weights, v, *cfg.dtypes)
@@ -183,14 +190,16 @@ class PostLNBlock(nn.Module):
     cfg: DenoiserConfig
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, time: Array, deterministic: bool, inside: Inside = None
+    ) -> Array:
         cfg = self.cfg
 
         def add(name: str, x: Array, update: Array) -> Array:
             update = Dropout(cfg.dropout)(update, deterministic)
             return _layer_norm(name, cfg, x + update)
 
-        attended = Attention(cfg, name="attention")(x, deterministic)
+        attended = Attention(cfg, name="attention")(x, deterministic, inside)
         x = add("attention_norm", x, attended)
         return add("norm", x, _feed_forward(cfg, normal_cdf)(x))
 
@@ -201,12 +210,14 @@ class AdaLNBlock(nn.Module):
     cfg: DenoiserConfig
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, time: Array, deterministic: bool, inside: Inside = None
+    ) -> Array:
         cfg, h = self.cfg, x.shape[-1]
         six = Dense(6 * h, *cfg.dtypes, zero=True, name="modulation")(time)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = jnp.split(six, 6, -1)
         y = _norm_without_affine(cfg.activation_dtype)(x) * (1 + scale) + shift
-        y = Attention(cfg, rotary=True, name="attention")(y, deterministic)
+        y = Attention(cfg, rotary=True, name="attention")(y, deterministic, inside)
         x = x + gate * Dropout(cfg.dropout)(y, deterministic)
         y = _norm_without_affine(cfg.activation_dtype)(x) * (1 + scale_ff) + shift_ff
         y = _feed_forward(cfg, normal_cdf_tanh)(y)
@@ -260,7 +271,9 @@ class Trunk(nn.Module):
     cfg: DenoiserConfig
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, deterministic: bool) -> Array:
+    def __call__(
+        self, x: Array, time: Array, deterministic: bool, inside: Inside = None
+    ) -> Array:
         cfg, h, post = self.cfg, self.cfg.hidden_dim, self.cfg.trunk == "post_ln"
         x = Dense(h, *cfg.dtypes, name="in")(x.astype(cfg.activation_dtype))
         if post:
@@ -272,7 +285,9 @@ class Trunk(nn.Module):
         x = Dropout(cfg.dropout)(x, deterministic)
         block = BLOCKS[cfg.trunk]
         block = nn.remat(block, static_argnums=(3,)) if cfg.remat else block
-        layer = _compile_separately(lambda block, x: block(x, time, deterministic))
+        layer = _compile_separately(
+            lambda block, x: block(x, time, deterministic, inside)
+        )
         for i in range(cfg.layers):
             x = layer(block(cfg, name=f"layer_{i}"), x)
         if post:
@@ -306,6 +321,7 @@ class Denoiser(nn.Module):
         posterior_x0: Latent | None = None,
         deterministic: bool = True,
         head: bool = True,
+        given: Given = None,
     ) -> Array:
         cfg, h = self.cfg, self.cfg.hidden_dim
         features = time_features(t, cfg.time_dim)
@@ -316,7 +332,13 @@ class Denoiser(nn.Module):
             time = jax.nn.silu(time)
         x = jnp.concatenate([x_t, x0_prev], -1) if cfg.self_cond else x_t
         x = x if posterior_x0 is None else jnp.concatenate([x, posterior_x0], -1)
-        y = Trunk(cfg, name="trunk")(x, time, deterministic).astype(jnp.float32)
+        inside = None
+        if cfg.known_length:
+            given = jnp.zeros(x.shape[:2], int) if given is None else given
+            x = jnp.concatenate([x, (given > 0)[..., None].astype(x.dtype)], -1)
+            inside = given < OUTSIDE
+        y = Trunk(cfg, name="trunk")(x, time, deterministic, inside)
+        y = y.astype(jnp.float32)
         return Dense(self.out, "float32", name="head")(y) if head else y
 
 
@@ -365,12 +387,13 @@ def apply(
     posterior_x0: Latent | None = None,
     key: PRNGKey | None = None,
     head: bool = True,
+    given: Given = None,
 ) -> Float[Array, "b l out"]:
     """Computes the raw output, or without head the trunk's output [b l h].
 
-    A key turns dropout on.
+    A key turns dropout on. given: for cfg.known_length, which tokens are known.
     """
     module = Denoiser(cfg, output_width(cfg, vocab))
     rngs = None if key is None else {"dropout": key}
-    args = (x_t, t, x0_prev, posterior_x0, key is None, head)
+    args = (x_t, t, x0_prev, posterior_x0, key is None, head, given)
     return jnp.asarray(module.apply({"params": params}, *args, rngs=rngs))

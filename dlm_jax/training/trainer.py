@@ -31,14 +31,14 @@ class Job(NamedTuple):
 
     config: the resolved ConfigDict; kind: of model, in the checkpoint's run record;
     load_corpus(tokenizer): reads the data, with the saved tokenizer on resume;
-    preview(tokenizer, ema, schedule_state): texts by the current weights, or None.
+    preview(corpus, ema, schedule_state): samples texts by the EMA; None: no previews.
     """
 
     config: Any
     step_cfg: StepConfig
     kind: str
     load_corpus: Callable[[Tokenizer | None], Corpus]
-    preview: Callable[[Tokenizer, PyTree, PyTree], list[str]] | None = None
+    preview: Callable[[Corpus, PyTree, PyTree], list[str]] | None = None
 
 
 def language_job(config: Any) -> Job:
@@ -49,10 +49,11 @@ def language_job(config: Any) -> Job:
     sampling.check_schedule(step_cfg.schedule)
     record, compiled = _to_dict(config), {}
 
-    def preview(tok: Tokenizer, ema: PyTree, schedule_state: PyTree) -> list[str]:
-        lm = loading.from_parts(
-            step_cfg.cfg, ema, tok, record, schedule_state=schedule_state
-        )
+    def preview(corpus: Corpus, ema: PyTree, schedule_state: PyTree) -> list[str]:
+        parts = {"schedule_state": schedule_state}
+        if step_cfg.cfg.known_length:
+            parts["lengths"] = batching.count_lengths(corpus.train)
+        lm = loading.from_parts(step_cfg.cfg, ema, corpus.tokenizer, record, **parts)
         return dataclasses.replace(lm, compiled=compiled).sample(16)
 
     kind = "autoregressive" if step_cfg.cfg.causal else "diffusion"
@@ -102,6 +103,10 @@ class Trainer:
         self.skipped_batches = _skipped_batches(saved, workdir)
         self.corpus = job.load_corpus(tokenizer)
         _check_same_data(self.corpus.identity(), saved, workdir)
+        self.lengths = None
+        if self.step_cfg.cfg.known_length:
+            self.lengths = batching.row_lengths(self.corpus.train)
+            self.widths = batching.row_widths(self.lengths, self.config.data.length)
         self.state = self._start()
         _write_run_config(self.workdir, self.record, self.host)
         self.valid = Validation(
@@ -130,7 +135,11 @@ class Trainer:
     def batch(self, step: int) -> Any:
         """Returns this host's rows of a step, as the step's input."""
         index = self.row_index(step, hosts=self.hosts)
-        return self.layout.rows(self.corpus.train[index])
+        rows = self.corpus.train[index]
+        if self.lengths is not None:
+            longest = self.lengths[self.row_index(step, hosts=1)].max()
+            rows = rows[..., : min(w for w in self.widths if w >= longest)]
+        return self.layout.rows(rows)
 
     def row_index(self, step: int, *, hosts: int) -> np.ndarray:
         """Returns the indices [parts b] of the training rows of one of `hosts` hosts."""
@@ -144,6 +153,7 @@ class Trainer:
                 batch=self.step_cfg.batch // parts,
                 host=self.host % hosts,
                 hosts=hosts,
+                lengths=self.lengths,
             )
             for part in range(parts)
         ]
@@ -179,6 +189,8 @@ class Trainer:
                 "saved; use a new --workdir and a lower config.optim.lr"
             )
         run = {"kind": self.job.kind, "skipped_batches": self.skipped_batches}
+        if self.lengths is not None:
+            run["lengths"] = list(batching.count_lengths(self.corpus.train))
         records = checkpoint.Records(
             self.record, self.corpus.tokenizer.to_dict(), run | self.corpus.identity()
         )
@@ -189,7 +201,7 @@ class Trainer:
         if self.job.preview is None:
             return
         ema, state = self.layout.whole((self.state.ema, self.state.schedule_state))
-        texts = self.job.preview(self.corpus.tokenizer, ema, state)
+        texts = self.job.preview(self.corpus, ema, state)
         if self.host:
             return
         path = self.workdir / "samples" / f"{step}.txt"
