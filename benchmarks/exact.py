@@ -94,6 +94,8 @@ def main() -> None:
     args = parser.parse_args()
     lm = dlm_jax.load(args.workdir)
     record: dict[str, Any] = {"gap": gaps(lm, 128), "samples": []}
+    if lm.cfg.known_length:
+        raise SystemExit("the samples below are of models that draw no length")
     network = model.bind(lm.ema, lm.cfg, schedule=INFORMATION)
     best = exact.exact_denoiser(lm.ema.table, INFORMATION, lm.tokenizer)
     held_out = grammar.sample(1_000_003, 1000)

@@ -9,7 +9,7 @@ import pytest
 import dlm_jax
 from dlm_jax.configs import smoke
 from dlm_jax.data import batching, encoding, grammar
-from dlm_jax.diffusion import likelihood, losses, model, schedule
+from dlm_jax.diffusion import guidance, likelihood, losses, model, schedule
 from dlm_jax.diffusion.time_sampling import draw_noise
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import exact
@@ -91,6 +91,25 @@ def test_length_reaches_the_network(lm):
     t = jnp.where((place == 0) | (place == end), model.AT_KNOWN, t)
     raw = model.apply(lm.ema, lm.cfg, x_t, t, 0 * x_t, schedule=lm.schedule)
     assert float(jnp.max(jnp.abs(raw[0, 1:8] - raw[1, 1:8]))) > 1e-3
+
+
+def test_a_template_of_the_length_is_the_frame_of_the_text(lm):
+    """What sampling knows of a text is what training showed of it."""
+    ids = jnp.asarray(_rows(lm, grammar.sample(1, 3)))
+    known = model.frame(ids)
+    words = jnp.sum(~known, -1)
+    template, mask = guidance.length_template(words, LENGTH)
+    np.testing.assert_array_equal(mask, known)
+    denoise = model.bind(lm.ema, lm.cfg, schedule=lm.schedule)
+    x_t = jax.random.normal(jax.random.key(2), (3, LENGTH, lm.cfg.dim))
+    x_t = x_t.at[0, 1].set(0.3)
+    a, b = (
+        guidance.condition_on_tokens(denoise, lm.ema.table, i, mask, known_length=True)(
+            x_t, jnp.full(3, 0.5), 0 * x_t
+        )
+        for i in (ids, template)
+    )
+    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("hosts", [1, 2])

@@ -81,7 +81,7 @@ def condition_on_tokens(
     skipped, config.model.known_length.
     """
     clean = embed(table, ids)
-    outside = jnp.asarray(ids) == PAD if known_length else None
+    outside = (jnp.asarray(ids) == PAD) & known if known_length else None
     return lambda x_t, t, x0_prev: denoise(
         *insert_clean_tokens(clean, known, x_t, t, outside), x0_prev
     )

@@ -194,6 +194,8 @@ def likelihood_rows(
     )
     if not lm.cfg.causal:
         for name, term in terms._asdict().items():
+            if name == "length" and not lm.cfg.known_length:
+                continue
             rows[f"{name}, nats/token"] = likelihood.ratio_with_stderr(term, count)
     if lm.config["data"]["source"] == "grammar" and len(ids) == len(texts):
         exact = -np.array([grammar.log_prob(text) for text in texts])

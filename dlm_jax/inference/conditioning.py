@@ -152,7 +152,8 @@ def _condition_on_known(
     conditional = condition(constraints.known)
     if config.cfg_weight == 1:
         return conditional
-    free = condition(model.frame(constraints.ids)) if known_length else denoise_logits
+    frame = model.frame(constraints.ids) & constraints.known
+    free = condition(frame) if known_length else denoise_logits
     return guidance.classifier_free_guidance(
         conditional, free, weight=config.cfg_weight
     )
