@@ -254,10 +254,7 @@ def end_to_end(
     if objective == "ar":
         t, x_t = jnp.zeros_like(t), clean
     t_cond = t
-    known, outside = draws.known, None
-    if cfg.known_length:
-        frame, outside = model.frame(ids), jnp.asarray(ids) == PAD
-        known = frame if known is None else frame | known
+    known, outside = _known(ids, draws, cfg)
     if known is not None:
         x_t, t_cond = model.insert_clean_tokens(clean, known, x_t, t, outside)
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t_cond, draws)
@@ -283,20 +280,33 @@ def end_to_end(
         head_fn=head_fn,
         head_args=head_args,
     )
-    mask = (
-        jnp.where(jnp.asarray(ids) == PAD, 0.0, 1.0)
-        if mask_pad
-        else jnp.ones(ids.shape)
-    )
-    places = jnp.sum(mask, -1)
-    if cfg.known_length:  # a batch may be narrower: all words weigh the same
-        places = jnp.full_like(places, cfg.positions)
-    if known is not None:
-        mask = jnp.where(known, 0.0, mask)
+    mask, count = _mask(ids, known, cfg, mask_pad)
     done = _ForwardPass(
-        clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask, places
+        clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask, count
     )
     return OBJECTIVES[objective](done, **options)
+
+
+def _known(ids: Ids, draws: NoiseDraws, cfg: DenoiserConfig) -> tuple[Any, Any]:
+    """Returns the masks [b l] of known tokens and of PAD outside the text, or None."""
+    if not cfg.known_length:
+        return draws.known, None
+    frame = model.frame(ids)
+    known = frame if draws.known is None else frame | draws.known
+    return known, jnp.asarray(ids) == PAD
+
+
+def _mask(
+    ids: Ids, known: Any, cfg: DenoiserConfig, mask_pad: bool
+) -> tuple[Array, PerExample]:
+    """Returns the mask [b l] of scored positions, and the number to divide by [b]."""
+    mask = jnp.ones(ids.shape)
+    if mask_pad:
+        mask = jnp.where(jnp.asarray(ids) == PAD, 0.0, 1.0)
+    count = jnp.sum(mask, -1)
+    if cfg.known_length:  # a batch may be narrower: all words weigh the same
+        count = jnp.full_like(count, cfg.positions)
+    return (mask if known is None else jnp.where(known, 0.0, mask)), count
 
 
 def sigma_0(objective: str, schedule: Schedule) -> Any:

@@ -41,7 +41,7 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     if record.config["schedule"].get("adaptive"):
         parts["schedule_state"] = jax.eval_shape(lambda: adaptive.init(start))
     state = checkpoint.restore_part(workdir, step, sharding.global_like(parts))
-    params, lengths = state.pop("params"), tuple(record.run.get("lengths", ()))
+    params, lengths = state.pop("params"), tuple(record.run.get("lengths") or ())
     return from_parts(
         cfg, params, tok, record.config, step=step, lengths=lengths, **state
     )
