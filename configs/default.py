@@ -38,7 +38,7 @@ def get_config() -> Any:
             "name": "sqrt",  # a key of schedule.SCHEDULES
             "num_steps": 2000,  # T noise levels; 0: continuous time
             "mean": 0.0,  # logistic, gumbel: location of log(1/SNR)
-            "scale": 0.0,  # likewise; 0: the schedule's own, whatever mean
+            "scale": 0.0,  # likewise; 0: mean, too, is the schedule's own
             "noise_factor": 1.0,  # F: noise F times larger relative to the signal
             "adaptive": "",  # "" | warp | gumbel (docs/method.md, section 9)
         }

@@ -51,6 +51,7 @@ _MODULES = {
         "rounding",
         "samplers",
         "schedule",
+        "time_sampling",
     ),
     "data": ("grammar", "tokenizer"),
     "inference": ("mbr", "published"),

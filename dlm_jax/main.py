@@ -73,7 +73,7 @@ def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _load(config: Any, workdir: str, step: int | None) -> Any:
-    """Loads the run's model; --config may replace sections that do not affect it."""
+    """Loads the run's model; --config replaces sections that do not affect it."""
     import json
 
     from dlm_jax.inference import loading
@@ -210,7 +210,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(list(_with_config_files(argv)))
         if FLAGS["verbosity"].using_default_value:
-            FLAGS.verbosity = -1  # warnings; app.run shows JAX's info messages too
+            FLAGS.verbosity = -1  # warnings only; app.run would add JAX's info
         if FLAGS.config is not None:
             FLAGS.config.keys()  # raises if the config file is missing
         return rest

@@ -240,7 +240,7 @@ def test_known_tokens_come_back_for_every_solver(solver, noised):
 def test_infill_leaves_the_noise_of_the_others_alone():
     nothing = np.zeros((3, 5), bool)
     ids = np.zeros((3, 5), int)
-    step = guidance.infill(SOLVERS["ddim"], TABLE, ids, nothing, NOISE)
+    step = guidance.infill(SOLVERS["ddim"], TABLE, ids, nothing, NOISE, noised=True)
     plain, filled = (
         samplers.sample(jax.random.key(0), s, X, samplers.timesteps(6))[0]
         for s in (SOLVERS["ddim"], step)

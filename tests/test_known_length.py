@@ -13,7 +13,8 @@ from dlm_jax.diffusion import guidance, likelihood, losses, model, schedule
 from dlm_jax.diffusion.time_sampling import draw_noise
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import exact
-from dlm_jax.inference import loading
+from dlm_jax.inference import constraints, loading
+from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
 from dlm_jax.training.trainer import Trainer, language_job
@@ -168,6 +169,11 @@ def test_samples_have_the_lengths_of_the_training_texts(lm):
     assert abs(sizes.mean() - mean) < 5 * sizes.std() / np.sqrt(200)
     assert lm.sample(3, seed=0, num_steps=2) == out.texts[:3]
     assert np.ptp(sizes) > 5
+    ids, known = map(np.asarray, guidance.length_template(sizes[:8], LENGTH))
+    allowed = constraints.allowed_tokens(ids, known, lm.tokenizer.vocab_size)
+    rows = constraints.Constraints(ids, known, allowed)
+    own = lm.generate(8, seed=0, num_steps=2, constraints=rows)
+    assert own.texts == out.texts[:8]  # as under that length
 
 
 def test_constraints_of_every_kind(lm):
@@ -180,6 +186,12 @@ def test_constraints_of_every_kind(lm):
     for text in lm.control(3, length=9, contains="cheap pub", num_steps=2):
         assert len(text.split()) == 9
     assert len(lm.control(2, lacks="cheap", num_steps=2)) == 2
+    for guided in (
+        GuidanceConfig(token_time_floor=0.5),
+        GuidanceConfig(cfg_weight=2.0),
+    ):
+        with pytest.raises(UserError, match=r"token_time_floor|cfg_weight"):
+            lm.control(1, length=9, guidance=guided)
     with pytest.raises(UserError, match="the template needs"):
         lm.infill("[...] " + "pub " * 40, n=1)
 

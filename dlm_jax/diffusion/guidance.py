@@ -77,8 +77,8 @@ def condition_on_tokens(
 ) -> Any:
     """Gives the network the known tokens as clean embeddings at time 0.
 
-    For models trained so, with config.loss.conditioning_prob or, if PAD is to be
-    skipped, config.model.known_length.
+    For models trained so, by config.loss.conditioning_prob. known_length: the model's
+    cfg.known_length, whose network gets marks instead of times.
     """
     clean = embed(table, ids)
     outside = (jnp.asarray(ids) == PAD) & known if known_length else None
@@ -199,7 +199,7 @@ def contains_phrase(phrase: Int[Array, "b k"]) -> TokenLogProb:
     """Returns log of the sum, over places, of the probability of the phrase there.
 
     phrase [b k]: ids, a row per example, padded with -1. By the union
-    bound this is at most too large; it is capped at 0.
+    bound it is never too small; it is capped at 0.
     """
     phrase = jnp.asarray(phrase)
     real = phrase >= 0
@@ -258,7 +258,7 @@ def infill(
     known: Known,
     schedule: Schedule,
     *,
-    noised: bool = True,
+    noised: bool = False,
 ) -> Step:
     """Writes the known tokens into the sample and the estimate after each step.
 

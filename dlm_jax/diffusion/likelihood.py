@@ -48,7 +48,7 @@ class Bound(NamedTuple):
     prior: PerExample
     diffusion: PerExample
     rounding: PerExample
-    length: PerExample  # -log p(length), if the length is drawn first, else 0
+    length: PerExample  # -log p(length): `bound` leaves 0, `scoring.make_nll` sets it
 
     def total(self) -> PerExample:
         """The bound on -log p(w) of each example [b], nats."""
@@ -65,9 +65,9 @@ class Profile(NamedTuple):
 class LatentPredictor(NamedTuple):
     """What the bound needs from a model.
 
-    estimate(x_t [b l d], t [b]) -> e_hat [b l d], the estimate of EMB(w). decode(x, t) ->
-    logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0, where
-    t [b l] also tells the positions outside the text.
+    estimate(x_t [b l d], t) -> e_hat [b l d], the estimate of EMB(w). decode(x, t) ->
+    logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0. t is
+    [b], or with known_length [b l] with the marks of `model.insert_clean_tokens`.
     """
 
     estimate: Callable[[Latent, Time], Latent]

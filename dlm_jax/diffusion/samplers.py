@@ -254,7 +254,7 @@ def temperature(
 def by_noise(low: Step, high: Step, schedule: Schedule, *, level: float) -> Step:
     """Returns the step `low` where log(1/SNR) at its start is below level, else `high`.
 
-    Both must take the same noise and state: different solvers, clamps or denoisers.
+    They may differ in solver, clamp or denoiser.
     """
 
     def switched(keys: PRNGKeys, state: State, times: Times) -> State:
@@ -280,7 +280,7 @@ SOLVERS: dict[str, Callable[..., Step]] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
 }
-ONE_STEP = ("ancestral", "ddim")  # x_t, no older estimate: `churn`, `temperature`
+ONE_STEP = ("ancestral", "ddim")  # read x_t alone: for `churn`, `temperature`
 
 
 def solver_options(name: str) -> dict[str, Any]:

@@ -113,13 +113,19 @@ def _constrain_tokens(
     conditions = [(guidance.contains_phrase(ids), 1.0) for ids in constraints.phrases]
     if constraints.excluded is not None:
         conditions.append((guidance.excludes_tokens(constraints.excluded), 1.0))
-    condition_on_known = supports_conditioning and constraints.known is not None
+    conditioned = supports_conditioning or cfg.known_length
+    condition_on_known = conditioned and constraints.known is not None
     if not (condition_on_known or constraints.allowed is not None or conditions):
         return model.bind(params, cfg, schedule=schedule)
     denoise_logits = model.bind_logits(params, cfg, schedule=schedule)
     if condition_on_known:
         denoise_logits = _condition_on_known(
-            denoise_logits, params.table, constraints, config, cfg.known_length
+            denoise_logits,
+            params.table,
+            constraints,
+            config,
+            known_length=cfg.known_length,
+            words=supports_conditioning,
         )
     if constraints.allowed is not None:
         denoise_logits = guidance.restrict_tokens(
@@ -140,19 +146,24 @@ def _condition_on_known(
     table: Table,
     constraints: Constraints,
     config: GuidanceConfig,
+    *,
     known_length: bool,
+    words: bool,
 ) -> model.DenoiseLogits:
-    """Conditions on known tokens, with classifier-free guidance of weight cfg_weight."""
+    """Conditions on known tokens, with classifier-free guidance of weight cfg_weight.
+
+    words: the model was trained with known words, not only with the frame of a length.
+    """
 
     def condition(known: Array) -> model.DenoiseLogits:
         return guidance.condition_on_tokens(
             denoise_logits, table, constraints.ids, known, known_length=known_length
         )
 
-    conditional = condition(constraints.known)
+    frame = model.frame(constraints.ids) & constraints.known
+    conditional = condition(constraints.known if words else frame)
     if config.cfg_weight == 1:
         return conditional
-    frame = model.frame(constraints.ids) & constraints.known
     free = condition(frame) if known_length else denoise_logits
     return guidance.classifier_free_guidance(
         conditional, free, weight=config.cfg_weight

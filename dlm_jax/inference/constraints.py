@@ -214,7 +214,7 @@ def draw_word_counts(
     """Draws a number of words for each of n texts, as frequent as in training.
 
     lengths: the number of training texts of 0, 1, ... tokens, START and END counted.
-    counts: the numbers that may be drawn. Raises UserError if no text has one of them.
+    counts: the numbers that may be drawn. Raises UserError if no text has any of several.
     """
     share = np.array([lengths[k + 2] if k + 2 < len(lengths) else 0 for k in counts])
     if len(counts) == 1:
@@ -240,14 +240,19 @@ def _draw_widths(template: Template, words: int, rng: Any) -> list[int]:
     return np.diff([-1, *bars, places]).tolist()
 
 
+def any_word(shape: tuple[int, ...], vocab: int) -> np.ndarray:
+    """Returns the mask [*shape v] that allows all but special tokens: a view."""
+    word = np.arange(vocab) > max(START, END, UNK, PAD)
+    return np.broadcast_to(word, (*shape, vocab))
+
+
 def allowed_tokens(ids: np.ndarray, known: np.ndarray, vocab: int) -> np.ndarray:
     """Returns the mask [n l v]: the known token, or any word at an unknown position.
 
     In a gap that runs to the end, whose ids are END, the text may also end, after at
     least one word.
     """
-    word = np.arange(vocab) > max(START, END, UNK, PAD)
-    allowed = np.broadcast_to(word, (*ids.shape, vocab)).copy()
+    allowed = any_word(ids.shape, vocab).copy()
     gap = ~known & (ids == END)
     loose = gap & (np.cumsum(gap, -1) > 1)
     for special in (END, PAD):

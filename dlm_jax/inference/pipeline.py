@@ -83,9 +83,9 @@ class DiffusionLM(TrainedModel):
     def infill(self, template: str, n: int = 5, **options: Any) -> list[str]:
         """Generates n texts from a template such as "The ___ is a pub [...]".
 
-        ___ stands for one word, [...] for 1 to 10, drawn per text as room allows; at
-        the end, or if a length is given, for 1 or more. The other words come back exactly.
-        options: those of `control`.
+        ___ stands for one word, [...] for 1 to 10, drawn per text as room allows; at the
+        end, or if the length is given or drawn, 1 or more. The other words come back
+        exactly. options: those of `control`.
         """
         return self.control(n, template=template, **options)
 
@@ -156,7 +156,7 @@ def _draw_lengths(
     words = constraints.draw_word_counts(lm.lengths, n, abs(seed), counts)
     template = guidance.length_template(np.array(words), lm.length)
     ids, known = map(np.asarray, template)
-    allowed = constraints.allowed_tokens(ids, known, lm.tokenizer.vocab_size)
+    allowed = constraints.any_word(ids.shape, lm.tokenizer.vocab_size)
     return rows._replace(ids=ids, known=known, allowed=allowed)
 
 

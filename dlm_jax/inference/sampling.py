@@ -133,6 +133,11 @@ def check_support(
         raise UserError("an autoregressive model takes no constraints")
     if lm.cfg.causal and s.trajectory:
         raise UserError("trajectory: an autoregressive model has no denoising steps")
+    if g.token_time_floor < 1 and lm.cfg.known_length:
+        raise UserError(
+            f"guidance.token_time_floor={g.token_time_floor}: a model with known_length "
+            "has one time per text; leave it at 1"
+        )
     if g.cfg_weight != 1 and not lm.supports_conditioning:
         raise UserError(
             f"guidance.cfg_weight={g.cfg_weight}: this model was not trained with given "

@@ -56,8 +56,6 @@ class TrainedModel:
     def supports_conditioning(self) -> bool:
         """Whether it was trained with given tokens (config.loss.conditioning_prob)."""
         loss = self.config["loss"]
-        if self.cfg.known_length:
-            return True
         return "conditioning_prob" in loss and loss["conditioning_prob"] > 0
 
     def schedule_from(self, schedule_state: PyTree) -> Schedule:

@@ -142,7 +142,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, PAD included, as in the published code; causal if cfg.causal.
+    """Self-attention to `inside` (None: all, as published); causal if cfg.causal.
 
     rotary: apply RoPE to queries and keys.
     """
@@ -255,7 +255,7 @@ def _compile_separately(layer: Callable) -> Callable:
     inlineable = "false" if jax.default_backend() == "cpu" else None
 
     def inside(block: nn.Module, x: Array) -> Array:
-        with set_xla_metadata(inlineable=None):  # marks the call alone
+        with set_xla_metadata(inlineable=None):  # not the ops inside
             return layer(block, x)
 
     def call(block: nn.Module, x: Array) -> Array:

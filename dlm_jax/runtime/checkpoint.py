@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints: <workdir>/checkpoints/<step>/{state,config,tokenizer,run,sums}.
 
-Saves are asynchronous and atomic: a step directory gets its final name, the integer,
-once it is complete. config, tokenizer and run are JSON; nothing is ever unpickled. sums
+Saves are asynchronous and atomic: `all_steps` lists a step only once it is complete. config, tokenizer and run are JSON; nothing is ever unpickled. sums
 holds checksums of everything saved, because Orbax's compression does not detect a
 flipped bit.
 """
@@ -32,9 +31,9 @@ class Records(NamedTuple):
     """The JSON records of a checkpoint.
 
     config: the resolved config. tokenizer: the record that `tokenizer.from_dict` reads.
-    run: the kind of model ("diffusion", "autoregressive" or "classifier"), the checksum
-    of the corpus, a classifier's labels and the checksum of its embedding table, and
-    the training batches that rollbacks skipped.
+    run: the kind of model ("diffusion", "autoregressive" or "classifier"), the corpus's
+    checksum, a classifier's labels and its table's checksum, the batches that rollbacks
+    skipped, and under known_length the number of texts by length.
     """
 
     config: dict

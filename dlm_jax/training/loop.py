@@ -73,7 +73,7 @@ def _run_and_close(trainer: Trainer, progress: Progress, total: int) -> None:
     finally:
         preemption.close()
         progress.close()
-        with contextlib.suppress(Exception):  # its errors were reported above
+        with contextlib.suppress(Exception):  # an earlier error counts more
             writer.close()
 
 

@@ -40,7 +40,7 @@ class TrainingTask(NamedTuple):
     A row of data is a text's ids, then `labels` numbers.
 
     init(key, step_cfg, vocab): returns parameters. terms(key, params, rows, draws,
-    step_cfg): returns the named loss terms of each row, with a method `total()`.
+    step_cfg): returns a NamedTuple of loss terms by row, with `weight` and `total()`.
     """
 
     init: Callable[..., Any]
@@ -189,8 +189,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Performs one update on a device's rows [b l]; fsdp: all, [parts b l].
 
-    axis: the mapped axis, None under jit. Returns the new state and the metrics, which
-    are means over the global batch: the loss, its named terms and the gradient norm.
+    axis: the mapped axis, None under jit. Returns the new state and the metrics:
+    the loss and its named terms, means over the global batch, and the gradient norm.
     """
     key = jax.random.fold_in(key, state.step)
     step_cfg = step_cfg.at(state.schedule_state)

@@ -72,8 +72,9 @@ class NonFiniteError(UserError):
         saved = checkpoint.all_steps(trainer.workdir)
         super().__init__(
             f"{name} is {value} at step {step}: stopped; the last checkpoint is "
-            f"{saved[-1] if saved else 'none'}; rerun with config.train.on_nonfinite=skip "
-            "or rollback, or in a new --workdir with a lower config.optim.lr; the rows "
+            f"{saved[-1] if saved else 'none'}; rerun with another "
+            "config.train.on_nonfinite (stop, skip or rollback), or in a new --workdir with "
+            "a lower config.optim.lr; the rows "
             f"of its batch, in the training data: {rows}"
         )
         self.step = step
@@ -142,7 +143,7 @@ class Trainer:
         return self.layout.rows(rows)
 
     def row_index(self, step: int, *, hosts: int) -> np.ndarray:
-        """Returns the indices [parts b] of the training rows of one of `hosts` hosts."""
+        """Returns row indices [parts b]: this host's; with hosts=1 the whole batch's."""
         parts = self.layout.parts(self.step_cfg.accumulate)
         step += sum(n for at, n in self.skipped_batches if step >= at)
         rows = [
