@@ -251,7 +251,7 @@ def test_a_contender_that_fails_has_a_row(tmp_path):
     def maker(variant, seconds=60):
         return lambda: alternate.Contender(str(script), case, variant, seconds)
 
-    makers = {"slow": maker("slow", 45), "ours": maker("ours", 40)}  # by its own clock
+    makers = {"slow": maker("slow", 25), "ours": maker("ours", 20)}  # by its own clock
     makers |= {name: maker(name) for name in ("memory", "broken", "harmless")}
     rows = alternate.race([makers], 2, 0.001)
     assert list(rows) == ["slow", "ours", "memory", "broken", "harmless"]
@@ -259,6 +259,6 @@ def test_a_contender_that_fails_has_a_row(tmp_path):
     assert len(rows["ours"]["all"]) == 2
     assert rows["memory"] == {"error": "out of memory"}
     assert rows["broken"] == {"error": "ValueError: no such thing (status 1)"}
-    assert rows["slow"] == {"error": "not done after 45 s"}
+    assert rows["slow"] == {"error": "not done after 25 s"}
     with pytest.raises(alternate.Ended, match="broken: ValueError: no such thing"):
         alternate.alternate({"broken": maker("broken")}, 1)

@@ -7,7 +7,6 @@ Ratios are taken within a round. A contender waits for its turn idle, reading it
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -183,7 +182,7 @@ class Contender:
         )
         longest = threading.TIMEOUT_MAX
         self.end = time.monotonic() + (seconds or longest)
-        self.overdue = False
+        self.overdue, self.ready = False, None
         self._allow(min(patience or longest, seconds or longest))
 
     def _allow(self, seconds: float) -> None:
@@ -192,13 +191,14 @@ class Contender:
         self.limit.daemon = True
         self.limit.start()
 
-    @functools.cached_property
+    @property
     def started(self) -> dict[str, float]:
         """Waits until it is ready; returns the seconds of its build and first run."""
-        record = self._read()
-        self.limit.cancel()
-        self._allow(min(self.end - time.monotonic(), threading.TIMEOUT_MAX))
-        return record
+        if self.ready is None:  # cached_property of Python 3.11 locks all instances
+            self.ready = self._read()
+            self.limit.cancel()
+            self._allow(min(self.end - time.monotonic(), threading.TIMEOUT_MAX))
+        return self.ready
 
     def ask(self, times: int = 1) -> float:
         """Returns the mean seconds of one run, over that many runs."""
