@@ -26,7 +26,6 @@ from dlm_jax.training import loop
 from dlm_jax.training.trainer import Trainer, language_job
 
 ROOT = Path(__file__).parent.parent
-QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 STEPS = 300
 NEVER = 10 * STEPS
 TINY = {
@@ -124,7 +123,7 @@ def _command(texts, workdir, **changes):
 
 
 def _kill_after_first_checkpoint(command, workdir):
-    env, silent = os.environ | QUICKLY, subprocess.DEVNULL
+    env, silent = os.environ, subprocess.DEVNULL
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=silent) as process:
         try:
             wait_until(

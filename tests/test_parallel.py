@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 STARTED = []
-QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 HALF, STEPS = 3, 6
 SMALL = {
     "data.source": "text",
@@ -92,7 +91,7 @@ def _start(
     if processes > 1:
         command += ["--num_processes", str(processes)]
         command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
-    env = os.environ | QUICKLY | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     own = [
         ["--process_id", str(i), "--workdir", str(workdir)] for i in range(processes)

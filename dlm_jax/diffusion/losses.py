@@ -240,7 +240,8 @@ def end_to_end(
     coordinate plus nats per position, as published; "vlb", "nelbo", "ce": nats per
     position; "vlb_legacy": bits per dimension, times T; "ar": nats per position, on
     clean embeddings. key: turns dropout on. mask_pad: ignore PAD, which the published
-    code counts. normalize: scale the table's rows to norm sqrt(d) first. options: sigma ("small", "large") of the vlbs. Raises UserError if objective, network and schedule
+    code counts. normalize: scale the table's rows to norm sqrt(d) first. options: sigma
+    ("small", "large") of the vlbs. Raises UserError if objective, network and schedule
     do not fit together.
     """
     check_compatible(objective, cfg, schedule)

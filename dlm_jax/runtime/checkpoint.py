@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orbax checkpoints: <workdir>/checkpoints/<step>/{state,config,tokenizer,run,sums}.
 
-Saves are asynchronous and atomic: `all_steps` lists a step only once it is complete. config, tokenizer and run are JSON; nothing is ever unpickled. sums
-holds checksums of everything saved, because Orbax's compression does not detect a
-flipped bit.
+Saves are asynchronous and atomic: `all_steps` lists a step only once it is complete.
+config, tokenizer and run are JSON; nothing is ever unpickled. sums holds checksums of
+everything saved, because Orbax's compression does not detect a flipped bit.
 """
 
 import contextlib

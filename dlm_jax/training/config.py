@@ -46,10 +46,8 @@ def resolve_config(config: Any) -> StepConfig:
             "config.loss.conditioning_prob > 0: an autoregressive model conditions on "
             "earlier tokens; set it to 0"
         )
-    if cfg.known_length and (config.data.mode != "pad" or cfg.causal):
-        raise UserError(
-            "config.model.known_length needs config.data.mode=pad and a diffusion model"
-        )
+    if cfg.known_length and config.data.mode != "pad":
+        raise UserError("config.model.known_length needs config.data.mode=pad")
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
     return StepConfig(

@@ -191,7 +191,7 @@ class Trainer:
             )
         run = {"kind": self.job.kind, "skipped_batches": self.skipped_batches}
         if self.lengths is not None:
-            run["lengths"] = list(batching.count_lengths(self.corpus.train))
+            run["lengths"] = np.bincount(self.lengths).tolist()
         records = checkpoint.Records(
             self.record, self.corpus.tokenizer.to_dict(), run | self.corpus.identity()
         )
