@@ -22,6 +22,7 @@ def get_config(variant: str = "modern") -> Any:
     cfg.data.update(
         source="e2e", path="data/e2e", length=64, min_count=10, too_long="truncate"
     )
-    cfg.model.positions = 64
-    cfg.train.update(total_steps=1600, batch=32)
+    cfg.model.update(positions=64, layers=4)
+    cfg.optim.ema = 0.999
+    cfg.train.update(total_steps=24_000, ckpt_steps=1000, valid_steps=1000)
     return cfg

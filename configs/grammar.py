@@ -14,7 +14,7 @@ from dlm_jax.configs import default
 
 MUON = {
     "name": "muon",
-    "lr": 5e-3,
+    "lr": 3.5e-3,
     "decay": "cosine",
     "warmup": 100,
     "b2": 0.98,
@@ -29,6 +29,7 @@ def _modern(cfg: Any) -> None:
         dim=32,
         trunk="adaln",
         predicts="logits",
+        known_length=True,
         self_cond=True,
         token_posterior_input=True,
         time_input="log_snr",
@@ -53,7 +54,7 @@ def _autoregressive(cfg: Any) -> None:
     """Sets an autoregressive model of the same layers, the baseline of likelihoods."""
     _modern(cfg)
     cfg.model.update(dim=128, self_cond=False, token_posterior_input=False, causal=True)
-    cfg.model.time_input = "t"
+    cfg.model.update(known_length=False, time_input="t")
     cfg.embedding.normalize = False
     cfg.schedule.adaptive = ""
     cfg.loss.update(objective="ar", self_cond_prob=0.0)
@@ -63,23 +64,23 @@ VARIANTS = {"modern": _modern, "faithful": _faithful, "autoregressive": _autoreg
 
 
 def get_config(variant: str = "modern") -> Any:
-    """Returns a variant: four layers of width 128 on texts of up to 32 tokens."""
+    """Returns a variant: three layers of width 128 on texts of up to 32 tokens."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     cfg = default.get_config()
     cfg.seed = 1
     cfg.data.update(source="grammar", length=32, min_count=0)
     cfg.model.update(
-        hidden_dim=128, layers=4, heads=4, mlp_dim=512, positions=32, dtype="mixed"
+        hidden_dim=128, layers=3, heads=4, mlp_dim=512, positions=32, dtype="mixed"
     )
     cfg.sample.update(n=16, batch=32, seed=0)  # a batch of 32 fits in a core's cache
     VARIANTS[variant](cfg)
     cfg.train.update(
-        total_steps=2000,
-        batch=64,
-        ckpt_steps=400,
-        log_steps=50,
-        valid_steps=400,
-        sample_steps=800,
+        total_steps=6400,
+        batch=32,
+        ckpt_steps=800,
+        log_steps=100,
+        valid_steps=1600,
+        sample_steps=3200,
     )
     return cfg

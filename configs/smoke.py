@@ -14,6 +14,7 @@ def get_config() -> Any:
     cfg = grammar.get_config()
     cfg.data.update(size=500, valid_size=64)
     cfg.model.update(dim=8, hidden_dim=32, layers=2, heads=2, mlp_dim=64, time_dim=16)
+    cfg.model.known_length = False
     cfg.model.time_input, cfg.schedule.adaptive = "t", ""  # some tests set other values
     cfg.model.dtype = "float32"
     cfg.train.update(

@@ -24,6 +24,6 @@ def get_config(variant: str = "modern") -> Any:
         mode="block",
         length=64,
     )
-    cfg.model.positions = 64
+    cfg.model.update(positions=64, layers=4, known_length=False)
     cfg.train.update(total_steps=1600, batch=32)
     return cfg

@@ -46,7 +46,7 @@ def ours(request):
         dim=8, hidden_dim=16, layers=2, heads=2, mlp_dim=32, positions=LENGTH
     )
     config.model.update(dropout=0.0, attention_dropout=0.0, dtype="float32")
-    config.schedule.adaptive = ""
+    config.model.known_length, config.schedule.adaptive = False, ""
     config.data.length, config.train.batch = LENGTH, BATCH
     step_cfg = resolve_config(config)
     params = train_step.init_state(jax.random.key(0), step_cfg, VOCAB).params

@@ -54,13 +54,13 @@ class Case(NamedTuple):
 def settings(case: Case) -> Any:
     """Returns the config of a case, with the same work in every step.
 
-    Schedules do not adapt, and every batch has self-conditioning if the model has it.
+    Schedules do not adapt, all rows have full length, and every batch has self-conditioning if the model has it.
     """
     config = load_config(case.config)
     config.train.batch = case.batch or config.train.batch
     config.data.length = case.length or config.data.length
     config.model.positions = max(config.model.positions, config.data.length)
-    config.schedule.adaptive = ""
+    config.schedule.adaptive, config.model.known_length = "", False
     config.loss.self_cond_prob = 1.0 if config.model.self_cond else 0.0
     return changed(config, case.change)
 
