@@ -24,6 +24,7 @@ from dlm_jax.evaluation import text_metrics
 OFF = {"clamp": False}
 SETTINGS: list[dict[str, Any]] = [
     {"solver": "marginal"},
+    *({"solver": "marginal", "clamp": t} for t in (0.75, 0.5, 0.25)),
     {"solver": "marginal", **OFF},
     {"solver": "ddim", "eta": 1.0},
     {"solver": "ddim", "eta": 1.0, "clamp": 0.5},

@@ -65,6 +65,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 MAIN = ("modern", "faithful")
+BASE = {"model.known_length": False}  # of all runs: some objectives do without
 
 
 def config_of(path: str, variant: str, changes: dict[str, Any]) -> Any:
@@ -101,10 +102,10 @@ def step_flops(config: Any) -> float:
     per_token += tables * vocab * cfg.dim
     passes = 3 + config.loss.self_cond_prob
     flops = 2.0 * passes * per_token * config.train.batch * config.data.length
-    if config.optim.name == "muon":  # Newton-Schulz: 5 times x x^T, its square, x
+    if config.optim.name == "muon":  # Newton-Schulz: 3 times x x^T, its square, x
         layers = [(n, s) for n, s in names if "layer_" in n and "kernel" in n]
         shapes = [sorted(s.shape) for n, s in layers if "modulation" not in n]
-        flops += sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+        flops += sum(3 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
     return flops
 
 
@@ -168,7 +169,7 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, dict, int]]:
             continue
         seeds = args.seeds if name in MAIN else args.ablation_seeds
         for seed in range(1, seeds + 1):
-            yield name, variant, changes, seed
+            yield name, variant, BASE | changes, seed
 
 
 def _workdir(args: argparse.Namespace, name: str, seed: int) -> Path:
@@ -187,7 +188,7 @@ def study(args: argparse.Namespace) -> None:
     out = Path(args.out)
     rows = read_rows(out) if out.exists() else []
     done = {(r["config"], r["name"], r["seed"], r["budget_steps"]) for r in rows}
-    budget = args.steps * step_flops(config_of(args.config, "modern", {}))
+    budget = args.steps * step_flops(config_of(args.config, "modern", BASE))
     for name, variant, changes, seed in wanted(args):
         if (args.config, name, seed, args.steps) in done:
             continue

@@ -85,8 +85,8 @@ def row_lengths(rows: Any) -> np.ndarray:
     """Returns the number of tokens of each row, PAD not counted. Raises UserError."""
     if not isinstance(rows, np.ndarray):
         raise UserError(
-            "config.model.known_length needs the text in memory: set config.data.source "
-            "to its own source instead of prepared"
+            "config.model.known_length needs the text in memory: set it to False, or "
+            "config.data.source to the text's own source instead of prepared"
         )
     return np.sum(rows != PAD, -1)
 
