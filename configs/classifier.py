@@ -31,7 +31,7 @@ def get_config(task: str = "semantic") -> Any:
         dtype="mixed",
     )
     cfg.loss.time_sampler = "low_discrepancy"
-    cfg.optim.update(grammar.MUON, lr=5e-3, warmup=50)
+    cfg.optim.update(grammar.MUON, warmup=50)
     cfg.train.update(
         total_steps=800, batch=64, ckpt_steps=400, log_steps=50, valid_steps=200
     )

@@ -23,6 +23,7 @@ def get_config(variant: str = "modern") -> Any:
         source="e2e", path="data/e2e", length=64, min_count=10, too_long="truncate"
     )
     cfg.model.update(positions=64, layers=4)
-    cfg.optim.ema = 0.999
-    cfg.train.update(total_steps=24_000, ckpt_steps=1000, valid_steps=1000)
+    cfg.optim.update(lr=3.5e-3, ema=0.999)
+    cfg.train.update(total_steps=24_000, batch=32, ckpt_steps=1000)
+    cfg.train.update(valid_steps=1000, sample_steps=3000)
     return cfg

@@ -14,7 +14,7 @@ from dlm_jax.configs import default
 
 MUON = {
     "name": "muon",
-    "lr": 3.5e-3,
+    "lr": 5e-3,
     "decay": "cosine",
     "warmup": 100,
     "b2": 0.98,
@@ -76,11 +76,11 @@ def get_config(variant: str = "modern") -> Any:
     cfg.sample.update(n=16, batch=32, seed=0)  # a batch of 32 fits in a core's cache
     VARIANTS[variant](cfg)
     cfg.train.update(
-        total_steps=6400,
-        batch=32,
-        ckpt_steps=800,
-        log_steps=100,
-        valid_steps=1600,
-        sample_steps=3200,
+        total_steps=3000,
+        batch=64,
+        ckpt_steps=500,
+        log_steps=50,
+        valid_steps=500,
+        sample_steps=1500,
     )
     return cfg
