@@ -15,7 +15,7 @@ from dlm_jax.diffusion import (
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
-from dlm_jax.inference import published
+from dlm_jax.inference import pretrained, published
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.inference.trained_model import adapted_schedule
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -24,10 +24,14 @@ from dlm_jax.types import PyTree
 
 
 def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
-    """Loads a run's newest checkpoint (or `step`), or a published checkpoint folder.
+    """Loads a model: of a run, of a folder of `save_pretrained`, or by a bundled name.
 
-    Raises UserError if there is none, or if it is damaged.
+    A run's newest checkpoint is loaded, or that of `step`; a folder may also hold a
+    checkpoint of the published code. Raises UserError if there is none, or if it is
+    damaged.
     """
+    if folder := pretrained.find(workdir):
+        return _from_pretrained(folder)
     if published.is_reference(workdir):
         cfg, params, tok, _ = published.load_reference(workdir)
         return from_parts(cfg, params, tok, published.reference_config(workdir))
@@ -44,6 +48,24 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     params, lengths = state.pop("params"), tuple(record.run.get("lengths") or ())
     return from_parts(
         cfg, params, tok, record.config, step=step, lengths=lengths, **state
+    )
+
+
+def _from_pretrained(folder: Path) -> DiffusionLM:
+    saved = pretrained.read(folder)
+    cfg, start, like = model_shapes(saved.config, saved.tokenizer.vocab_size)
+    parts = {"ema": like}
+    if saved.config["schedule"]["adaptive"]:
+        parts["schedule_state"] = jax.eval_shape(lambda: adaptive.init(start))
+    state = pretrained.unflatten(saved.arrays, parts)
+    return from_parts(
+        cfg,
+        state.pop("ema"),
+        saved.tokenizer,
+        saved.config,
+        step=saved.step,
+        lengths=saved.lengths,
+        **state,
     )
 
 

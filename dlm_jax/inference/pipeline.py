@@ -15,7 +15,13 @@ import numpy as np
 from dlm_jax.data import encoding
 from dlm_jax.diffusion import guidance, likelihood
 from dlm_jax.errors import UserError
-from dlm_jax.inference import conditioning, constraints, sampling, scoring
+from dlm_jax.inference import (
+    conditioning,
+    constraints,
+    pretrained,
+    sampling,
+    scoring,
+)
 from dlm_jax.inference.constraints import UNCONSTRAINED, Constraints
 from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE, GuidanceConfig
 from dlm_jax.inference.sampling_config import SamplingConfig
@@ -46,6 +52,19 @@ class DiffusionLM(TrainedModel):
         loaded = [conditioning.load_classifier(w, self.ema.table) for w in workdirs]
         by_task = dict(self.classifiers) | {c.vocab.task: c for c in loaded}
         return dataclasses.replace(self, classifiers=by_task, compiled={})
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str = "bfloat16") -> None:
+        """Saves the averaged weights and what sampling needs, for `dlm_jax.load`.
+
+        dtype: bfloat16 or float32, of the weights. Classifiers are not saved. Raises
+        UserError if the folder holds anything.
+        """
+        parts = {"ema": self.ema, "schedule_state": self.schedule_state}
+        arrays = pretrained.flatten(parts)
+        saved = pretrained.Pretrained(
+            self.config, self.tokenizer, arrays, self.step, self.lengths
+        )
+        pretrained.write(folder, saved, dtype)
 
     def sample(self, n: int, **options: Any) -> list[str]:
         """Generates n texts; options: those of `generate`."""

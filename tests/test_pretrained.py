@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of weights to share: the model comes back, and damage is named."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_known_length import lm, trainer  # noqa: F401 (fixtures)
+
+import dlm_jax
+from dlm_jax.errors import UserError
+from dlm_jax.inference import pretrained
+
+
+@pytest.fixture
+def folder(lm, tmp_path):  # noqa: F811
+    lm.save_pretrained(tmp_path / "shared", dtype="float32")
+    return tmp_path / "shared"
+
+
+def test_the_model_comes_back(lm, folder):  # noqa: F811
+    loaded = dlm_jax.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded.ema, lm.ema)
+    assert loaded.lengths == lm.lengths
+    assert loaded.sample(3, num_steps=2) == lm.sample(3, num_steps=2)
+
+
+def test_an_adaptive_schedule_comes_back(lm, tmp_path):  # noqa: F811
+    import dataclasses
+
+    from dlm_jax.diffusion import adaptive
+
+    state = adaptive.init(lm.schedule)
+    state = adaptive.update(
+        state, jnp.linspace(-2.0, 6.0, 64), jnp.linspace(0.0, 2.0, 64)
+    )
+    config = json.loads(json.dumps(lm.config))
+    config["schedule"]["adaptive"] = "warp"
+    changed = dataclasses.replace(lm, config=config, schedule_state=state)
+    changed.save_pretrained(tmp_path / "a")
+    loaded = dlm_jax.load(tmp_path / "a")
+    t = jnp.linspace(0.01, 0.99, 9)
+    wanted = lm.schedule_from(()), changed.schedule_from(state)
+    np.testing.assert_allclose(
+        loaded.schedule.log_snr(t), wanted[1].log_snr(t), atol=1e-5
+    )
+    assert np.abs(loaded.schedule.log_snr(t) - wanted[0].log_snr(t)).max() > 0.1
+
+
+def test_bfloat16_is_half_as_large_and_rounds(lm, folder, tmp_path):  # noqa: F811
+    lm.save_pretrained(tmp_path / "small")
+    sizes = [
+        (d / pretrained.WEIGHTS).stat().st_size for d in (tmp_path / "small", folder)
+    ]
+    assert sizes[0] < 0.55 * sizes[1]
+    table = dlm_jax.load(tmp_path / "small").ema.table
+    np.testing.assert_allclose(table, lm.ema.table, rtol=2**-8)
+
+
+def test_nothing_is_overwritten(lm, folder):  # noqa: F811
+    with pytest.raises(UserError, match="exists already"):
+        lm.save_pretrained(folder)
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: _flip(d / pretrained.WEIGHTS), "not the file that was written"),
+        (lambda d: (d / pretrained.TOKENIZER).unlink(), "No such file"),
+        (lambda d: (d / pretrained.CONFIG).write_text("{"), "damaged"),
+        (
+            lambda d: (d / pretrained.CONFIG).write_text('{"format": 9}'),
+            "newer version",
+        ),
+    ],
+)
+def test_damage_is_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        dlm_jax.load(folder)
+
+
+def test_weights_of_another_size_are_refused(folder):
+    path = folder / pretrained.CONFIG
+    record = json.loads(path.read_text())
+    record["config"]["model"]["hidden_dim"] *= 2
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="has no ema/"):
+        dlm_jax.load(folder)
