@@ -24,8 +24,10 @@ import numpy as np
 import dlm_jax
 from dlm_jax.data import grammar
 from dlm_jax.diffusion import guidance, model, rounding, samplers, schedule
+from dlm_jax.diffusion.model import Denoise
 from dlm_jax.diffusion.samplers import Step
 from dlm_jax.evaluation import exact, report, text_metrics
+from dlm_jax.inference import constraints
 from dlm_jax.inference.pipeline import DiffusionLM
 
 INFORMATION = schedule.logistic(3.4, 0.7)  # the language's rate, within a few percent
@@ -52,6 +54,18 @@ def make_step(name: str, denoise: Any, lm: DiffusionLM) -> Step:
     if clamped:
         denoise = guidance.clamp(denoise, lm.ema.table)
     return solver(denoise, INFORMATION, **options)
+
+
+def with_lengths(lm: DiffusionLM, n: int) -> Callable[[Denoise], Denoise]:
+    """Returns a wrapper that gives n texts their lengths, if the model draws them."""
+    if not lm.cfg.known_length:
+        return lambda denoise: denoise
+    counts = range(1, lm.length - 1)
+    words = constraints.draw_word_counts(lm.lengths, n, 0, counts)
+    ids, known = guidance.length_template(np.array(words), lm.length)
+    return lambda denoise: guidance.condition_on_tokens(
+        denoise, lm.ema.table, ids, known, known_length=True
+    )
 
 
 def measure(lm: DiffusionLM, step: Step, num_steps: int, n: int) -> dict[str, float]:
@@ -94,10 +108,9 @@ def main() -> None:
     args = parser.parse_args()
     lm = dlm_jax.load(args.workdir)
     record: dict[str, Any] = {"gap": gaps(lm, 128), "samples": []}
-    if lm.cfg.known_length:
-        raise SystemExit("the samples below are of models that draw no length")
-    network = model.bind(lm.ema, lm.cfg, schedule=INFORMATION)
-    best = exact.exact_denoiser(lm.ema.table, INFORMATION, lm.tokenizer)
+    wrap = with_lengths(lm, args.n)
+    network = wrap(model.bind(lm.ema, lm.cfg, schedule=INFORMATION))
+    best = wrap(exact.exact_denoiser(lm.ema.table, INFORMATION, lm.tokenizer))
     held_out = grammar.sample(1_000_003, 1000)
     words = np.mean(text_metrics.lengths(held_out))
     print(f"held-out text: {words:.1f} words, ", end="")
