@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are given the length: masks, batches by length, sampling, the bound."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,6 +258,16 @@ def test_trains_resumes_and_samples(tmp_path):
     rows = exact.gap_rows(model_, ids, np.full(8, 18))
     assert all(0 < row.mean < 10 for row in rows.values())
     assert len(rows) == 6
+
+
+def test_tags_and_trees_give_their_length(lm):
+    """Only to a network that is given lengths; another learns them from the labels."""
+    tree = {"tree": [(0, 1, "NP"), (0, 6, "S")]}
+    assert constraints.give_length({"pos": ["NOUN"] * 7}, lm.cfg)["length"] == 7
+    assert constraints.give_length(tree, lm.cfg)["length"] == 7
+    assert constraints.give_length({"lacks": ["pub"]}, lm.cfg) == {"lacks": ["pub"]}
+    without = dataclasses.replace(lm.cfg, known_length=False)
+    assert constraints.give_length(tree, without) == tree
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "ddim", "eta": 1.0}])

@@ -46,6 +46,7 @@ def test_wheel_holds_one_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dlm_jax"}
     wanted = {"py.typed", "data/restaurant.pcfg", "configs/grammar.py"}
+    wanted |= {f"pretrained/{n}/model.safetensors" for n in ("grammar", "e2e")}
     assert {f"dlm_jax/{name}" for name in wanted} <= set(names)
 
 

@@ -18,6 +18,7 @@ from dlm_jax.evaluation.control_targets import (
 from dlm_jax.inference.constraints import (
     BLANK,
     Constraints,
+    give_length,
     pad_to_power_of_two,
     parse_constraints,
     parse_template,
@@ -75,8 +76,8 @@ def _middle(sentence: Sentence, rng: Any) -> str:
 
 def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
     def constrain(target: Any, lm: DiffusionLM) -> Constraints:
-        tok, classifiers = lm.tokenizer, lm.classifiers
-        return parse_constraints(tok, lm.length, classifiers, **{name: target})
+        wanted = give_length({name: target}, lm.cfg)
+        return parse_constraints(lm.tokenizer, lm.length, lm.classifiers, **wanted)
 
     return constrain
 
@@ -143,7 +144,7 @@ def _both(first: ControlTask, second: ControlTask) -> ControlTask:
     def constrain(target: Any, lm: DiffusionLM) -> Constraints:
         one, two = first.constrain(target[0], lm), second.constrain(target[1], lm)
         labels = {**one.labels, **two.labels}
-        return Constraints(phrases=one.phrases + two.phrases, labels=labels)
+        return two._replace(phrases=one.phrases + two.phrases, labels=labels)
 
     def score(text: str, target: Any, scorer: Scorer) -> dict[str, float]:
         one = first.score(text, target[0], scorer)

@@ -326,6 +326,12 @@ def num_words(wanted: Mapping[str, Any]) -> int | None:
     return next(iter(_sizes(wanted).values()), None)
 
 
+def give_length(wanted: Mapping[str, Any], cfg: DenoiserConfig) -> dict[str, Any]:
+    """Adds the length that pos or tree implies, if the network is given the length."""
+    words = num_words(wanted) if cfg.known_length else None
+    return {**wanted} if words is None else {**wanted, "length": words}
+
+
 def _sizes(wanted: Mapping[str, Any]) -> dict[str, int]:
     """Returns the number of words that each constraint implies."""
     sizes = {

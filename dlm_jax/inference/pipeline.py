@@ -189,7 +189,7 @@ def _constraints(
             "this model was trained on texts packed end to end (data.mode=block): it "
             "takes no constraint on lengths or positions"
         )
-    tok = lm.tokenizer
+    tok, wanted = lm.tokenizer, constraints.give_length(wanted, lm.cfg)
     one = constraints.parse_constraints(tok, lm.length, lm.classifiers, **wanted)
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), one)
     if template is None:
