@@ -56,14 +56,21 @@ def make_step(name: str, denoise: Any, lm: DiffusionLM) -> Step:
     return solver(denoise, INFORMATION, **options)
 
 
-def with_lengths(lm: DiffusionLM, n: int) -> Callable[[Denoise], Denoise]:
-    """Returns a wrapper that gives n texts their lengths, if the model draws them."""
+def frames(lm: DiffusionLM, n: int) -> tuple[Any, Any]:
+    """Returns ids and mask [n l] of what n drawn lengths make known, if they are drawn."""
     if not lm.cfg.known_length:
-        return lambda denoise: denoise
+        return np.zeros((n, lm.length), int), np.zeros((n, lm.length), bool)
     counts = range(1, lm.length - 1)
     words = constraints.draw_word_counts(lm.lengths, n, 0, counts)
-    ids, known = guidance.length_template(np.array(words), lm.length)
-    return lambda denoise: guidance.condition_on_tokens(
+    return guidance.length_template(np.array(words), lm.length)
+
+
+def given(denoise: Denoise, lm: DiffusionLM, n: int) -> Denoise:
+    """Returns the denoiser of n texts whose lengths are given, if the model draws them."""
+    if not lm.cfg.known_length:
+        return denoise
+    ids, known = frames(lm, n)
+    return guidance.condition_on_tokens(
         denoise, lm.ema.table, ids, known, known_length=True
     )
 
@@ -74,7 +81,8 @@ def measure(lm: DiffusionLM, step: Step, num_steps: int, n: int) -> dict[str, fl
     x_T = jax.random.normal(k_x, (n, lm.length, lm.cfg.dim))
     times = samplers.schedule_timesteps(INFORMATION, num_steps)
     state, _ = jax.jit(partial(samplers.sample, step=step, times=times))(key, x_T=x_T)
-    ids = np.asarray(rounding.nearest(lm.ema.table, state.x0_hat))
+    ids, known = frames(lm, n)
+    ids = np.where(known, ids, rounding.nearest(lm.ema.table, state.x0_hat))
     texts = [lm.tokenizer.decode(row) for row in ids]
     accepted = float(np.mean([grammar.accepts(t) for t in texts]))
     return {
@@ -108,9 +116,9 @@ def main() -> None:
     args = parser.parse_args()
     lm = dlm_jax.load(args.workdir)
     record: dict[str, Any] = {"gap": gaps(lm, 128), "samples": []}
-    wrap = with_lengths(lm, args.n)
-    network = wrap(model.bind(lm.ema, lm.cfg, schedule=INFORMATION))
-    best = wrap(exact.exact_denoiser(lm.ema.table, INFORMATION, lm.tokenizer))
+    network = model.bind(lm.ema, lm.cfg, schedule=INFORMATION)
+    best = exact.exact_denoiser(lm.ema.table, INFORMATION, lm.tokenizer)
+    network, best = (given(denoise, lm, args.n) for denoise in (network, best))
     held_out = grammar.sample(1_000_003, 1000)
     words = np.mean(text_metrics.lengths(held_out))
     print(f"held-out text: {words:.1f} words, ", end="")

@@ -58,6 +58,12 @@ def test_bfloat16_is_half_as_large_and_rounds(lm, folder, tmp_path):  # noqa: F8
     np.testing.assert_allclose(table, lm.ema.table, rtol=2**-8)
 
 
+def test_no_path_of_this_machine_is_shared(lm, tmp_path):  # noqa: F811
+    config = lm.config | {"data": lm.config["data"] | {"path": str(tmp_path)}}
+    dataclasses.replace(lm, config=config).save_pretrained(tmp_path / "shared")
+    assert str(tmp_path) not in (tmp_path / "shared" / pretrained.CONFIG).read_text()
+
+
 def test_nothing_is_overwritten(lm, folder):  # noqa: F811
     with pytest.raises(UserError, match="exists already"):
         lm.save_pretrained(folder)

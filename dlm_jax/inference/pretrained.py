@@ -74,7 +74,7 @@ def write(folder: str | Path, model: Pretrained, dtype: str) -> None:
     data = safetensors.flax.save(arrays)
     record = {
         "format": FORMAT,
-        "config": model.config,
+        "config": _without_paths(model.config),
         "step": model.step,
         "lengths": model.lengths,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -84,6 +84,14 @@ def write(folder: str | Path, model: Pretrained, dtype: str) -> None:
     for name, value in ((CONFIG, record), (TOKENIZER, model.tokenizer.to_dict())):
         text = json.dumps(value, indent=1, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_paths(config: Any) -> Any:
+    """Empties absolute paths: they name folders of the machine that trained."""
+    if isinstance(config, dict):
+        return {key: _without_paths(value) for key, value in config.items()}
+    absolute = isinstance(config, str) and Path(config).is_absolute()
+    return "" if absolute else config
 
 
 def find(name: str | Path) -> Path | None:
