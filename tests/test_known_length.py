@@ -270,6 +270,22 @@ def test_tags_and_trees_give_their_length(lm):
     assert constraints.give_length(tree, without) == tree
 
 
+def test_drawn_lengths_have_room_for_phrases_and_constituents(lm):
+    chart = np.full((2, LENGTH, LENGTH), -1)
+    chart[1, 3, 21] = 5  # a constituent that ends with word 21
+    phrases = (np.array([[7, 8, 9, -1], [7, -1, -1, -1]]),)
+    rows = constraints.Constraints(phrases=phrases, labels={"tree": chart})
+    least = constraints.least_words(rows, 2)
+    np.testing.assert_array_equal(least, [3, 21])
+    least = np.repeat([20, 1], 50)
+    drawn = constraints.draw_word_counts(lm.lengths, 100, 0, range(1, 31), least)
+    free = constraints.draw_word_counts(lm.lengths, 100, 0, range(1, 31))
+    assert min(drawn[:50]) >= 20 > min(free[:50])
+    assert drawn[50:] == free[50:]
+    with pytest.raises(UserError, match="no training text has 31 to 30 words"):
+        constraints.draw_word_counts(lm.lengths, 1, 0, range(1, 31), [31])
+
+
 @pytest.mark.parametrize("options", [{}, {"solver": "ddim", "eta": 1.0}])
 def test_short_texts_are_computed_on_few_positions(lm, options, monkeypatch):
     """The samples are those of the full width, whatever the batches; they keep order."""

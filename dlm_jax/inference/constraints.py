@@ -209,22 +209,42 @@ def template_constraints(
 
 
 def draw_word_counts(
-    lengths: Sequence[int], n: int, seed: int, counts: range
+    lengths: Sequence[int],
+    n: int,
+    seed: int,
+    counts: range,
+    least: Sequence[int] | np.ndarray = (),
 ) -> list[int]:
     """Draws a number of words for each of n texts, as frequent as in training.
 
     lengths: the number of training texts of 0, 1, ... tokens, START and END counted.
-    counts: the numbers that may be drawn. Raises UserError if no text has any of several.
+    counts: the numbers that may be drawn; least [n]: the smallest for each text. Raises
+    UserError if no text has any of several.
     """
+    numbers = np.array(counts)
     share = np.array([lengths[k + 2] if k + 2 < len(lengths) else 0 for k in counts])
     if len(counts) == 1:
         return list(counts) * n
-    if not share.sum():
-        raise UserError(
-            f"no training text has {counts[0]} to {counts[-1]} words: give length="
-        )
-    rngs = (np.random.default_rng((seed, i, 1)) for i in range(n))
-    return [int(rng.choice(counts, p=share / share.sum())) for rng in rngs]
+    drawn = []
+    for i in range(n):
+        smallest = max([counts[0], *least[i : i + 1]])
+        fits = share * (numbers >= smallest)
+        if not fits.sum():
+            raise UserError(
+                f"no training text has {smallest} to {counts[-1]} words: give length="
+            )
+        rng = np.random.default_rng((seed, i, 1))
+        drawn.append(int(rng.choice(numbers, p=fits / fits.sum())))
+    return drawn
+
+
+def least_words(rows: Constraints, n: int) -> np.ndarray:
+    """Returns the fewest words that hold the phrases and constituents of each text [n]."""
+    needed = [np.sum(np.asarray(ids) >= 0, -1) for ids in rows.phrases]
+    if "tree" in rows.labels:  # [n first last] by position, START being 0
+        ends = np.any(np.asarray(rows.labels["tree"]) >= 0, 1)
+        needed.append(np.max(ends * np.arange(ends.shape[-1]), -1))
+    return np.max([np.ones(n, int), *needed], 0)
 
 
 def _draw_widths(template: Template, words: int, rng: Any) -> list[int]:

@@ -172,7 +172,8 @@ def _draw_lengths(
 ) -> Constraints:
     """Fixes START, END and PAD of n texts whose lengths are drawn as in training."""
     counts = range(1, lm.length - 1)
-    words = constraints.draw_word_counts(lm.lengths, n, abs(seed), counts)
+    least = constraints.least_words(rows, n)
+    words = constraints.draw_word_counts(lm.lengths, n, abs(seed), counts, least)
     template = guidance.length_template(np.array(words), lm.length)
     ids, known = map(np.asarray, template)
     allowed = constraints.any_word(ids.shape, lm.tokenizer.vocab_size)
