@@ -4,11 +4,10 @@
     python -m dlm_jax.main --config configs/e2e_small.py --workdir runs/e2e_small \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
-358 s on two cores of an otherwise idle AMD EPYC, in float32 (model.dtype is now mixed).
-Held-out cross-entropy in nats per position: 0.955 at step 200, 0.736 at 800, 0.702 at
-1200, 0.693 at 1600. Two of the last 16 samples: "Loch Fyne is a family priced
-restaurant . It is located in the riverside .", "The Phoenix is a cheap restaurant
-called The Ranch ."
+71 minutes on one core of an Intel Xeon, beside other work; seed 1. Held-out cross-entropy
+in nats per position: 0.627 at step 2,000, 0.548 at 8,000, 0.536 at 24,000; bound 1.879
+nats per token (docs/results.md). The weights are the bundled model `e2e`, whose
+model.safetensors has a SHA-256 that begins with 308a5c00.
 """
 
 from typing import Any
