@@ -54,7 +54,8 @@ class Case(NamedTuple):
 def settings(case: Case) -> Any:
     """Returns the config of a case, with the same work in every step.
 
-    Schedules do not adapt, all rows have full length, and every batch has self-conditioning if the model has it.
+    Schedules do not adapt, all rows have full length, and every batch has
+    self-conditioning if the model has it.
     """
     config = load_config(case.config)
     config.train.batch = case.batch or config.train.batch

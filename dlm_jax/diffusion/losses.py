@@ -323,8 +323,8 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
         )
     if cfg.known_length and objective != "ce":
         raise UserError(
-            f"config.model.known_length needs objective 'ce', not {objective!r}: set "
-            "one of them"
+            f"config.model.known_length=True needs objective 'ce', not {objective!r}: "
+            "change one of them"
         )
     if cfg.causal != (objective == "ar"):
         raise UserError(

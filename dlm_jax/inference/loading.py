@@ -31,6 +31,8 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     damaged.
     """
     if folder := pretrained.find(workdir):
+        if step is not None:
+            raise UserError(f"step={step}: {folder} holds one model, no checkpoints")
         return _from_pretrained(folder)
     if published.is_reference(workdir):
         cfg, params, tok, _ = published.load_reference(workdir)

@@ -135,7 +135,8 @@ def _widths(lm: TrainedModel, constraints: Constraints, n: int) -> np.ndarray:
 
     It is less than the model's length where PAD is known and no classifier reads it.
     """
-    if not lm.cfg.known_length or constraints.known is None or constraints.labels:
+    given = lm.cfg.known_length and lm.lengths and constraints.known is not None
+    if not given or constraints.labels:
         return np.full(n, lm.length)
     lengths = np.repeat(np.arange(len(lm.lengths)), lm.lengths)
     few = np.array(batching.row_widths(lengths, lm.length))

@@ -48,7 +48,8 @@ def resolve_config(config: Any) -> StepConfig:
         )
     if cfg.known_length and config.data.mode != "pad":
         raise UserError(
-            "config.model.known_length needs config.data.mode=pad; set one of them"
+            "config.model.known_length=True needs config.data.mode=pad: change one of "
+            "them"
         )
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
