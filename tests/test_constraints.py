@@ -337,7 +337,7 @@ def test_memory_does_not_grow_with_the_steps(lm):
 
     def values(steps):
         config = lm.sampling_config(num_steps=steps)
-        chain = sampling.make_chain(lm, config, GuidanceConfig(), lm.length)
+        chain = sampling.make_chain(lm, config, GuidanceConfig())
         heads = {"pos": lm.classifiers["pos"].params}
         args = (jax.random.key(0), lm.ema, (), np.arange(4), wanted, heads)
         return sorted(sizes(jax.make_jaxpr(chain)(*args).jaxpr))

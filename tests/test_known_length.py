@@ -15,7 +15,7 @@ from dlm_jax.diffusion import guidance, likelihood, losses, model, schedule
 from dlm_jax.diffusion.time_sampling import draw_noise
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import exact
-from dlm_jax.inference import constraints, loading, sampling
+from dlm_jax.inference import constraints, loading
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
@@ -284,27 +284,3 @@ def test_drawn_lengths_have_room_for_phrases_and_constituents(lm):
     assert drawn[50:] == free[50:]
     with pytest.raises(UserError, match="no training text has 31 to 30 words"):
         constraints.draw_word_counts(lm.lengths, 1, 0, range(1, 31), [31])
-
-
-@pytest.mark.parametrize("options", [{}, {"solver": "ddim", "eta": 1.0}])
-def test_short_texts_are_computed_on_few_positions(lm, options, monkeypatch):
-    """The samples are those of the full width, whatever the batches; they keep order."""
-    made, make = [], sampling.make_chain
-
-    def record(lm, s, g, width):
-        made.append(width)
-        return make(lm, s, g, width)
-
-    monkeypatch.setattr(sampling, "make_chain", record)
-    options |= {"num_steps": 3, "trajectory": True}
-    cut = lm.generate(24, batch=8, **options)
-    assert len(set(made)) > 1
-    monkeypatch.setattr(sampling, "_widths", lambda lm, rows, n: np.full(n, LENGTH))
-    whole = lm.generate(24, batch=24, **options)
-    np.testing.assert_allclose(
-        np.where(whole.ids[..., None] == PAD, 0, cut.latents - whole.latents),
-        0,
-        atol=1e-4,
-    )
-    np.testing.assert_array_equal(cut.ids, whole.ids)
-    np.testing.assert_array_equal(cut.trajectory, whole.trajectory)

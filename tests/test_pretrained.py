@@ -114,3 +114,9 @@ def test_the_bundled_e2e_model_writes_sentences():
     assert 18 < np.mean([len(text.split()) for text in texts]) < 27
     assert all(text.split()[-1] in (".", "!", "?") for text in texts[:4])
     assert len(set(texts)) > 28
+
+
+def test_a_sample_does_not_depend_on_the_number_of_samples():
+    """At any length: a row's width, which changes rounding, is the model's."""
+    lm = dlm_jax.load("e2e")
+    assert lm.sample(2, seed=0, num_steps=16) == lm.sample(24, seed=0, num_steps=16)[:2]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from dlm_jax.data import batching
 from dlm_jax.diffusion import autoregressive, guidance, samplers
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
@@ -21,7 +20,7 @@ from dlm_jax.inference.sampling_config import ROUNDINGS, SamplingConfig
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import sharding
-from dlm_jax.types import PAD, Array, Ids, Latent, PyTree
+from dlm_jax.types import Array, Ids, Latent, PyTree
 
 Trajectory = Int[Array, "b n l"]
 # (key, params, schedule_state, index [b], constraints, classifier parameters by task)
@@ -29,12 +28,10 @@ Trajectory = Int[Array, "b n l"]
 Chain = Callable[..., tuple[Latent, Ids, Trajectory | None]]
 
 
-def make_chain(
-    lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig, width: int
-) -> Chain:
-    """Returns the reverse chain of `width` positions as a pure function; see `Chain`."""
+def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
+    """Returns the reverse chain of these settings as a pure function; see `Chain`."""
     if lm.cfg.causal:
-        return _autoregressive_chain(lm.cfg, width)
+        return _autoregressive_chain(lm.cfg, lm.length)
 
     def chain(
         key: jax.Array,
@@ -75,7 +72,7 @@ def make_chain(
             ids = ROUNDINGS[s.rounding](params, x, constraints.allowed)
             return conditioning.apply_known(ids, constraints)
 
-        x_T = samplers.standard_normal(k_start, (width, cfg.dim))
+        x_T = samplers.standard_normal(k_start, (lm.length, cfg.dim))
         times = samplers.schedule_timesteps(schedule, s.num_steps)
         times = samplers.shift_timesteps(times, s.asymmetry)
         trace = (lambda state: to_ids(state.x0_hat)) if s.trajectory else None
@@ -114,57 +111,17 @@ def run_chain(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Runs the chain for samples 0 .. n - 1 in batches: (x0_hat, ids, trajectory)."""
     size = min(batch, 1 << (n - 1).bit_length())  # few batch sizes, few compilations
+    run = lm.cached((s, g, size), lambda: make_chain(lm, s, g))
     heads = {task: lm.classifiers[task].params for task in constraints.labels}
-    widths = _widths(lm, constraints, n)
-    order = np.argsort(widths, kind="stable")
     key, parts = jax.random.key(seed), []
     for first in range(0, n, size):
-        index = order[np.minimum(first + np.arange(size), n - 1)]
-        width = int(widths[index].max())
-        rows = jax.tree.map(lambda x, i=index: np.asarray(x)[i], constraints)
-        index, rows = sharding.shard_rows((index, _cut(rows, width)))
-        run = lm.cached((s, g, size, width), lambda w=width: make_chain(lm, s, g, w))
+        index = first + np.arange(size)
+        last = np.minimum(index, n - 1)
+        rows = jax.tree.map(lambda x, i=last: np.asarray(x)[i], constraints)
+        index, rows = sharding.shard_rows((index, rows))
         out = run(key, lm.ema, lm.schedule_state, index, rows, heads)
-        parts.append(_fill(lm, sharding.gather_to_host(out)))
-    undo = np.argsort(order)
-    return jax.tree.map(lambda *x: np.concatenate(x)[:n][undo], *parts)
-
-
-def _widths(lm: TrainedModel, constraints: Constraints, n: int) -> np.ndarray:
-    """Returns the number of positions to compute for each sample [n], one of a few.
-
-    It is less than the model's length where PAD is known and no classifier reads it.
-    """
-    given = lm.cfg.known_length and lm.lengths and constraints.known is not None
-    if not given or constraints.labels:
-        return np.full(n, lm.length)
-    lengths = np.repeat(np.arange(len(lm.lengths)), lm.lengths)
-    few = np.array(batching.row_widths(lengths, lm.length))
-    pad = np.asarray(constraints.known) & (np.asarray(constraints.ids) == PAD)
-    return few[np.searchsorted(few, lm.length - np.sum(pad, -1))]
-
-
-def _cut(rows: Constraints, width: int) -> Constraints:
-    """Keeps the first positions of constraints on tokens."""
-    by_position = {name: getattr(rows, name) for name in ("ids", "known", "allowed")}
-    return rows._replace(**jax.tree.map(lambda x: x[:, :width], by_position))
-
-
-def _fill(lm: TrainedModel, out: tuple) -> tuple:
-    """Adds PAD to a chain's result, up to the model's length."""
-    latents, ids, trajectory = out
-    more = lm.length - ids.shape[-1]
-    pad = np.broadcast_to(lm.ema.table[PAD], (len(ids), more, lm.cfg.dim))
-
-    def with_pad(ids: np.ndarray) -> np.ndarray:
-        end = ((0, 0),) * (ids.ndim - 1) + ((0, more),)
-        return np.pad(ids, end, constant_values=PAD)
-
-    return (
-        np.concatenate([latents, pad], 1),
-        with_pad(ids),
-        None if trajectory is None else with_pad(trajectory),
-    )
+        parts.append(sharding.gather_to_host(out))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
 
 
 def check_support(
