@@ -119,4 +119,5 @@ def test_the_bundled_e2e_model_writes_sentences():
 def test_a_sample_does_not_depend_on_the_number_of_samples():
     """At any length: a row's width, which changes rounding, is the model's."""
     e2e = dlm_jax.load("e2e")
-    assert e2e.sample(2, seed=0) == e2e.sample(40, seed=0)[:2]
+    many = e2e.sample(24, seed=0, num_steps=16)
+    assert e2e.sample(2, seed=0, num_steps=16) == many[:2]
