@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Autoregressive baselines of control on the grammar (arXiv:2205.14217, section 6).
+"""Autoregressive baselines of control (arXiv:2205.14217, section 6).
 
     python benchmarks/control_baselines.py \\
         --out benchmarks/results/control_baselines.json
+    python benchmarks/control_baselines.py --e2e FOLDER_OF_src1_train.txt \\
+        --conllu en_ewt-ud-dev.conllu --ar_model runs/e2e_ar \\
+        --out benchmarks/results/control_baselines_e2e.json
 
 FT-sample and FT-search use the same blocks, causal, trained from scratch by the same
-command for as many steps as the quickstart, on the control as words, a bar, and the
-text. FUDGE is the plain autoregressive model (configs/grammar.py:autoregressive) whose
-tokens are weighted by a classifier of prefixes, trained as the guidance classifiers
-are. `dlm_jax.evaluation.control_tasks` gives the targets and scores.
+command on the control as words, a bar, and the text. FUDGE is the plain autoregressive
+model (`:autoregressive` of the config) whose tokens are weighted by a classifier of
+prefixes, trained as the guidance classifiers are. Targets and scores are those of
+`--mode control`. E2E has no trees here, as they need a parser.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import subprocess
@@ -19,20 +23,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from lib import fudge
-from nltk import Tree
 
 import dlm_jax
+from dlm_jax.configs import e2e_small
 from dlm_jax.configs import grammar as grammar_config
 from dlm_jax.data import grammar
+from dlm_jax.data.annotations import Spans
 from dlm_jax.diffusion import autoregressive, classifier
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.evaluation import control, control_targets, control_tasks
+from dlm_jax.evaluation.control_targets import Sentence
 from dlm_jax.inference import pipeline
 from dlm_jax.types import PAD, START
 
@@ -41,38 +47,77 @@ METHODS = ("FT-sample", "FT-search", "FUDGE")
 # lambda, as in the paper; length is missing, as it would need its own classifier
 FUDGE = {"semantic": 8.0, "pos": 20.0, "tree": 20.0, "span": 20.0}
 TOP = 20  # candidate tokens that FUDGE weights; the paper uses 10 to 200
-TRAIN, LENGTH = 50_000, {"tree": 160, "pos": 64}  # positions; other tasks have 48
+TRAIN = 50_000  # pairs at most
 
 
-def _flat(tree: Tree) -> str:
+class Language(NamedTuple):
+    """What to control: its config, the folder of its runs, and the tasks.
+
+    lengths: positions of "control || text" by task. options: flags of every training.
+    """
+
+    config: Any
+    name: str
+    folder: Path
+    lengths: dict[str, int]
+    options: dict[str, Any]
+
+
+def grammar_language() -> Language:
+    """Returns the built-in grammar."""
+    lengths = {"semantic": 48, "pos": 64, "tree": 160, "span": 48, "length": 48}
+    folder = Path("runs/baselines")
+    return Language(grammar_config.get_config(), "grammar", folder, lengths, {})
+
+
+def e2e_language(path: str, conllu: str, targets: str) -> Language:
+    """Returns E2E: texts from path, tags by a tagger, targets held out or published."""
+    config = e2e_small.get_config()
+    config.data.path, config.control.targets = path, targets
+    config.classifier.conllu = conllu
+    lengths = {"semantic": 72, "pos": 128, "length": 72}
+    options = {"data__path": path, "classifier__conllu": conllu}
+    return Language(config, "e2e_small", Path("runs/baselines_e2e"), lengths, options)
+
+
+def tree_words(spans: Spans, tags: list[str]) -> str:
     """Formats a tree on one line, with a star per word, as the published code does."""
-    if not isinstance(tree, Tree):
-        return "*"
-    label = tree.label().split("_")[0]
-    return " ".join(["(" + label, *map(_flat, tree), ")"])
+    parts = []
+    for i, tag in enumerate(tags):
+        opened = sorted((s for s in spans if s[0] == i), key=lambda s: -s[1])
+        parts += [f"({label}" for *_, chain in opened for label in chain.split("::")]
+        parts.append(f"({tag} * )")
+        closed = (chain for _, last, chain in spans if last == i)
+        parts += [")" for chain in closed for _ in chain.split("::")]
+    return " ".join(parts)
 
 
-def _field(target: dict[str, str]) -> str:
-    return " ".join(f"{field} : {value}" for field, value in target.items())
-
-
-# the control as words, from a target and the tree of its sentence
-WORDS: dict[str, Callable[[Any, Tree], str]] = {
-    "semantic": lambda target, tree: _field(target),
-    "pos": lambda target, tree: " ".join(target),
-    "tree": lambda target, tree: _flat(tree),
-    "span": lambda target, tree: " , ".join(map(str, target)),
-    "length": lambda target, tree: str(target),
+# the control as words, from a target and its sentence
+WORDS: dict[str, Callable[[Any, Any], str]] = {
+    "semantic": lambda target, _: " ".join(f"{f} : {v}" for f, v in target.items()),
+    "pos": lambda target, _: " ".join(target),
+    "tree": lambda target, sentence: tree_words(target, sentence.tags),
+    "span": lambda target, _: " , ".join(map(str, target)),
+    "length": lambda target, _: str(target),
 }
 
 
-def pairs(task: str, seed: int, n: int) -> list[tuple[Any, str, str]]:
-    """Returns (target, control as words, text) of n sentences of the grammar."""
+def train_sentences(language: Language, task: str) -> list[Sentence]:
+    """Returns annotated training sentences, at most TRAIN."""
+    if language.name == "grammar":
+        return list(map(control_targets.annotate, grammar.trees(0, TRAIN)))
+    config = copy.deepcopy(language.config)
+    config.data.valid_path = str(Path(config.data.path) / "src1_train.txt")
+    config.control.targets = ""
+    return control_targets.load_targets(config, task, TRAIN)
+
+
+def pairs(task: str, sentences: list[Sentence]) -> list[tuple[Any, str, str]]:
+    """Returns (target, control as words, text) of each sentence."""
     rng, rows = np.random.default_rng(0), []
-    for tree in grammar.trees(seed, n):
-        sentence = control_targets.annotate(tree)
+    for sentence in sentences:
         target = control_tasks.CONTROL_TASKS[task].target(sentence, rng)
-        rows.append((target, WORDS[task](target, tree), sentence.text))
+        rows.append((target, WORDS[task](target, sentence), sentence.text))
     return rows
 
 
@@ -85,43 +130,38 @@ def command(config: str, workdir: Path, **options: Any) -> Path:
     return workdir
 
 
-def fine_tuned(task: str, steps: int) -> pipeline.DiffusionLM:
+def fine_tuned(task: str, steps: int, language: Language) -> pipeline.DiffusionLM:
     """Trains the autoregressive model on lines "control || text"; returns it."""
-    folder, length = Path("runs/baselines") / task, LENGTH.get(task, 48)
+    folder, length = language.folder / task, language.lengths[task]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "texts.txt"
-    path.write_text(
-        "\n".join(f"{words} {BAR} {text}" for _, words, text in pairs(task, 0, TRAIN))
-    )
-    run = command(
-        "configs/grammar.py:autoregressive",
-        folder / "run",
-        data__source="text",
-        data__path=path,
-        data__length=length,
-        data__min_count=0,
-        data__too_long="drop",
-        model__positions=length,
-        train__total_steps=steps,
-        train__valid_steps=0,
-        train__sample_steps=0,
-    )
-    return dlm_jax.load(run)
+    path, rows = folder / "texts.txt", pairs(task, train_sentences(language, task))
+    path.write_text("\n".join(f"{words} {BAR} {text}" for _, words, text in rows))
+    options = language.options | {
+        "data__source": "text",
+        "data__path": path,
+        "data__length": length,
+        "data__min_count": 0,
+        "data__too_long": "drop",
+        "model__positions": length,
+        "train__total_steps": steps,
+        "train__valid_steps": 0,
+        "train__sample_steps": 0,
+    }
+    config = f"configs/{language.name}.py:autoregressive"
+    return dlm_jax.load(command(config, folder / "run", **options))
 
 
-def guided(task: str, steps: int) -> pipeline.DiffusionLM:
+def guided(task: str, steps: int, language: Language) -> pipeline.DiffusionLM:
     """Trains the plain autoregressive model and the task's classifier of prefixes."""
-    folder = Path("runs/baselines")
-    ar_run = command(
-        "configs/grammar.py:autoregressive",
-        folder / "ar",
-        train__total_steps=steps,
-    )
+    config, folder = f"configs/{language.name}.py:autoregressive", language.folder
+    options = language.options
+    ar_run = command(config, folder / "ar", **options, train__total_steps=steps)
     (need,) = control_tasks.CONTROL_TASKS[task].needs
     run = command(
         f"configs/classifier.py:{need}",
         folder / f"fudge_{need}",
         classifier__model=ar_run,
+        classifier__conllu=language.config.classifier.conllu,
         loss__truncate_prob=1.0,
     )
     return dlm_jax.load(ar_run).with_classifier(run)
@@ -200,15 +240,17 @@ def _in_slices(
 
 
 def measure(
-    method: str, task: str, lm: pipeline.DiffusionLM, args: argparse.Namespace
+    method: str, task: str, language: Language, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measures a method on a task; returns a row like those of `--mode control`."""
-    config = grammar_config.get_config()
-    rows = pairs(task, config.data.seed + control_targets.TARGET_SEED, args.n)
+    make = guided if method == "FUDGE" else fine_tuned
+    lm, config = make(task, args.steps, language), language.config
+    rows = pairs(task, control_targets.load_targets(config, task, args.n))
     targets, words, _ = (list(part) for part in zip(*rows, strict=True))
     search = method == "FT-search"  # deterministic: one text per target
     samples, seeds = (1, 1) if search else (args.samples, args.seeds)
-    scorer = control_targets.make_scorer(config, task, None)
+    judge = dlm_jax.load(args.ar_model) if args.ar_model else None
+    scorer = control_targets.make_scorer(config, task, judge)
     scores, texts, began = [], [], time.monotonic()
     for seed in range(seeds):
         if method == "FUDGE":
@@ -224,7 +266,9 @@ def measure(
     return {
         "task": task,
         "method": method,
-        "targets": args.n,
+        "targets": len(targets),
+        "n": args.n,
+        "published": bool(config.control.targets),
         "samples": samples,
         "seeds": seeds,
         "train_steps": args.steps,
@@ -236,13 +280,18 @@ def measure(
 
 
 def _sizes(row: dict) -> tuple:
-    names = ("task", "method", "targets", "samples", "seeds")
-    return (*(row[name] for name in names), row.get("train_steps", 2000))
+    n, published = row.get("n", row["targets"]), row.get("published", False)
+    sizes = (row["samples"], row["seeds"], row.get("train_steps", 2000))
+    return (row["task"], row["method"], n, published, *sizes)
 
 
 def main() -> None:
     """Trains and measures every method and task that has no row in --out yet."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--e2e", default="", help="the folder of E2E; else the grammar")
+    parser.add_argument("--conllu", default="", help="E2E: texts to train the tagger")
+    parser.add_argument("--targets", default="", help="E2E: published targets")
+    parser.add_argument("--ar_model", default="", help="E2E: the judge of fluency")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--samples", type=int, default=20)
@@ -251,16 +300,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--out", default="benchmarks/results/control_baselines.json")
     args = parser.parse_args()
+    language = grammar_language()
+    if args.e2e:
+        language = e2e_language(args.e2e, args.conllu, args.targets)
     out = Path(args.out)
     rows = json.loads(out.read_text()) if out.exists() else []
-    sizes = (args.n, args.samples, args.seeds, args.steps)
     done = {_sizes(row) for row in rows}
-    for task, method in itertools.product(args.tasks, args.methods):
-        mine = (args.n, 1, 1, args.steps) if method == "FT-search" else sizes
-        if (task, method, *mine) in done or (method == "FUDGE" and task not in FUDGE):
+    tasks = [task for task in args.tasks if task in language.lengths]
+    for task, method in itertools.product(tasks, args.methods):
+        each = (1, 1) if method == "FT-search" else (args.samples, args.seeds)
+        key = (task, method, args.n, bool(args.targets), *each, args.steps)
+        if key in done or (method == "FUDGE" and task not in FUDGE):
             continue
-        make = guided if method == "FUDGE" else fine_tuned
-        rows.append(measure(method, task, make(task, args.steps), args))
+        rows.append(measure(method, task, language, args))
         print(method, task, rows[-1]["success"], flush=True)
         out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 

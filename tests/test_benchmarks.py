@@ -61,8 +61,16 @@ def test_rows_of_other_settings_stay_apart():
 
 def test_a_baselines_row_is_kept_for_its_own_sizes():
     row = {"task": "pos", "method": "FUDGE", "targets": 9, "samples": 2, "seeds": 3}
-    assert control_baselines._sizes(row) == ("pos", "FUDGE", 9, 2, 3, 2000)
+    assert control_baselines._sizes(row) == ("pos", "FUDGE", 9, False, 2, 3, 2000)
     assert control_baselines._sizes(row | {"train_steps": 5})[-1] == 5
+    published = row | {"n": 100, "published": True}  # fewer targets than asked for
+    assert control_baselines._sizes(published)[2:4] == (100, True)
+
+
+def test_constituents_become_the_words_of_their_tree():
+    spans = [(0, 3, "S"), (0, 1, "NP"), (2, 3, "VP"), (3, 3, "NP::N")]
+    words = control_baselines.tree_words(spans, ["D", "N", "V", "P"])
+    assert words == "(S (NP (D * ) (N * ) ) (VP (V * ) (NP (N (P * ) ) ) ) )"
 
 
 def test_ratios_are_taken_within_a_round():
