@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that end a run with one line: a user's mistake, and preemption."""
+"""Errors that end a run with one line: a user's mistake, preemption, the machine."""
 
+import errno
+import re
 from collections.abc import Mapping
 from typing import Any
+
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# what the machine, not the file, is the reason of; TensorStore says it in words
+ENVIRONMENT = re.compile(
+    r"permission denied|permission_denied|operation not permitted|unauthenticated|"
+    r"out of memory|resource_exhausted|cannot allocate memory|bad_alloc|"
+    r"too many open files|input/output error|stale file handle|no space left on device|"
+    r"quota exceeded|unavailable|deadline_exceeded|timed out|connection",
+    re.IGNORECASE,
+)
 
 
 class UserError(ValueError):
@@ -21,3 +33,21 @@ def choose(flag: str, options: Mapping[str, Any], name: str) -> Any:
     if name not in options:
         raise UserError(f"{flag}={name!r}: choose one of {', '.join(options)}")
     return options[name]
+
+
+def environment_reason(error: BaseException | None) -> str:
+    """Returns why this machine cannot read, in one line; "" if the files may be why.
+
+    Memory, permissions, limits and the storage's own failures; also of the causes of
+    an error.
+    """
+    while error is not None:
+        line = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, MemoryError):
+            return f"out of memory: {line}"
+        if isinstance(error, OSError) and error.errno not in (None, *MISSING):
+            return line
+        if found := ENVIRONMENT.search(str(error)):
+            return found.group() if len(line) > 100 else line
+        error = error.__cause__ or error.__context__
+    return ""

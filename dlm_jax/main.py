@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import zlib
@@ -150,6 +151,8 @@ def main(argv: list[str]) -> None:
     from dlm_jax.runtime import checkpoint, hosts
 
     sys.unraisablehook = _unraisable
+    for name in ("absl", "asyncio"):  # Orbax writes some fifty lines per save
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         if len(argv) > 1:
             raise UserError(f"{argv[1]}: not a flag; see --help")

@@ -21,7 +21,7 @@ import dlm_jax
 from dlm_jax import main
 from dlm_jax.configs import smoke
 from dlm_jax.errors import UserError
-from dlm_jax.runtime import checkpoint
+from dlm_jax.runtime import checkpoint, integrity
 from dlm_jax.training import loop
 from dlm_jax.training.trainer import Trainer, language_job
 
@@ -214,7 +214,7 @@ def test_layout(texts, start):
     assert records.config == json.loads((start / "config.json").read_text())
     assert records.config["train"]["total_steps"] == STEPS
     assert records.tokenizer["kind"] == "word"
-    assert set(records.run) == {"kind", "corpus", "skipped_batches"}
+    assert set(records.run) == {"kind", "corpus", "jax", "skipped_batches"}
     assert records.run["kind"] == "diffusion"
     assert records.run["skipped_batches"] == []
     for name in ("config", "tokenizer", "run"):
@@ -424,14 +424,14 @@ def test_every_flipped_bit_changes_its_sum():
     rng = np.random.default_rng(0)
     for kind in (np.float32, np.int32, np.float16, np.uint8):
         x = rng.integers(0, 100, (7, 5)).astype(kind)
-        before = checkpoint._sums({"x": jax.numpy.asarray(x)})
+        before = integrity.state_sums({"x": jax.numpy.asarray(x)})
         raw = bytearray(x.tobytes())
         for bit in rng.choice(8 * len(raw), 40, replace=False):
             flipped = bytearray(raw)
             flipped[bit // 8] ^= 1 << (bit % 8)
             y = np.frombuffer(bytes(flipped), kind).reshape(x.shape)
-            assert checkpoint._sums({"x": jax.numpy.asarray(y)}) != before
-        assert checkpoint._sums({"x": jax.numpy.asarray(x[::-1])}) != before
+            assert integrity.state_sums({"x": jax.numpy.asarray(y)}) != before
+        assert integrity.state_sums({"x": jax.numpy.asarray(x[::-1])}) != before
 
 
 # --- another config

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.types import PAD
 
 MANIFEST, MODES = "data.json", ("pad", "block")
@@ -67,6 +67,8 @@ def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the library raises various types for damaged files
+        if reason := environment_reason(error):
+            raise UserError(f"{folder} cannot be read here ({reason})") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{folder}: damaged ({reason}); prepare the data again"
@@ -107,6 +109,8 @@ def read_manifest(folder: Path) -> dict:
         if not isinstance(metadata["tokenizer"], dict):
             raise ValueError("no tokenizer")
     except OSError as error:
+        if reason := environment_reason(error):
+            raise UserError(f"{folder} cannot be read here ({reason})") from error
         raise UserError(
             f"config.data.path={folder}: no {MANIFEST} in it; create it with "
             "--mode prepare_data"

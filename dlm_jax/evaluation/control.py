@@ -24,7 +24,7 @@ from dlm_jax.inference.constraints import UNCONSTRAINED, batch_constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
-from dlm_jax.runtime import checkpoint, hosts
+from dlm_jax.runtime import backend, checkpoint, hosts
 
 
 def guidance_of(config: Any, task: str) -> GuidanceConfig:
@@ -124,6 +124,7 @@ def fluency(texts: list[str], scorer: Scorer) -> dict[str, float | None]:
     }
 
 
+@backend.prepared
 def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     """Measures the tasks of config.control; prints a table, writes a JSON file per row.
 

@@ -18,7 +18,7 @@ from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers, time_sampling
 from dlm_jax.errors import UserError
 from dlm_jax.inference.pipeline import DiffusionLM
-from dlm_jax.runtime import logging
+from dlm_jax.runtime import backend, logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
 
 Points: TypeAlias = Float[np.ndarray, "n 2"]
@@ -48,6 +48,7 @@ UNITS: dict[str, str] = {
 }
 
 
+@backend.prepared
 def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
     """Draws the plots into <workdir>/plots and returns their paths.
 

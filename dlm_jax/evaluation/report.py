@@ -23,7 +23,7 @@ from dlm_jax.evaluation.exact import gap_rows
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
-from dlm_jax.runtime import hosts
+from dlm_jax.runtime import backend, hosts
 from dlm_jax.types import PAD, START
 
 
@@ -275,6 +275,7 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     return points
 
 
+@backend.prepared
 def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     """Measures samples and likelihood; prints a table and writes a JSON file.
 

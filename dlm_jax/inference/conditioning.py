@@ -16,10 +16,11 @@ from dlm_jax.errors import UserError
 from dlm_jax.inference.constraints import Constraints, GuidanceClassifier
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.runtime import checkpoint, sharding
+from dlm_jax.runtime import backend, checkpoint, sharding
 from dlm_jax.types import Array, Table
 
 
+@backend.prepared
 def load_classifier(workdir: str | Path, table: Table) -> GuidanceClassifier:
     """Loads a classifier's newest checkpoint; UserError if it is of another table."""
     step = checkpoint.choose_step(workdir)

@@ -19,10 +19,11 @@ from dlm_jax.inference import pretrained, published
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.inference.trained_model import adapted_schedule
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.runtime import checkpoint, sharding
+from dlm_jax.runtime import backend, checkpoint, sharding
 from dlm_jax.types import PyTree
 
 
+@backend.prepared
 def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     """Loads a model: of a run, of a folder of `save_pretrained`, or by a bundled name.
 

@@ -26,6 +26,7 @@ from dlm_jax.inference.constraints import UNCONSTRAINED, Constraints
 from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE, GuidanceConfig
 from dlm_jax.inference.sampling_config import SamplingConfig
 from dlm_jax.inference.trained_model import TrainedModel
+from dlm_jax.runtime import backend
 from dlm_jax.types import Ids
 
 
@@ -53,6 +54,7 @@ class DiffusionLM(TrainedModel):
         by_task = dict(self.classifiers) | {c.vocab.task: c for c in loaded}
         return dataclasses.replace(self, classifiers=by_task, compiled={})
 
+    @backend.prepared
     def save_pretrained(self, folder: str | Path, *, dtype: str = "bfloat16") -> None:
         """Saves the averaged weights and what sampling needs, for `dlm_jax.load`.
 
@@ -70,6 +72,7 @@ class DiffusionLM(TrainedModel):
         """Generates n texts; options: those of `generate`."""
         return self.generate(n, **options).texts
 
+    @backend.prepared
     def generate(
         self,
         n: int,
@@ -108,6 +111,7 @@ class DiffusionLM(TrainedModel):
         """
         return self.control(n, template=template, **options)
 
+    @backend.prepared
     def control(
         self,
         n: int = 5,
@@ -127,6 +131,7 @@ class DiffusionLM(TrainedModel):
         rows = _constraints(self, n, template, seed, wanted)
         return self.generate(n, constraints=rows, guidance=guidance, **options).texts
 
+    @backend.prepared
     def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
         """Estimates the bound on -log p of each row of ids [n l]: nats, as named terms [n].
 
@@ -136,6 +141,7 @@ class DiffusionLM(TrainedModel):
         score = self.cached(("nll", draws), lambda: scoring.make_nll(self, draws))
         return scoring.by_batches(jax.random.key(seed), score, self.ema, ids)
 
+    @backend.prepared
     def features(self, ids: Ids) -> np.ndarray:
         """Returns an autoregressive model's mean hidden state of each row [n h]."""
         score = self.cached("features", lambda: scoring.make_features(self))

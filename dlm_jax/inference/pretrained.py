@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import safetensors.flax
 
 from dlm_jax.data import tokenizer
-from dlm_jax.errors import UserError, choose
+from dlm_jax.errors import UserError, choose, environment_reason
 from dlm_jax.types import Array, PyTree
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -133,6 +133,8 @@ def read(folder: Path) -> Pretrained:
         ValueError,
         safetensors.SafetensorError,
     ) as error:
+        if reason := environment_reason(error):
+            raise UserError(f"{folder} cannot be read here ({reason})") from error
         raise UserError(
             f"{folder}: missing or damaged: {error}; copy it again"
         ) from error

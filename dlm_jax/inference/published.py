@@ -16,7 +16,7 @@ from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import schedule
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import QUANTILE_SCHEDULES, SCHEDULES, Schedule
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.inference.sampling_config import default_section
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PyTree
@@ -256,6 +256,8 @@ def _torch_weights(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:  # torch would advise to unpickle it
         raise UserError("holds more than weights; it was not unpickled") from error
     except Exception as error:  # torch raises many kinds for a damaged file
+        if machine := environment_reason(error):
+            raise UserError(f"cannot be read here ({machine})") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserError(f"damaged or not of torch ({reason})") from error
     if not isinstance(weights, Mapping):

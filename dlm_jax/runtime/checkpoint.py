@@ -7,9 +7,7 @@ everything saved, because Orbax's compression does not detect a flipped bit.
 """
 
 import contextlib
-import io
 import json
-import logging
 import os
 import re
 import zlib
@@ -18,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, environment_reason
+from dlm_jax.runtime import integrity
 from dlm_jax.types import PyTree
 
 
@@ -42,11 +40,11 @@ class Records(NamedTuple):
 
 
 class CorruptCheckpointError(UserError):
-    """Raised for a checkpoint that cannot be read. path: its folder."""
+    """Raised for a checkpoint whose bytes are not those saved. path: its folder."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(
-            f"{path}: damaged or not of this model ({reason}); start with "
+            f"{path}: damaged ({reason}); start with "
             "--allow_fallback to resume from the one before, or use another step"
         )
         self.path = path
@@ -94,17 +92,10 @@ def folder(workdir: PathLike) -> Any:
 
 def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
     """Returns the checkpoint writer of a run, which keeps the newest `keep` steps."""
-    _quiet()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(folder(workdir), options=options)
-
-
-def _quiet() -> None:
-    """Silences all absl and asyncio logs: Orbax writes some fifty lines per save."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def save(
@@ -117,7 +108,7 @@ def save(
 
     state: on several hosts, global arrays (`sharding.Layout.whole`).
     """
-    sums = _sums(state) | _json_sums(records)
+    sums = integrity.state_sums(state) | integrity.json_sums(records._asdict())
     parts = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         sums=ocp.args.JsonSave(sums),
@@ -196,26 +187,74 @@ def choose_step(workdir: PathLike, step: int | None = None) -> int:
 
 
 def restore(workdir: PathLike, step: int, like: PyTree) -> PyTree:
-    """Restores the state saved at `step`. like: its shapes and shardings."""
-    return _state(workdir, step, ocp.args.StandardRestore(like))
+    """Restores the state saved at `step`, in the types that were saved.
+
+    like: its shapes and shardings. Raises UserError; CorruptCheckpointError only if the
+    bytes are not those that were saved.
+    """
+    return _state(workdir, step, like, partial=False)
 
 
 def restore_part(workdir: PathLike, step: int, like: dict[str, PyTree]) -> PyTree:
     """Restores only the fields of the state in `like`, such as {"ema": ...}."""
-    args = ocp.args.PyTreeRestore(
-        like,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-        partial_restore=True,
+    return _state(workdir, step, like, partial=True)
+
+
+def _state(workdir: PathLike, step: int, like: PyTree, partial: bool) -> PyTree:
+    path, sums = folder(workdir) / str(step), _read_json(workdir, step, "sums")
+    try:
+        state = integrity.read(path, like)
+        found = integrity.state_sums(state)
+        if names := integrity.differing(found, sums):
+            raise ValueError(f"the checksum of {names[0]} differs")
+        if not partial and (more := sums.keys() - found.keys() - {*Records._fields}):
+            raise ValueError(f"it also has {min(more)}")
+    except Exception as error:  # TensorStore raises ValueError for most reasons
+        raise _read_error(path, sums, error) from error
+    return state
+
+
+def _read_error(path: Any, sums: dict, error: Exception) -> UserError:
+    """Returns what to raise for an error in reading a state: it is damaged or not."""
+    arrays = {k: v for k, v in sums.items() if k not in Records._fields}
+    try:
+        damage = integrity.damage(path, arrays)
+    except Exception as found:  # of the storage
+        error, damage = found, ""
+    if not path.is_dir():
+        return UserError(f"{path}: was removed while it was read; load the newest step")
+    if damage:
+        return CorruptCheckpointError(path, damage)
+    if reason := environment_reason(error):
+        return _unreadable(path, reason)
+    return UserError(
+        f"{path}: its bytes are as saved, but this model cannot be read from them "
+        f"({_reason(error)}); use the version, and the settings of JAX, that saved it"
     )
-    return _state(workdir, step, args)
 
 
-def _state(workdir: PathLike, step: int, args: Any) -> PyTree:
-    parts = _read(workdir, step, state=args, sums=ocp.args.JsonRestore())
-    if not isinstance(parts.sums, dict):
-        raise _damaged(workdir, step, "its checksums are not a JSON object")
-    _compare(workdir, step, _sums(parts.state), parts.sums)
-    return parts.state
+def _unreadable(path: Any, reason: str) -> UserError:
+    return UserError(
+        f"{path}: cannot be read here ({reason}), and was left as it is; check the "
+        "machine's memory, limits and permissions, and rerun"
+    )
+
+
+def _read_json(workdir: PathLike, step: int, name: str) -> dict:
+    """Returns a JSON object of a checkpoint. Raises UserError."""
+    path = folder(workdir) / str(step)
+    _refuse_links(workdir, step)
+    try:
+        record = json.loads((path / name / "metadata").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        if not path.is_dir():
+            raise UserError(f"{path}: does not exist; load another step") from error
+        if reason := environment_reason(error):
+            raise _unreadable(path, reason) from error
+        raise CorruptCheckpointError(path, f"{name}: {_reason(error)}") from error
+    if not isinstance(record, dict):
+        raise CorruptCheckpointError(path, f"{name} is not a JSON object")
+    return record
 
 
 def read_records(workdir: PathLike, step: int) -> Records:
@@ -226,57 +265,11 @@ def read_records(workdir: PathLike, step: int) -> Records:
             f"{path}: saved by an older version of dlm_jax, or incomplete; use that "
             "version, or train again"
         )
-    json_args = ocp.args.JsonRestore()
-    parts = _read(workdir, step, **dict.fromkeys((*Records._fields, "sums"), json_args))
-    if not all(isinstance(parts[name], dict) for name in (*Records._fields, "sums")):
-        raise _damaged(workdir, step, "its records are not JSON objects")
-    records = Records(*(parts[name] for name in Records._fields))
-    _compare(workdir, step, _json_sums(records), parts.sums)
+    records = Records(*(_read_json(workdir, step, name) for name in Records._fields))
+    sums = integrity.json_sums(records._asdict())
+    if names := integrity.differing(sums, _read_json(workdir, step, "sums")):
+        raise CorruptCheckpointError(path, f"the checksum of {names[0]} differs")
     return records
-
-
-def _sums(state: PyTree) -> dict[str, int]:
-    """Returns {path: checksum} of the leaves, computed on their devices."""
-    return _by_path(jax.device_get(_positioned(state)))
-
-
-@jax.jit
-def _positioned(tree: PyTree) -> PyTree:
-    """Returns per leaf the sum of its bit patterns times odd weights, modulo 2^32.
-
-    The order of additions does not matter, and any single flipped bit changes the sum.
-    """
-
-    def one(x: jax.Array) -> jax.Array:
-        x = jnp.ravel(x)
-        unsigned = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
-        bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
-        bits = jnp.ravel(bits).astype(jnp.uint32)
-        weight = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761)
-        return jnp.sum(bits * (weight | 1), dtype=jnp.uint32)
-
-    return jax.tree.map(one, tree)
-
-
-def _by_path(tree: PyTree) -> dict[str, int]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = jax.tree_util.keystr
-    return {name(path, simple=True, separator="/"): int(x) for path, x in leaves}
-
-
-def _json_sums(records: Records) -> dict[str, int]:
-    text = {k: json.dumps(v, sort_keys=True) for k, v in records._asdict().items()}
-    return {name: zlib.crc32(value.encode()) for name, value in text.items()}
-
-
-def _compare(workdir: PathLike, step: int, sums: dict, saved: dict) -> None:
-    for name, value in sums.items():
-        if saved.get(name) != value:
-            raise _damaged(workdir, step, f"the checksum of {name} differs")
-
-
-def _damaged(workdir: PathLike, step: int, reason: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(folder(workdir) / str(step), reason)
 
 
 def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
@@ -295,26 +288,16 @@ def quarantine(damaged: CorruptCheckpointError, workdir: PathLike) -> Path:
     return path
 
 
-def _read(workdir: PathLike, step: int, **parts: Any) -> Any:
-    """Restores parts of a checkpoint, read-only. Raises CorruptCheckpointError."""
-    _quiet()
-    _within(workdir, step)
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    silent = contextlib.redirect_stderr(io.StringIO())  # its threads print errors
-    try:
-        with silent, ocp.CheckpointManager(folder(workdir), options=options) as reader:
-            return reader.restore(step, args=ocp.args.Composite(**parts))
-    except Exception as error:  # Orbax raises various types for damaged files
-        raise _damaged(workdir, step, _reason(error)) from error
-
-
-def _within(workdir: PathLike, step: int) -> None:
-    """Raises if a checkpoint contains symbolic links, which may leave its folder."""
+def _refuse_links(workdir: PathLike, step: int) -> None:
+    """Raises UserError if a checkpoint contains links, which may leave its folder."""
     path = folder(workdir) / str(step)
     contents = path.rglob("*") if isinstance(path, Path) else ()
     for entry in (path, *contents):
         if isinstance(entry, Path) and entry.is_symlink():
-            raise _damaged(workdir, step, f"{entry.name} is a link")
+            raise UserError(
+                f"{path}: {entry.name} is a link, which may lead out of the checkpoint; "
+                "put the files themselves in its place"
+            )
 
 
 def checksum(tree: PyTree) -> int:
@@ -350,6 +333,8 @@ def check_config_matches(workdir: PathLike, config: dict) -> None:
         if not isinstance(saved, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
+        if reason := environment_reason(error):
+            raise _unreadable(path, reason) from error
         raise UserError(
             f"{path}: missing or damaged, but checkpoints exist ({error}); restore it, "
             "or choose another --workdir"

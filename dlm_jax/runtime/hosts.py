@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts: joining them, ending them together, handling signals.
+"""Hosts and processes: joining, ending together, forks, signals.
 
 A user error on one host ends all hosts with one line. A lost host ends the others with
 an exit status that requests a restart.
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 from jax.experimental import multihost_utils
 
 from dlm_jax.errors import UserError
@@ -27,6 +27,44 @@ from dlm_jax.errors import UserError
 HEARTBEAT, START, END = 30, 300, 60
 MISTAKE, EVERY = "dlm_jax/mistake", 2.0  # key of a user error; seconds between polls
 ENDING = threading.RLock()  # held while exiting: a process prints only one last line
+
+
+_started = _forked = False  # JAX had started at the last fork; in this process's parent
+
+
+def _before_fork() -> None:
+    global _started  # asked here: in the child another thread's lock would never open
+    _started = xla_bridge.backends_are_initialized()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _started
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
+
+def check_backend() -> None:
+    """Starts JAX's backend. Raises UserError if it cannot start or would hang."""
+    if _forked:
+        raise UserError(
+            "this process was forked off one in which JAX had started, where JAX hangs: "
+            "start it by spawn (multiprocessing.get_context('spawn')), or fork before "
+            "the first use of JAX"
+        )
+    try:
+        jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the latter has no message
+        if _process_index_and_count()[1] > 1:
+            raise  # another host may be the reason
+        config: Any = jax.config
+        reason = (str(error).splitlines() or ["it has no such device"])[0][:200]
+        raise UserError(
+            f"JAX cannot start with JAX_PLATFORMS={config.jax_platforms or ''} "
+            f"({reason}): name a backend that this machine has, or install JAX for it"
+        ) from error
 
 
 def initialize(coordinator: str, processes: int, process: int) -> None:

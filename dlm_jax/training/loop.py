@@ -11,7 +11,7 @@ import numpy as np
 from dlm_jax.data import batching
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError, UserError
-from dlm_jax.runtime import checkpoint, hosts
+from dlm_jax.runtime import backend, checkpoint, hosts
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.train_step import train_step
 from dlm_jax.training.trainer import Job, NonFiniteError, Trainer, language_job
@@ -20,11 +20,13 @@ from dlm_jax.types import PyTree
 MAX_SKIPPED = 10  # updates in a row
 
 
+@backend.prepared
 def train(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
     """Trains a language model to config.train.total_steps; see `run`."""
     run(language_job(config), workdir, allow_fallback=allow_fallback)
 
 
+@backend.prepared
 def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
     """Trains to config.train.total_steps, resuming from the checkpoints in workdir.
 

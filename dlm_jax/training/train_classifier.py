@@ -14,13 +14,14 @@ from dlm_jax.diffusion import classifier
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
-from dlm_jax.runtime import checkpoint
+from dlm_jax.runtime import backend, checkpoint
 from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
 from dlm_jax.training.train_step import StepConfig, TrainingTask
 from dlm_jax.training.trainer import Job
 
 
+@backend.prepared
 def train_classifier(
     config: Any, workdir: str, *, allow_fallback: bool = False
 ) -> None:

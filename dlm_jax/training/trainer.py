@@ -16,7 +16,7 @@ from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.errors import UserError, choose
 from dlm_jax.inference import loading
 from dlm_jax.inference.sampling_config import SamplingConfig
-from dlm_jax.runtime import checkpoint, hosts, sharding
+from dlm_jax.runtime import backend, checkpoint, hosts, sharding
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.config import resolve_config
 from dlm_jax.training.train_step import StepConfig, TrainState, init_state
@@ -101,6 +101,7 @@ class Trainer:
         if self.newest is not None:
             records = checkpoint.read_records(workdir, self.newest)
             tokenizer, saved = from_dict(records.tokenizer), records.run
+        _check_random_settings(saved, workdir)
         self.skipped_batches = _skipped_batches(saved, workdir)
         self.corpus = job.load_corpus(tokenizer)
         _check_same_data(self.corpus.identity(), saved, workdir)
@@ -189,7 +190,11 @@ class Trainer:
                 f"weights are not finite at step {int(self.state.step)}: stopped, not "
                 "saved; use a new --workdir and a lower config.optim.lr"
             )
-        run = {"kind": self.job.kind, "skipped_batches": self.skipped_batches}
+        run: dict[str, Any] = {
+            "kind": self.job.kind,
+            "skipped_batches": self.skipped_batches,
+            "jax": backend.random_settings(),
+        }
         if self.lengths is not None:
             run["lengths"] = np.bincount(self.lengths).tolist()
         records = checkpoint.Records(
@@ -230,6 +235,18 @@ def _skipped_batches(saved: dict, workdir: Any) -> list[tuple[int, int]]:
         return [(int(at), int(n)) for at, n in pairs]
     except (TypeError, ValueError) as error:
         raise UserError(f"{workdir}: its record of rollbacks is damaged") from error
+
+
+def _check_random_settings(saved: dict, workdir: Any) -> None:
+    """Raises UserError if JAX would continue the run with other random numbers."""
+    for name, value in backend.random_settings().items():
+        before = (saved.get("jax") or {}).get(name)
+        if before not in (None, value):
+            raise UserError(
+                f"--workdir {workdir} was begun under {name.upper()}={before}, not "
+                f"{value}: set this environment variable as it was, or choose another "
+                "--workdir"
+            )
 
 
 def _check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
