@@ -125,9 +125,12 @@ def _plot(config: Any, workdir: str, step: int | None) -> None:
 
 def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.data import prepare
+    from dlm_jax.runtime import ownership
 
     _require_one_host()
-    prepare.prepare_data(_require_config(config, "--config stories"), workdir)
+    config = _require_config(config, "--config stories")
+    with ownership.claim(workdir):
+        prepare.prepare_data(config, workdir)
 
 
 MODES: dict[str, Callable] = {

@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from dlm_jax.data import batching
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError, UserError
-from dlm_jax.runtime import backend, checkpoint, hosts
+from dlm_jax.runtime import backend, checkpoint, hosts, ownership
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.train_step import train_step
 from dlm_jax.training.trainer import Job, NonFiniteError, Trainer, language_job
@@ -31,10 +32,19 @@ def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
     """Trains to config.train.total_steps, resuming from the checkpoints in workdir.
 
     allow_fallback: if the newest checkpoint is damaged, move it away and resume from
-    the one before. Raises UserError; PreemptedError after SIGTERM, once all is saved.
+    the one before. Raises UserError, also if another process trains in workdir;
+    PreemptedError after SIGTERM, once all is saved.
     """
+    first = hosts.process_index_and_count()[0] == 0
+    with ownership.claim(workdir) if first else contextlib.nullcontext() as check:
+        _run(job, workdir, check or (lambda: None), allow_fallback=allow_fallback)
+
+
+def _run(
+    job: Job, workdir: str, check_owner: Callable[[], None], *, allow_fallback: bool
+) -> None:
     try:
-        trainer = Trainer(job, workdir)
+        trainer = Trainer(job, workdir, check_owner)
     except checkpoint.CorruptCheckpointError as error:
         if not allow_fallback or hosts.host_loss_reason(error):
             raise
@@ -46,7 +56,7 @@ def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
             ) from error
         moved = checkpoint.quarantine(error, workdir)
         print(f"{error.path} is damaged: moved to {moved}", flush=True)
-        return run(job, workdir, allow_fallback=True)
+        return _run(job, workdir, check_owner, allow_fallback=True)
     start, total = int(trainer.state.step), job.config.train.total_steps
     if start >= total:
         print(f"{workdir}: finished already, at step {start} of {total}")

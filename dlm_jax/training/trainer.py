@@ -85,9 +85,13 @@ class Trainer:
     """A training run in its directory: starts, resumes, saves, previews.
 
     skipped_batches: (step, n) of each rollback: n batches are skipped at that step.
+    check_owner: called before each save; raises if another process has the directory.
     """
 
-    def __init__(self, job: Job, workdir: str):
+    def __init__(
+        self, job: Job, workdir: str, check_owner: Callable[[], None] = lambda: None
+    ):
+        self.check_owner = check_owner
         self.job, self.config, self.step_cfg = job, job.config, job.step_cfg
         self.workdir = checkpoint.resolve_workdir(workdir)
         self.layout = choose(
@@ -184,6 +188,7 @@ class Trainer:
                 f"--workdir {self.workdir}: No such file or directory: it vanished "
                 "during the run; nothing is saved in it any more; start again"
             )
+        self.check_owner()
         state = self.layout.whole(self.state)
         if not sharding.finite((state.params, state.ema)):
             raise UserError(
