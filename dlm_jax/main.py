@@ -4,8 +4,13 @@
 import contextlib
 import io
 import logging
+import math
 import os
+import signal
+import socket
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +19,8 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-FLAGS, RESTART = flags.FLAGS, 75
+FLAGS, RESTART, INTERRUPTED = flags.FLAGS, 75, 130
+ONE_PRESS = 0.5  # seconds in which several interrupts are one press of Ctrl-C
 # Use large memory pages: a step on a CPU allocates and frees hundreds of MB, and faults
 # of 4 kB pages took a third of its time (docs/performance.md).
 MALLOC = "glibc.malloc.hugetlb=1"
@@ -294,11 +300,48 @@ def cli() -> None:
     app.run(main, flags_parser=parse_flags)
 
 
+def _end_at_second_interrupt() -> None:
+    """Ends the process at a second Ctrl-C, even during a compilation.
+
+    Python's own handlers wait for that. One key press may arrive twice, from the
+    terminal and from a program in between: both count as one.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def watch(writer: socket.socket) -> None:  # a socket that is dropped is closed
+        first = math.inf
+        while signals := reader.recv(64):
+            if signal.SIGINT in signals:
+                first = min(first, time.monotonic())
+                if time.monotonic() > first + ONE_PRESS:
+                    os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, args=(writer,), daemon=True).start()
+
+
+def _interrupted(error: KeyboardInterrupt) -> NoReturn:
+    """Prints one line; ends at once unless the run has ended in order, with a line."""
+    print(str(error) or "interrupted", file=sys.stderr, flush=True)
+    if str(error):
+        sys.exit(INTERRUPTED)
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
+
+
 def command() -> None:
-    """The console command `dlm`: sets the environment, then calls `cli`."""
-    keep_compilations()
-    large_pages()
-    cli()
+    """The console command `dlm`: sets the environment, then calls `cli`.
+
+    Ctrl-C exits with one line and status 130, as shells expect.
+    """
+    try:
+        keep_compilations()
+        large_pages()
+        _end_at_second_interrupt()
+        cli()
+    except KeyboardInterrupt as error:
+        _interrupted(error)
 
 
 if __name__ == "__main__":

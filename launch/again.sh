@@ -2,8 +2,8 @@
 # Runs a command and restarts it after a preemption; it resumes from its checkpoint.
 #   bash launch/again.sh .venv/bin/python -m dlm_jax.main --config ...
 # Exit status 75 and death by a signal cause a restart, at most RESTARTS (100) times.
-# Any other status is final. On Google Cloud a maintenance notice is made a SIGTERM,
-# upon which the command saves. PYTHON (python3) is the program that polls for it.
+# Any other status is final, also 130 (Ctrl-C). On Google Cloud a maintenance notice is
+# made a SIGTERM, upon which the command saves. PYTHON (python3) polls for it.
 set -euo pipefail
 restarts=${RESTARTS:-100}
 url=${METADATA_URL:-http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event}
@@ -59,7 +59,8 @@ for ((i = 0; i <= restarts; i++)); do
   done
   kill "$watcher" 2>/dev/null || true
   trap 'told=1' TERM INT
-  if [ "$told" = 1 ] || { [ "$status" != 75 ] && [ "$status" -lt 128 ]; }; then
+  if [ "$told" = 1 ] || [ "$status" = 130 ] ||
+    { [ "$status" != 75 ] && [ "$status" -lt 128 ]; }; then
     exit "$status"
   fi
   echo "ended with status $status: again ($((i + 1)) of $restarts)" >&2

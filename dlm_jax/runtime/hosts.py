@@ -238,21 +238,34 @@ def exit_process(status: int) -> NoReturn:
 
 
 class Preemption:
-    """Detects SIGTERM, as preemption and maintenance send it: save and stop.
+    """Detects SIGTERM, as preemption and maintenance send it, and Ctrl-C: save and stop.
 
     Every host calls it once per step. A signal to one host stops all at the same step.
-    With one process Python's signal handler detects it, with several JAX's service.
+    With one process Python's signal handlers detect it, with several JAX's service,
+    which hears SIGTERM only. interrupted: it was Ctrl-C; a second one is raised.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        main = threading.current_thread() is threading.main_thread()
-        self.handler = jax.process_count() == 1 and main
-        if self.handler:
-            self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.asked = self.interrupted = False
+        self.before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if jax.process_count() == 1:
+            self._handle(signal.SIGTERM)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in background
+            self._handle(signal.SIGINT)
 
-    def _ask(self, *_: Any) -> None:
+    def _handle(self, number: signal.Signals) -> None:
+        self.before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
+        if number == signal.SIGINT:
+            self.interrupted = True
+            if jax.process_count() > 1:
+                signal.raise_signal(signal.SIGTERM)
 
     def __call__(self, step: int) -> bool:
         if jax.process_count() == 1:
@@ -260,6 +273,6 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:
-        """Restores the previous signal handler."""
-        if self.handler:
-            signal.signal(signal.SIGTERM, self.before)
+        """Restores the previous signal handlers."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -33,7 +33,7 @@ def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
 
     allow_fallback: if the newest checkpoint is damaged, move it away and resume from
     the one before. Raises UserError, also if another process trains in workdir;
-    PreemptedError after SIGTERM, once all is saved.
+    PreemptedError after SIGTERM and KeyboardInterrupt after Ctrl-C, once all is saved.
     """
     first = hosts.process_index_and_count()[0] == 0
     with ownership.claim(workdir) if first else contextlib.nullcontext() as check:
@@ -131,8 +131,10 @@ def _steps(
                 trainer.save(writer)
             if stop and not last:
                 checkpoint.wait(writer)
-                raise PreemptedError(
-                    f"stopped by SIGTERM at step {done} of {total}, which is saved in "
+                name = "Ctrl-C" if preemption.interrupted else "SIGTERM"
+                kind = KeyboardInterrupt if preemption.interrupted else PreemptedError
+                raise kind(
+                    f"stopped by {name} at step {done} of {total}, which is saved in "
                     f"{trainer.workdir}: rerun the same command to resume"
                 )
             if due["valid_steps"] or last:

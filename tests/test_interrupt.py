@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C saves and ends with one line, as SIGTERM does; a second one ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import wait_until
+from test_checkpoint import ROOT, _command, _config, _same_bits, _trainer, texts
+
+from dlm_jax import main
+from dlm_jax.errors import PreemptedError
+from dlm_jax.runtime import checkpoint, hosts
+from dlm_jax.training import loop
+from dlm_jax.training.trainer import Trainer
+
+__all__ = ["texts"]  # a fixture
+SIX = {"train__total_steps": 6, "optim__decay": "constant"}
+STOPS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: PreemptedError}
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_is_noticed_and_its_handler_given_back(number):
+    before = signal.getsignal(number)
+    asked = hosts.Preemption()
+    assert not asked(1)
+    os.kill(os.getpid(), number)
+    assert asked(2)
+    assert asked.interrupted == (number == signal.SIGINT)
+    asked.close()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_is_raised():
+    asked = hosts.Preemption()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        asked.close()
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    """As of a program that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        asked = hosts.Preemption()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not asked(1)
+        asked.close()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_run_that_is_stopped_is_saved_and_resumes(
+    number, texts, tmp_path, monkeypatch
+):
+    """The line says where; the bits are those of a run that was not stopped."""
+    config = _config(texts, **SIX)
+    loop.train(config, str(tmp_path / "whole"))
+
+    class Stopped(Trainer):
+        def batch(self, step):
+            if step == 4:
+                os.kill(os.getpid(), number)
+            return super().batch(step)
+
+    monkeypatch.setattr(loop, "Trainer", Stopped)
+    with pytest.raises(STOPS[number]) as caught:
+        loop.train(config, str(tmp_path / "run"))
+    monkeypatch.undo()
+    (step,) = checkpoint.all_steps(tmp_path / "run")
+    assert 0 < step < 6
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert f"stopped by {name} at step {step} of 6, which is saved" in str(caught.value)
+    assert "rerun the same command" in str(caught.value)
+    assert not (tmp_path / "run" / "owner.json").exists()
+    loop.train(config, str(tmp_path / "run"))
+    _same_bits(*(_trainer(config, tmp_path / w).state for w in ("whole", "run")))
+
+
+# --- the command
+
+
+def _start(texts, workdir, **changes):
+    changes = {"train__total_steps": 10**6, "train__log_steps": 1} | changes
+    kinds = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    command = _command(texts, workdir, **changes)
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=_listen, **kinds)
+
+
+def _listen():
+    """What a terminal gives its programs, whatever these tests were started by."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _trains(workdir):
+    path = workdir / "metrics.jsonl"
+    wait_until(lambda: path.exists() and path.stat().st_size, "a step", seconds=240)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_saves_and_exits_with_130(texts, tmp_path):
+    with _start(texts, tmp_path / "run") as process:
+        _trains(tmp_path / "run")
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)  # one press may arrive twice
+        stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == main.INTERRUPTED == 130
+    (step,) = checkpoint.all_steps(tmp_path / "run")
+    assert stderr.startswith(f"stopped by Ctrl-C at step {step} of")
+    assert stderr.count("\n") == 1
+
+
+PROGRAM = """
+import hashlib, time
+from dlm_jax import main
+def busy(*args):
+    print("ready", flush=True)
+    {}
+main.MODES = dict.fromkeys(main.MODES, busy)
+main.command()
+"""
+BUSY = {  # the second never comes back to Python, like a compilation
+    "Python": "time.sleep(600)",
+    "native code": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+}
+
+
+def _press(what, mode, presses):
+    """(status, stderr) of the command in a mode, after some presses of Ctrl-C."""
+    command = [sys.executable, "-c", PROGRAM.format(BUSY[what])]
+    command += [f"--mode={mode}", "--workdir=nowhere", "--config=smoke"]
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=_listen, **kinds) as process:
+        assert process.stdout.readline() == "ready\n"
+        for press in range(presses):
+            time.sleep(2 * main.ONE_PRESS if press else 0)
+            process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=60)[1]
+    return process.returncode, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", main.MODES)
+def test_ctrl_c_is_one_line_in_every_mode(mode):
+    assert _press("Python", mode, 1) == (130, "interrupted\n")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once():
+    assert _press("native code", "train", 2) == (130, "")
