@@ -79,16 +79,65 @@ def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     )
 
 
-def _load(config: Any, workdir: str, step: int | None) -> Any:
-    """Loads the run's model; --config replaces sections that do not affect it."""
+REPLACED = ("sample", "evaluate", "control", "classifier")  # sections of the config
+
+
+def _load(config: Any, workdir: str, step: int | None, *, moved: Any = ()) -> Any:
+    """Loads the run's model; --config replaces sections that do not affect it.
+
+    moved: options that flags may set besides. Another flag with another value than the
+    run's raises UserError.
+    """
     import json
 
+    from dlm_jax.errors import UserError
     from dlm_jax.inference import loading
+    from dlm_jax.runtime import checkpoint
 
     lm = loading.load(workdir, step)
-    if config is not None:
-        for name in ("sample", "evaluate", "control", "classifier"):
-            lm.config[name] = json.loads(config[name].to_json_best_effort())
+    if config is None:
+        return lm
+    for name in REPLACED:
+        lm.config[name] = json.loads(config[name].to_json_best_effort())
+    own = checkpoint.flatten(lm.config)
+    given = checkpoint.flatten(config_flags.get_override_values(FLAGS["config"]))
+    for name, value in given.items():
+        section, _, option = name.partition(".")
+        if name in moved:
+            lm.config[section][option] = value
+        elif section not in REPLACED and (name not in own or own[name] != value):
+            raise UserError(
+                f"--config.{name}={value!r}: --mode {FLAGS.mode} takes it from the run, "
+                f"which has {own.get(name)!r}: leave the flag out"
+            )
+    return lm
+
+
+def _load_with_data(config: Any, workdir: str, step: int | None) -> Any:
+    """Loads the run's model and checks that its text, which may move, is the same."""
+    from ml_collections import ConfigDict
+
+    from dlm_jax.data import corpus
+    from dlm_jax.errors import UserError
+    from dlm_jax.runtime import checkpoint, paths
+    from dlm_jax.training import trainer
+
+    lm = _load(config, workdir, step, moved=paths.DATA)
+    if "source" not in lm.config["data"] or lm.config["data"]["source"] == "grammar":
+        return lm
+    if not checkpoint.all_steps(workdir):
+        return lm  # a shared model, without a record of its text
+    try:
+        identity = corpus.load_corpus(ConfigDict(lm.config), lm.tokenizer).identity()
+    except UserError:
+        given = (
+            () if config is None else config_flags.get_override_values(FLAGS["config"])
+        )
+        if set(paths.DATA) & set(given):
+            raise
+        return lm  # the mode itself says what it needs
+    saved = checkpoint.read_records(workdir, lm.step).run
+    trainer.check_same_data(identity, {k: saved.get(k) for k in identity}, workdir)
     return lm
 
 
@@ -112,20 +161,20 @@ def _sample(config: Any, workdir: str, step: int | None) -> None:
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.evaluation import report
 
-    report.evaluate(_load(config, workdir, step), workdir)
+    report.evaluate(_load_with_data(config, workdir, step), workdir)
 
 
 def _control(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.evaluation import control
 
-    control.evaluate_control(_load(config, workdir, step), workdir)
+    control.evaluate_control(_load_with_data(config, workdir, step), workdir)
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.evaluation import plots
 
     _require_one_host()
-    for path in plots.save_plots(_load(config, workdir, step), workdir):
+    for path in plots.save_plots(_load_with_data(config, workdir, step), workdir):
         print(path)
 
 
@@ -167,6 +216,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{argv[1]}: not a flag; see --help")
         if not FLAGS.workdir:
             raise UserError("--workdir: name the run's directory, such as runs/first")
+        _check_flags()
         hosts.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         if FLAGS.mode in LOCAL and "://" in FLAGS.workdir:
             raise UserError(
@@ -182,6 +232,17 @@ def main(argv: list[str]) -> None:
         with hosts.ENDING:  # prints this error or that of another host, not both
             _end(error)
         raise
+
+
+def _check_flags() -> None:
+    """Raises UserError for a flag that the mode would ignore."""
+    from dlm_jax.errors import UserError
+
+    trains = FLAGS.mode in ("train", "train_classifier")
+    if FLAGS.allow_fallback and not trains:
+        raise UserError(f"--allow_fallback: --mode {FLAGS.mode} does not take it")
+    if FLAGS.step is not None and (trains or FLAGS.mode == "prepare_data"):
+        raise UserError(f"--step={FLAGS.step}: --mode {FLAGS.mode} does not take it")
 
 
 def _end(error: Exception) -> None:

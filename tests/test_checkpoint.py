@@ -214,7 +214,7 @@ def test_layout(texts, start):
     assert records.config == json.loads((start / "config.json").read_text())
     assert records.config["train"]["total_steps"] == STEPS
     assert records.tokenizer["kind"] == "word"
-    assert set(records.run) == {"kind", "corpus", "jax", "skipped_batches"}
+    assert set(records.run) == {"kind", "corpus", "valid", "jax", "skipped_batches"}
     assert records.run["kind"] == "diffusion"
     assert records.run["skipped_batches"] == []
     for name in ("config", "tokenizer", "run"):

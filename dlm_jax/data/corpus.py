@@ -25,10 +25,13 @@ class Corpus(NamedTuple):
     metadata: dict | None = None
 
     def identity(self) -> dict:
-        """Returns the metadata with a checksum of the training ids, as `corpus`."""
-        if not isinstance(self.train, np.ndarray):
-            return dict(self.metadata or {})
-        return {"corpus": zlib.crc32(self.train.tobytes()), **(self.metadata or {})}
+        """Returns the metadata with checksums of the ids: `corpus`, `valid`."""
+        metadata = self.metadata or {}
+        if isinstance(self.train, np.ndarray) and isinstance(self.valid, np.ndarray):
+            splits = {"corpus": self.train, "valid": self.valid}
+            sums = {name: zlib.crc32(ids.tobytes()) for name, ids in splits.items()}
+            metadata = sums | metadata
+        return dict(metadata)
 
 
 def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:

@@ -24,7 +24,7 @@ from dlm_jax.inference.constraints import UNCONSTRAINED, batch_constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
-from dlm_jax.runtime import backend, checkpoint, hosts
+from dlm_jax.runtime import backend, checkpoint, hosts, paths
 
 
 def guidance_of(config: Any, task: str) -> GuidanceConfig:
@@ -174,7 +174,7 @@ def _identity(
     weights = {task: lm.classifiers[task].params for task in used}
     options = {
         k: v
-        for k, v in lm.config["control"].items()
+        for k, v in paths.without("control", lm.config["control"]).items()
         if k not in ("task", "num_steps", "presets")
     }
     identity = {
@@ -187,10 +187,10 @@ def _identity(
         },
         "control": options,
         "sample": lm.config["sample"],
-        "data": lm.config["data"],
+        "data": paths.without("data", lm.config["data"]),
         "guidance": dataclasses.asdict(guidance_of(config, name)),
         "autoregressive model": checkpoint.checksum(ar_model.ema) if ar_model else None,
-        "target files": _files(options["targets"]),
+        "target files": _files(lm.config["control"]["targets"]),
     }
     if "pos" in name and lm.config["data"]["source"] != "grammar":
         identity["tagger's text"] = _files(lm.config["classifier"]["conllu"])

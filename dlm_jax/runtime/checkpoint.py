@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dlm_jax.errors import UserError, environment_reason
-from dlm_jax.runtime import integrity
+from dlm_jax.runtime import integrity, paths
 from dlm_jax.types import PyTree
 
 
@@ -52,7 +52,8 @@ class CorruptCheckpointError(UserError):
 
 PathLike = str | os.PathLike  # a run's directory; also gs://...
 FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
-# settings that may change when a run resumes: same model, data and objective
+# settings that may change when a run resumes: same model, data and objective, the data
+# by their checksum
 RESUMABLE_CHANGES = {
     f"train.{name}"
     for name in (
@@ -64,7 +65,7 @@ RESUMABLE_CHANGES = {
         "sample_steps",
         "on_nonfinite",
     )
-} | {"sample", "evaluate", "control", "parallel", "model.remat"}
+} | {"sample", "evaluate", "control", "parallel", "model.remat", *paths.TRAINING}
 
 
 def resolve_workdir(workdir: PathLike) -> Any:

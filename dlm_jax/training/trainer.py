@@ -16,7 +16,7 @@ from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.errors import UserError, choose
 from dlm_jax.inference import loading
 from dlm_jax.inference.sampling_config import SamplingConfig
-from dlm_jax.runtime import backend, checkpoint, hosts, sharding
+from dlm_jax.runtime import backend, checkpoint, hosts, paths, sharding
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.config import resolve_config
 from dlm_jax.training.train_step import StepConfig, TrainState, init_state
@@ -98,32 +98,34 @@ class Trainer:
             "config.parallel.mode", sharding.LAYOUTS, self.config.parallel.mode
         )
         self.host, self.hosts = hosts.process_index_and_count()
-        self.record = _to_dict(self.config)
+        self.record = paths.absolute(_to_dict(self.config))
         checkpoint.check_config_matches(workdir, self.record)
         self.newest = _newest_step(self.workdir, self.host)
-        tokenizer, saved = None, {}
+        tokenizer, saved, same_table = None, {}, False
         if self.newest is not None:
             records = checkpoint.read_records(workdir, self.newest)
             tokenizer, saved = from_dict(records.tokenizer), records.run
+            same_table = records.config["embedding"] == self.record["embedding"]
         _check_random_settings(saved, workdir)
         self.skipped_batches = _skipped_batches(saved, workdir)
         self.corpus = job.load_corpus(tokenizer)
-        _check_same_data(self.corpus.identity(), saved, workdir)
+        table, first = None, {k: saved[k] for k in ("embedding",) if k in saved}
+        if not same_table:
+            table, first = _first_table(self.config, self.corpus.tokenizer)
+        self.identity = self.corpus.identity() | first
+        check_same_data(self.identity, saved, workdir)
         self.lengths = None
         if self.step_cfg.cfg.known_length:
             self.lengths = batching.row_lengths(self.corpus.train)
             self.widths = batching.row_widths(self.lengths, self.config.data.length)
-        self.state = self._start()
+        self.state = self._start(table)
         _write_run_config(self.workdir, self.record, self.host)
         self.valid = Validation(
             self.corpus.valid, self.step_cfg, self.config.train.valid_batches
         )
 
-    def _start(self) -> TrainState:
+    def _start(self, table: np.ndarray | None) -> TrainState:
         vocab = self.corpus.tokenizer.vocab_size
-        table = sources.load_table(
-            self.config.embedding.path, vocab, self.step_cfg.cfg.dim
-        )
 
         def init(key: PRNGKey) -> TrainState:
             return init_state(key, self.step_cfg, vocab, table)
@@ -203,7 +205,7 @@ class Trainer:
         if self.lengths is not None:
             run["lengths"] = np.bincount(self.lengths).tolist()
         records = checkpoint.Records(
-            self.record, self.corpus.tokenizer.to_dict(), run | self.corpus.identity()
+            self.record, self.corpus.tokenizer.to_dict(), run | self.identity
         )
         checkpoint.save(writer, int(self.state.step), state, records)
 
@@ -234,6 +236,14 @@ def _newest_step(workdir: Any, host: int) -> int | None:
     return step if step >= 0 else None
 
 
+def _first_table(config: Any, tokenizer: Tokenizer) -> tuple[np.ndarray | None, dict]:
+    """Returns the table that a run begins with, or None, and what identifies it."""
+    table = sources.load_table(
+        config.embedding.path, tokenizer.vocab_size, config.model.dim
+    )
+    return table, {} if table is None else {"embedding": checkpoint.checksum(table)}
+
+
 def _skipped_batches(saved: dict, workdir: Any) -> list[tuple[int, int]]:
     try:
         pairs = saved.get("skipped_batches") or []
@@ -254,10 +264,15 @@ def _check_random_settings(saved: dict, workdir: Any) -> None:
             )
 
 
-def _check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
-    """Raises UserError if the data is not what the run was started with."""
+def check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
+    """Raises UserError if the data is not what the run was started with.
+
+    identity: that of `Corpus.identity`; saved: the run record of a checkpoint.
+    """
     for name, what in (
         ("corpus", "config.data: its text"),
+        ("valid", "config.data: its validation text"),
+        ("embedding", "config.embedding.path: its table"),
         ("table", "config.classifier.model: its embedding"),
     ):
         if saved.get(name) not in (None, identity.get(name)):

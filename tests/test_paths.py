@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run is what it was, wherever its files are; a flag has an effect or is refused."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from test_checkpoint import _config, _digest, _saved
+
+from dlm_jax import main
+from dlm_jax.data import prepare, sources
+from dlm_jax.errors import UserError
+from dlm_jax.runtime import checkpoint, paths
+from dlm_jax.training.trainer import Trainer, language_job
+
+WORDS = [f"word{i % 5} is not word{i % 3}" for i in range(32)]
+WRITERS = {
+    "text": lambda texts: "\n".join(texts) + "\n",
+    "csv": lambda texts: "\n".join(["text", *texts]) + "\n",
+    "jsonl": lambda texts: "".join(json.dumps({"text": t}) + "\n" for t in texts),
+    "e2e": lambda texts: "".join(f"name : x||{text}\n" for text in texts),
+}
+SOURCES = (*WRITERS, "prepared")
+
+
+def _write(source, folder, texts=WORDS):
+    """Writes the texts as a source; returns the path of what config.data.path names."""
+    folder.mkdir()
+    if source != "prepared":
+        (folder / "texts").write_text(WRITERS[source](texts))
+        return folder / "texts"
+    prepare.prepare_data(_config(_write("text", folder / "raw", texts)), str(folder))
+    return folder
+
+
+def _run(source, path, **changes):
+    return _config(str(path), data__source=source, **changes)
+
+
+def _resumes(config, workdir):
+    return int(Trainer(language_job(config), str(workdir)).state.step)
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def run(request, tmp_path_factory):
+    """(source, folder with `data` and `run`): a run that was begun from its folder."""
+    source, folder = request.param, tmp_path_factory.mktemp(request.param)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        path = _write(source, folder / "data").relative_to(folder)
+        trainer = Trainer(language_job(_run(source, path)), "run")
+        trainer.state = trainer.state._replace(step=trainer.state.step + 1)
+        writer = checkpoint.manager("run", keep=2)
+        trainer.save(writer)
+        writer.close()
+    finally:
+        os.chdir(before)
+    return source, folder
+
+
+@pytest.fixture
+def moved(run, tmp_path):
+    """(source, the new path of the text, the run): both are moved."""
+    source, folder = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    path = tmp_path / "new"
+    shutil.copytree(folder / "data", path)
+    return source, path if source == "prepared" else path / "texts", tmp_path / "run"
+
+
+def test_text_that_moved_is_the_same_text(moved, monkeypatch):
+    """By an absolute path, and by one relative to any folder."""
+    source, path, workdir = moved
+    assert _resumes(_run(source, path), workdir) == 1
+    monkeypatch.chdir(path.parent)
+    assert _resumes(_run(source, path.name), workdir) == 1
+
+
+def test_other_text_is_refused_in_the_same_place(run, tmp_path):
+    source, folder = run
+    workdir = shutil.copytree(folder / "run", tmp_path / "run")
+    before = _digest(workdir)
+    other = _write(source, tmp_path / "data", WORDS[::-1])
+    with pytest.raises(UserError, match=r"not the one that .* was begun with"):
+        _resumes(_run(source, other), workdir)
+    assert _digest(workdir) == before
+
+
+def test_other_validation_text_is_refused(tmp_path):
+    for name, texts in (("a", WORDS[:8]), ("b", WORDS[:8]), ("c", WORDS[1:9])):
+        _write("text", tmp_path / name, texts)
+    train = _write("text", tmp_path / "train")
+    a, b, c = (str(tmp_path / name / "texts") for name in "abc")
+    _saved(str(train), tmp_path / "run", (1,), data__valid_path=a)
+    assert _resumes(_config(str(train), data__valid_path=b), tmp_path / "run") == 1
+    with pytest.raises(UserError, match="validation text is not the one"):
+        _resumes(_config(str(train), data__valid_path=c), tmp_path / "run")
+
+
+def test_a_first_table_may_move_or_vanish_but_not_change(tmp_path):
+    train = str(_write("text", tmp_path / "train"))
+    vocab = sources.train_tokenizer(_config(train).data, WORDS).vocab_size
+    tables = np.random.default_rng(0).normal(size=(2, vocab, 8))
+    for name, table in zip("abc", (*tables, tables[0]), strict=True):
+        np.save(tmp_path / f"{name}.npy", table)
+    a, b, c = (str(tmp_path / f"{name}.npy") for name in "abc")
+    _saved(train, tmp_path / "run", (1,), embedding__path=a)
+    assert _resumes(_config(train, embedding__path=c), tmp_path / "run") == 1
+    with pytest.raises(UserError, match=r"config\.embedding\.path: its table"):
+        _resumes(_config(train, embedding__path=b), tmp_path / "run")
+    config = _config(train, embedding__path=a)
+    Trainer(language_job(config), str(tmp_path / "run"))
+    os.remove(a)
+    assert _resumes(config, tmp_path / "run") == 1
+
+
+def test_only_paths_that_exist_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    record = {"a": 1, "data": {"source": "text", "path": "x", "valid_path": ""}}
+    record["classifier"] = {"model": "grammar", "task": "x"}
+    record["control"] = {"classifiers": "x z y", "targets": "gs://b/x"}
+    found = paths.absolute(record)
+    assert found["data"] == record["data"] | {"path": str(tmp_path / "x")}
+    assert found["classifier"] == record["classifier"]
+    assert found["control"]["classifiers"] == f"{tmp_path}/x z {tmp_path}/y"
+    assert found["control"]["targets"] == "gs://b/x"
+    assert record["data"]["path"] == "x"
+    record["data"]["source"] = "tfds"
+    assert paths.absolute(record)["data"]["path"] == "x"
+
+
+# --- flags of the modes that load a run
+
+
+@pytest.fixture
+def load():
+    """load(mode, *flags): the model as that mode of the command loads it."""
+
+    def load(mode, workdir, *flags):
+        flags = ["--config=smoke", f"--mode={mode}", *flags]
+        main.parse_flags(["main", f"--workdir={workdir}", *flags])
+        main._check_flags()
+        with_data = main._load if mode == "sample" else main._load_with_data
+        return with_data(main.FLAGS.config, str(workdir), main.FLAGS.step)
+
+    yield load
+    main.FLAGS.unparse_flags()
+    for name in ("config", "mode", "step", "allow_fallback", "workdir"):
+        main.FLAGS[name].unparse()
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "plot", "control"])
+def test_a_path_given_to_a_mode_is_the_one_it_reads(mode, moved, load, tmp_path):
+    source, path, workdir = moved
+    lm = load(mode, workdir, f"--config.data.path={path}")
+    assert lm.config["data"]["path"] == str(path)
+    other = _write(source, tmp_path / "other", WORDS[::-1])
+    with pytest.raises(UserError, match="its text is not the one"):
+        load(mode, workdir, f"--config.data.path={other}")
+    with pytest.raises(UserError, match="nosuch"):
+        load(mode, workdir, "--config.data.path=nosuch")
+
+
+REFUSED = {
+    "--config.model.layers=7": r"--config\.model\.layers=7: --mode \w+ takes it from",
+    "--config.data.length=9": r"--config\.data\.length=9",
+    "--config.optim.lr=0.5": r"--config\.optim\.lr=0\.5",
+    "--allow_fallback": "--allow_fallback: --mode",
+}
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "plot", "control"])
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_flag_without_effect_is_refused(flag, mode, load, tmp_path):
+    workdir = tmp_path / "run"
+    _saved(str(_write("text", tmp_path / "data")), workdir, (1,))
+    with pytest.raises(UserError, match=REFUSED[flag]):
+        load(mode, workdir, flag)
+    same = load(mode, workdir, "--config.model.layers=1", "--config.sample.n=3")
+    assert same.config["sample"]["n"] == 3
+
+
+@pytest.mark.parametrize("mode", ["train", "train_classifier", "prepare_data"])
+def test_a_step_is_refused_where_none_is_chosen(mode):
+    main.parse_flags(["main", "--workdir=x", f"--mode={mode}", "--step=3"])
+    try:
+        with pytest.raises(UserError, match=f"--step=3: --mode {mode} does not"):
+            main._check_flags()
+    finally:
+        main.FLAGS.unparse_flags()
+        for name in ("mode", "step"):
+            main.FLAGS[name].unparse()
