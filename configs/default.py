@@ -118,6 +118,7 @@ def _data() -> ConfigDict:
             "valid_path": "",  # "": src1_valid.txt of E2E, or the end of path
             "valid_fraction": 0.05,
             "column": "text",  # csv, jsonl and tfds: the column of texts
+            "delimiter": "",  # csv: between columns; "": told from the first line
             "size": 200_000,  # grammar: number of training texts
             "valid_size": 2000,  # grammar: number of validation texts
             "seed": 0,  # grammar: each seed draws other texts
@@ -127,9 +128,11 @@ def _data() -> ConfigDict:
             "length": 64,  # tokens per sequence
             "mode": "pad",  # pad: a text per row | block: texts end to end
             "too_long": "error",  # error | truncate (the published code) | drop
-            "tokenizer": "word",  # word | sentencepiece
+            "tokenizer": "word",  # word | sentencepiece | hf (from a file only)
+            "tokenizer_path": "",  # a vocabulary, model or tokenizer.json; "": train it
             "min_count": 10,  # word: keep words that occur more often
             "vocab_size": 8000,  # sentencepiece: number of pieces
+            "byte_fallback": False,  # sentencepiece: 256 pieces spell unseen characters
         }
     )
 

@@ -4,6 +4,7 @@
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ def _cfg(**changes):
             "path": "",
             "valid_path": "",
             "column": "text",
+            "delimiter": "",
             "size": 30,
             "valid_size": 10,
             "seed": 0,
@@ -37,6 +39,8 @@ def _cfg(**changes):
             "tokenizer": "word",
             "min_count": 0,
             "vocab_size": 40,
+            "byte_fallback": False,
+            "tokenizer_path": "",
             "valid_fraction": 0.1,
         }
     )
@@ -105,6 +109,102 @@ def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path):
     assert texts == ['a, "b"\nc', "d"]
 
 
+# --- nothing is lost in silence
+
+ROWS = 400
+
+
+@pytest.mark.parametrize("quoted", [True, False])
+@pytest.mark.parametrize("at", [1, 101, ROWS - 1])
+def test_an_open_quote_is_named_with_its_line(tmp_path, at, quoted):
+    """It swallowed the rows up to the end, or up to the next quote."""
+    rows = [f'{i},"cat {i}"' if quoted else f"{i},cat {i}" for i in range(ROWS)]
+    rows[at] = f'{at},"the cat'
+    path = _write(tmp_path / "a", "\n".join(["id,text", *rows]) + "\n")
+    cfg = _cfg(source="csv", path=path)
+    for read in (sources.load_texts, sources.count):
+        _fails(f"a line {at + 2} opens a quote", read, cfg, "train")
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_columns_are_told_apart(tmp_path, delimiter, ends, given):
+    """`;` and tabs made one column of a row, so that numbers were trained on."""
+    other = ";" if delimiter == "," else ","
+    lines = [["id", "text", "note"]]
+    lines += [[str(i), f"{t}{other} a dog", "x"] for i, t in enumerate(LINES)]
+    path = _write(tmp_path / "a", ends.join(delimiter.join(line) for line in lines))
+    name = {"\t": "\\t"}.get(delimiter, delimiter) if given else ""
+    cfg = _cfg(source="csv", path=path, delimiter=name, valid_fraction=0.0)
+    assert sources.load_texts(cfg, "train") == [f"{t}{other} a dog" for t in LINES]
+    cfg.column = delimiter.join(lines[0])
+    _fails("has no column .*to one of id, text, note", sources.load_texts, cfg, "train")
+
+
+@pytest.mark.parametrize("delimiter", [",,", '"', "\n"])
+def test_a_delimiter_is_one_character(tmp_path, delimiter):
+    path = _write(tmp_path / "a", "id,text\n1,x\n")
+    cfg = _cfg(source="csv", path=path, delimiter=delimiter)
+    _fails(r"config.data.delimiter=.* one character", sources.load_texts, cfg, "train")
+
+
+@pytest.mark.parametrize("source", ["text", "csv", "jsonl", "e2e"])
+@pytest.mark.parametrize("size", [10, 160_000, 3_000_000])
+def test_a_text_may_have_any_length(tmp_path, source, size):
+    text = "x" * size
+    content = {
+        "text": f"{text}\n",
+        "csv": f'id,text\n1,"{text}"\n',
+        "jsonl": json.dumps({"text": text}),
+        "e2e": f"name : x||{text}\n",
+    }
+    path = _write(tmp_path / "a", content[source])
+    cfg = _cfg(source=source, path=path, valid_fraction=0.0)
+    assert sources.load_texts(cfg, "train") == [text]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("marks", ["first", "joined"])
+@pytest.mark.parametrize("source", CONTENT)
+def test_marks_and_line_ends_are_no_text(tmp_path, source, ends, marks):
+    """A byte order mark, also of each file that was joined, and three line ends."""
+    content = "\n".join(CONTENT[source].lstrip("\ufeff").split("\r\n\n"))
+    content = content if marks == "first" else content.replace("\n", "\n\ufeff", 3)
+    if marks == "joined" and ends == "\r":
+        pytest.skip("a mark inside of a line is a character")
+    path = _write(tmp_path / "a", "\ufeff" + content.replace("\n", ends))
+    cfg = _cfg(source=source, path=path, valid_fraction=0.0)
+    assert sources.load_texts(cfg, "train") == LINES
+
+
+@pytest.mark.parametrize("source", CONTENT)
+def test_texts_and_labels_are_in_nfc(tmp_path, source):
+    content = unicodedata.normalize("NFD", CONTENT[source])
+    if source == "jsonl":  # escapes, too
+        content = "".join(
+            json.dumps({"text": unicodedata.normalize("NFD", t)}) + "\n" for t in LINES
+        )
+    cfg = _cfg(source=source, path=_write(tmp_path / "a", content))
+    assert sources.load_texts(cfg, "train") == LINES[:18]
+    if source == "csv":
+        cfg.column = "id"
+        labels = sources.labelled(cfg, "train", "text")[1]
+        assert labels == LINES[:18]
+
+
+@pytest.mark.parametrize("source", ["csv", "jsonl"])
+def test_rows_without_text_are_counted(tmp_path, source):
+    texts = ["", "a", " ", "b", "c", ""]
+    rows = {"csv": "id,text\n" + "".join(f"1,{t}\n" for t in texts)}
+    rows["jsonl"] = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    path = _write(tmp_path / "a", rows[source])
+    cfg = _cfg(source=source, path=path, valid_fraction=0.34)
+    assert sources.load_texts(cfg, "train") == list(sources.stream(cfg, "train"))
+    assert sources.load_texts(cfg, "train") == ["a", "b"]
+    assert (sources.count(cfg, "train"), sources.blank(cfg)) == (2, 3)
+
+
 def test_e2e_folder(tmp_path):
     _write(tmp_path / "src1_train.txt", CONTENT["e2e"])
     _write(tmp_path / "src1_valid.txt", "name : x||only one\n")
@@ -139,7 +239,15 @@ def test_published_e2e():
         ("csv", "id,words\n1,x\n", "line 2 has no column 'text': .* id, words"),
         ("csv", "id,text\n1,x\n2\n", "line 3 column 'text' holds nothing"),
         ("csv", "", "a holds no text"),
-        ("csv", "text\n" + "x" * 200_000, "a line . is not CSV"),
+        ("csv", 'text\nfine\n"open', "a line 3 opens a quote"),
+        ("csv", 'text\n"two\nlines"\n"a"b\n', "a line 4 opens a quote"),
+        ("csv", "id,text\n1,x\n2,the cat, a dog\n", "a line 3 has 3 cells .* row 2"),
+        ("csv", "text,text\n1,x\n", "a line 1 has several columns 'text'"),
+        ("jsonl", '{"text": "x"}\n{"text": "cat \\ud83d"}\n', "line 2 column .*ud83d"),
+        ("jsonl", '{"text": "a\\u0000b"}\n', "line 1 column 'text' holds a NUL"),
+        ("text", "fine\nthe cat".encode("utf-16-le"), "a line 1 holds a NUL .*UTF-16"),
+        ("text", "fine\n".encode("utf-16"), "a line 1 holds a NUL .*UTF-16"),
+        ("csv", "text\nfine\n".encode("utf-32-le"), "NUL"),
         ("jsonl", '{"text": "x"}\n{"text": \n', "a line 2 is not JSON"),
         ("jsonl", '["x"]\n', "a line 1 is not a JSON object"),
         ("jsonl", '{"words": "x"}\n', "line 1 has no column 'text': .* words"),

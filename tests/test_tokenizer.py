@@ -4,10 +4,14 @@
 import json
 import os
 import pickle
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dlm_jax.data import tokenizer
 from dlm_jax.data.tokenizer import END, PAD, START, UNK, WordTokenizer, from_dict
@@ -70,6 +74,126 @@ def test_special_names_are_ordinary_words():
     piece = tokenizer.train_sentencepiece(TEXTS, vocab_size=32)
     ids = piece.encode("START END <s> </s> <unk> <pad>")
     assert not {START, END, PAD} & set(ids)
+
+
+# --- nothing is lost
+
+SCRIPTS = {
+    "Latin": "naïve Ångström ﬁre, ẞ x\u0323\u0307",
+    "Greek": "Ἀρχὴ ἥμισυ παντός",
+    "Cyrillic": "Всё, что ёлка",
+    "Arabic": "اَلْقِطُّ عَلَى \u200fالسَّجَّادَةِ ۱۲",  # noqa: RUF001
+    "Hebrew": "הֶחָתוּל בַּבַּיִת",
+    "Devanagari": "बिल्ली क्षेत्र में",
+    "Thai": "แมวนั่งอยู่บนเสื่อ",
+    "Chinese": "龍天地玄黃宇宙洪荒𠮷",
+    "Korean": "고양이 한글",
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈 🇫🇷 🦜",
+    "controls": "a\u200bb\u2028c\x85d\x1ce\nf\rg\x7fh",
+    "strange": "\ufffd \ufdd0 \U0010ffff \ue000\ue001 \ufeffa",
+}
+RESERVED = {
+    "PTB": "the <unk> is N <unk>",
+    "HTML": "<s> old </s> <pad> <b>",
+    "names": "START END UNK PAD ⁇",
+    "blocks": "▁▂▃▅▇ ▁the ▅",
+    "tab": "two\tcolumns",
+    "bytes": "<0x41> <0x0A>",
+    "BERT": "[CLS] [SEP] [UNK] [MASK] ##s",
+    "GPT": "<|endoftext|> Ġthe",
+    "spaces": "one  two   three",
+}
+
+
+def _pieces(texts, **options):
+    """A sentencepiece model of any size that the texts allow."""
+    size = 400
+    for _ in range(3):
+        try:
+            return tokenizer.train_sentencepiece(texts, vocab_size=size, **options)
+        except UserError as error:
+            sizes = re.findall(r"vocab_size=(\d+) or", str(error))
+            if not sizes:
+                raise
+            size = int(sizes[-1])
+    raise AssertionError(f"no size is right, not even {size}")
+
+
+def _exact(tok, texts):
+    for text in texts:
+        ids = tok.encode(text)
+        assert UNK not in ids
+        assert tok.decode(ids) == text
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+@pytest.mark.parametrize("repeat", [1, 150], ids=["short", "long"])
+@pytest.mark.parametrize("text", [*SCRIPTS.values(), *RESERVED.values()])
+def test_sentencepiece_decodes_what_it_was_trained_on(text, repeat, byte_fallback):
+    """Also texts above sentencepiece's 4,192 bytes, with and without spaces."""
+    text = unicodedata.normalize("NFC", text)
+    texts = ["the cat sees a tree"] * 20
+    texts += [text * repeat, (f"{text} " * repeat).strip()]
+    _exact(_pieces(texts, byte_fallback=byte_fallback), texts)
+
+
+@pytest.mark.parametrize("text", [*SCRIPTS.values(), *RESERVED.values()])
+def test_words_decode_what_they_were_trained_on(text):
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    _exact(tokenizer.train_word([text], min_count=0), [text])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.text().filter(str.strip), min_size=1, max_size=5))
+def test_any_text_is_decoded_exactly(texts):
+    texts = [unicodedata.normalize("NFC", t.strip().replace("\0", "")) for t in texts]
+    if all(map(str.strip, texts)):
+        _exact(_pieces(texts), texts)
+
+
+@pytest.mark.parametrize("text", [*SCRIPTS.values(), *RESERVED.values()])
+def test_bytes_spell_unseen_characters_where_asked(text):
+    text, texts = unicodedata.normalize("NFC", text), ["zzz zz z", "zz zzz z"] * 9
+    _exact(_pieces(texts, byte_fallback=True), [text])
+    assert UNK in _pieces(texts).encode(text)
+
+
+def test_a_text_without_spaces_is_trained_on_in_time():
+    """sentencepiece alone takes minutes: its time is quadratic in this length."""
+    text = "龍天地玄黃宇宙洪荒" * 30_000
+    _exact(_pieces([text]), [text])
+
+
+TRAIN = {
+    "word": lambda texts: tokenizer.train_word(texts, min_count=0),
+    "sentencepiece": _pieces,
+}
+
+
+@pytest.mark.parametrize("bad", ["\ud83d", "\0"])
+@pytest.mark.parametrize("kind", TRAIN)
+def test_what_no_file_holds_is_refused_with_its_place(kind, bad):
+    with pytest.raises(UserError, match="text 3 holds"):
+        TRAIN[kind](["the cat", "a dog", f"the {bad} cat"])
+    with pytest.raises(UserError, match="the text holds"):
+        TRAIN[kind](TEXTS).encode(f"the {bad}")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("trained_on", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", TRAIN)
+def test_unicode_forms_are_one_text(kind, trained_on, form):
+    texts = [text for name, text in SCRIPTS.items() if name != "strange"]
+    tok = TRAIN[kind]([unicodedata.normalize(trained_on, text) for text in texts])
+    for text in texts:
+        composed = unicodedata.normalize("NFC", text)
+        assert tok.encode(unicodedata.normalize(form, text)) == tok.encode(composed)
+        assert UNK not in tok.encode(composed)
+
+
+def test_a_vocabulary_in_another_form_knows_its_words():
+    tok = WordTokenizer(("cafe\u0301", "the"))
+    assert tok.encode("the caf\u00e9") == tok.encode("the cafe\u0301") == [5, 4]
 
 
 def test_sentencepiece_is_deterministic_and_of_the_size_asked():

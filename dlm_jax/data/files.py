@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of text files, record by record; errors name the line."""
+"""Readers of text files, record by record; errors name the line.
+
+Files are UTF-8, with or without a byte order mark. Texts come out in Unicode NFC.
+"""
 
 import codecs
 import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from dlm_jax.data.normalization import normalize, refuse_nul
 from dlm_jax.errors import UserError
 
 
@@ -57,6 +61,8 @@ def existing(path: str, flag: str) -> Path:
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
     """Decodes a line as UTF-8; raises UserError naming the line."""
+    if b"\0" in raw:  # such as UTF-16 without its mark, which is valid UTF-8
+        refuse_nul(f"{path} line {line}")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -66,11 +72,21 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
         ) from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the non-blank lines, stripped, with their line numbers from 1."""
-    for number, line in enumerate(_raw_lines(path), 1):
-        if stripped := line.strip():
-            yield number, stripped
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the non-blank lines, stripped, with their numbers from 1. Raises UserError."""
+    for number, line in enumerate(every_line(path), 1):
+        if line:
+            yield number, normalize(line, f"{path} line {number}")
+
+
+def every_line(path: Path) -> Iterator[str]:
+    """Yields all lines, stripped. They end at \\n, \\r\\n or \\r. Raises UserError."""
+    for line in _raw_lines(path):
+        stripped = line.strip()
+        if "\r" in stripped:
+            yield from (part.strip() for part in stripped.split("\r"))
+        else:
+            yield stripped
 
 
 def _raw_lines(path: Path) -> Iterator[str]:
@@ -81,19 +97,19 @@ def _raw_lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     with file:
         for number, raw in enumerate(file, 1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            yield _decode(raw, path, number)
+            # files that were joined have the mark at the start of other lines, too
+            yield _decode(raw.removeprefix(codecs.BOM_UTF8), path, number)
 
 
 def read_text(path: Path, cfg: Any) -> Iterator[str]:
     """Yields the non-blank lines of a text file. Raises UserError."""
-    return (line for _, line in _lines(path))
+    return (line for _, line in lines(path))
 
 
 def read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
     """Returns E2E's pairs of a text and its {field: value} record. Raises UserError."""
     pairs = []
-    for number, line in _lines(path):
+    for number, line in lines(path):
         record, bar, text = line.partition("||")
         if not bar:
             raise UserError(
@@ -107,14 +123,13 @@ def read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
 
 
 def read_records(records: Callable, path: Path, cfg: Any) -> Iterator[str]:
-    """Yields the non-empty texts in column cfg.column. Raises UserError."""
-    texts = (cell(record, cfg.column, where) for where, record in records(path))
-    return (text for text in texts if text)
+    """Yields the texts in column cfg.column, empty ones too. Raises UserError."""
+    return (cell(record, cfg.column, where) for where, record in records(path, cfg))
 
 
-def jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
+def jsonl_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
     """Yields (location, record) of each non-blank line. Raises UserError."""
-    for number, line in _lines(path):
+    for number, line in lines(path):
         where = f"{path} line {number}"
         try:
             record = json.loads(line)
@@ -126,20 +141,95 @@ def jsonl_records(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
-def csv_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields (location, record) of each row. Raises UserError."""
-    pieces = chain.from_iterable(io.StringIO(x, newline="") for x in _raw_lines(path))
-    rows = csv.DictReader(pieces)
+DELIMITERS = ",\t;|"
+
+
+def delimiter(path: Path, cfg: Any) -> str:
+    """Returns cfg.delimiter, or what splits the first line into the most columns."""
+    given = cfg.delimiter.replace("\\t", "\t")
+    if given and (len(given) > 1 or given in '"\r\n'):
+        raise UserError(
+            f"config.data.delimiter={cfg.delimiter!r}: give one character, such as ; or "
+            "\\t, or nothing, to tell it from the first line"
+        )
+    first = next((line for line in every_line(path) if line), "")
+    columns = {d: len(next(csv.reader([first], delimiter=d), ())) for d in DELIMITERS}
+    return given or max(DELIMITERS, key=lambda d: columns[d])
+
+
+def csv_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
+    """Yields (location, record) of each row; the first row names the columns.
+
+    Raises UserError for a quote that is not closed, and for a row of too many cells.
+    """
+    names: list[str] = []
+    for line, row in _csv_rows(path, delimiter(path, cfg)):
+        if not names:
+            names = row
+            if row.count(cfg.column) > 1:
+                raise UserError(
+                    f"{path} line {line} has several columns {cfg.column!r}: rename them"
+                )
+            continue
+        if any(row[len(names) :]):
+            raise UserError(
+                f"{path} line {line} has {len(row)} cells and the first row {len(names)}: "
+                'put texts between quotes ("), or set config.data.delimiter'
+            )
+        yield f"{path} line {line}", dict(zip_longest(names, row[: len(names)]))
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of its first line, row) of each row that is not blank."""
+    csv.field_size_limit(2**31 - 1)  # of the process; the default is 128 kB
+    read: list[str] = []  # the lines of this row
+
+    def pieces() -> Iterator[str]:
+        parts = (io.StringIO(line, newline="") for line in _raw_lines(path))
+        for piece in chain.from_iterable(parts):
+            read.append(piece)
+            yield piece
+
+    rows = csv.reader(pieces(), delimiter=delimiter, strict=True)
+    first = 1
     try:
         for row in rows:
-            yield f"{path} line {rows.line_num}", row
+            if row:
+                yield first, row
+            first = rows.line_num + 1
+            read.clear()
     except csv.Error as error:
-        where = f"{path} line {rows.line_num}"
-        raise UserError(f"{where} is not CSV ({error}): fix it") from error
+        opened = first + _open_quote(read, delimiter)
+        if not any('"' in line for line in read):
+            raise UserError(
+                f"{path} line {first} is not CSV ({error}): fix it"
+            ) from error
+        raise UserError(
+            f'{path} line {opened} opens a quote (") that line {rows.line_num} does not '
+            f"close as CSV does ({error}): close it; a quote inside of a quoted text is "
+            'written twice ("")'
+        ) from error
+
+
+def _open_quote(lines: list[str], delimiter: str) -> int:
+    """Returns the index of the line where the last quote opens, up to the first mistake."""
+    opened, quoted, closing, ends = 0, False, False, f"{delimiter}\r\n"
+    start = True  # of a cell
+    for i, line in enumerate(lines):
+        for c in line:
+            if c == '"' and (start or quoted or closing):
+                opened = i if start else opened
+                quoted, closing = not quoted, quoted
+            elif closing and c not in ends:
+                return opened
+            else:
+                closing = False
+            start = not quoted and c in ends
+    return opened
 
 
 def cell(record: dict, column: str, where: str) -> str:
-    """Returns the stripped text (str or UTF-8 bytes) of a column. Raises UserError."""
+    """Returns the text (str or UTF-8 bytes) of a column, stripped. Raises UserError."""
     if column not in record:
         names = ", ".join(str(name) for name in record if name is not None)
         raise UserError(
@@ -156,4 +246,4 @@ def cell(record: dict, column: str, where: str) -> str:
             f"{where} column {column!r} holds {kind}, not text: "
             "fix it or set config.data.column to another"
         )
-    return value.strip()
+    return normalize(value.strip(), f"{where} column {column!r}")

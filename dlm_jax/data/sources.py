@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dlm_jax.data import array_record, grammar, tfds
+from dlm_jax.data import array_record, grammar, tfds, tokenizer_files
 from dlm_jax.data.files import (
     cell,
     csv_records,
@@ -26,6 +26,7 @@ from dlm_jax.data.files import (
     read_records,
     read_text,
 )
+from dlm_jax.data.normalization import normalize
 from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
 from dlm_jax.errors import UserError, choose
 
@@ -44,11 +45,23 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     return _non_empty(source(cfg, split), f"{split} split of {describe(cfg)}")
 
 
+OPTIONS = {"word": ("min_count",), "sentencepiece": ("vocab_size", "byte_fallback")}
+
+
 def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
-    """Trains the kind of tokenizer that `cfg` names. Raises UserError."""
+    """Trains the kind of tokenizer that `cfg` names, or reads it from its tokenizer_path.
+
+    Raises UserError.
+    """
+    if cfg.tokenizer_path:
+        return tokenizer_files.load(cfg.tokenizer, cfg.tokenizer_path)
+    if cfg.tokenizer == "hf":
+        raise UserError(
+            "config.data.tokenizer=hf is not trained here: set config.data.tokenizer_path "
+            "to its tokenizer.json"
+        )
     train = choose("config.data.tokenizer", TRAINERS, cfg.tokenizer)
-    option = {"word": "min_count", "sentencepiece": "vocab_size"}[cfg.tokenizer]
-    return train(texts, **{option: getattr(cfg, option)})
+    return train(texts, **{name: cfg[name] for name in OPTIONS[cfg.tokenizer]})
 
 
 def _non_empty(texts: list, what: str) -> list:
@@ -69,7 +82,7 @@ def _grammar(cfg: Any, split: str) -> list[str]:
 def _file(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
     """Reads a split: validation comes from `valid_path`, or is held out of `path`."""
     path = _path(cfg, split)
-    records = _non_empty(list(read(path, cfg)), str(path))
+    records = _non_empty(list(filter(None, read(path, cfg))), str(path))
     return records if cfg.valid_path else hold_out(records, cfg, split)
 
 
@@ -102,7 +115,7 @@ def stream(cfg: Any, split: str) -> Iterator[str]:
         yield from load_texts(cfg, split)
         return
     path, read = _path(cfg, split), FILES[cfg.source]
-    yield from islice(read(path, cfg), *_part_of(path, cfg, split))
+    yield from islice(filter(None, read(path, cfg)), *_part_of(path, cfg, split))
 
 
 def count(cfg: Any, split: str) -> int:
@@ -115,30 +128,51 @@ def count(cfg: Any, split: str) -> int:
 
 def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
     """Returns the range (start, stop) of a split's texts in its file."""
-    state = path.stat()
-    texts = _count(path, cfg.source, cfg.column, (state.st_mtime_ns, state.st_size))
+    texts, _ = _counts(path, cfg)
     if not texts:
         _non_empty([], str(path))
     return (0, texts) if cfg.valid_path else part(texts, cfg, split)
 
 
+def blank(cfg: Any) -> int:
+    """Returns the number of rows of csv or jsonl files without text, which are left out."""
+    if cfg.source not in RECORDS:
+        return 0
+    paths = {_path(cfg, split) for split in ("train", "valid")}
+    return sum(_counts(path, cfg)[1] for path in paths)
+
+
+def _counts(path: Path, cfg: Any) -> tuple[int, int]:
+    """Counts the texts of a file, and its rows without text."""
+    state = path.stat()
+    options = (cfg.column, cfg.delimiter) if cfg.source in RECORDS else ("", "")
+    return _count(path, cfg.source, *options, (state.st_mtime_ns, state.st_size))
+
+
 @lru_cache(maxsize=4)
-def _count(path: Path, source: str, column: str, state: tuple[int, int]) -> int:
-    """Counts the texts of a file. state: its (mtime, size), part of the cache key."""
-    return sum(1 for _ in FILES[source](path, ConfigDict({"column": column})))
+def _count(
+    path: Path, source: str, column: str, delimiter: str, state: tuple[int, int]
+) -> tuple[int, int]:
+    """Computes `_counts`. state: the file's (mtime, size), part of the cache key."""
+    cfg, texts, rows = ConfigDict({"column": column, "delimiter": delimiter}), 0, 0
+    for text in FILES[source](path, cfg):
+        rows += 1
+        texts += bool(text)
+    return texts, rows - texts
 
 
 def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
     """Loads texts of csv or jsonl, and labels from another column. Raises UserError."""
-    records = {"csv": csv_records, "jsonl": jsonl_records}[cfg.source]
+    records = RECORDS[cfg.source]
 
     def read(path: Path, cfg: Any) -> list[tuple[str, str]]:
         pairs = []
-        for where, record in records(path):
+        for where, record in records(path, cfg):
             text = cell(record, cfg.column, where)
             if text:
                 value = record.get(column)
                 label = "" if value is None else str(value).strip()
+                label = normalize(label, f"{where} column {column!r}")
                 if not label:
                     raise UserError(
                         f"{where} has no config.classifier.column={column!r}: every "
@@ -155,10 +189,13 @@ def _prepared(cfg: Any, split: str) -> list[str]:
     return array_record.read_texts(cfg.path, split)
 
 
+RECORDS: dict[str, Callable[[Path, Any], Iterator[tuple[str, dict]]]] = {
+    "csv": csv_records,
+    "jsonl": jsonl_records,
+}
 FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
     "text": read_text,
-    "csv": partial(read_records, csv_records),
-    "jsonl": partial(read_records, jsonl_records),
+    **{name: partial(read_records, records) for name, records in RECORDS.items()},
 }
 SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,

@@ -27,7 +27,10 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
                 f"set config.data.column to one of {names}"
             )
         records = builder.as_data_source(split=part)
-        cells = (cell(r, cfg.column, f"TFDS {cfg.path}") for r in records)
+        numbered = (
+            (r, f"TFDS {cfg.path} record {i}") for i, r in enumerate(records, 1)
+        )
+        cells = (cell(r, cfg.column, where) for r, where in numbered)
         texts = [text for text in cells if text]
     except UserError:
         raise

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers between text and ids, by whole words or by sentencepiece pieces.
+"""Tokenizers between text and ids: whole words, sentencepiece pieces, Hugging Face's.
 
-Both kinds share one interface: `encode`, `decode`, `vocab_size`, `tokens` and
+All kinds share one interface: `encode`, `decode`, `vocab_size`, `tokens` and
 `to_dict`, whose JSON record `from_dict` reads. Ids 0 to 3 are reserved. No text encodes
-to START, END or PAD: the literal word "END" is a word like any other.
+to START, END or PAD: the literal word "END" is a word like any other, and so is "<s>".
+Text is brought to Unicode NFC before it is encoded.
 """
 
 import base64
 import io
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,10 +20,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from dlm_jax.data.normalization import normalize
 from dlm_jax.errors import UserError
 from dlm_jax.types import END, PAD, START, UNK, Array
 
 SPECIALS = ("START", "END", "UNK", "PAD")
+# sentencepiece cuts such a name out of training text; no text has one with a space in it
+PIECE_NAMES = ("START ", "END ", "UNK ", "PAD ")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,11 @@ class WordTokenizer:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return {word: i for i, word in enumerate(self.words, len(SPECIALS))}
+        """The id of each word, also of one that is not in NFC as texts are."""
+        ids: dict[str, int] = {}
+        for i, word in enumerate(self.words, len(SPECIALS)):
+            ids.setdefault(normalize(word, f"word {i} of the vocabulary"), i)
+        return ids
 
     @property
     def vocab_size(self) -> int:
@@ -46,7 +55,7 @@ class WordTokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of the words, without START and END; UNK if unknown."""
         get = self._ids.get
-        return [get(word, UNK) for word in text.split()]
+        return [get(word, UNK) for word in normalize(text, "the text").split()]
 
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
         """Joins the words before the first END by spaces. Raises UserError."""
@@ -60,9 +69,13 @@ class WordTokenizer:
 
 @dataclass(frozen=True)
 class PieceTokenizer:
-    """A sentencepiece model, held as its serialised bytes."""
+    """A sentencepiece model, held as its serialised bytes.
+
+    escaped: the model was trained on `_escape`d text, so that it loses no character.
+    """
 
     model: bytes
+    escaped: bool = False
 
     @cached_property
     def _processor(self) -> Any:
@@ -82,19 +95,110 @@ class PieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of the pieces of `text`, without START and END."""
-        return self._processor.encode(text)
+        text = normalize(text, "the text")
+        return self._processor.encode(_escape(text) if self.escaped else text)
 
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
         """Returns the text before the first END. Raises UserError for an invalid id."""
-        return self._processor.decode(_content(ids, self.vocab_size))
+        text = self._processor.decode(_content(ids, self.vocab_size))
+        return _unescape(text) if self.escaped else text
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a record that JSON can store, with the model in base64."""
         model = base64.b64encode(self.model).decode("ascii")
-        return {"kind": "sentencepiece", "model": model}
+        return {"kind": "sentencepiece", "model": model, "escaped": self.escaped}
 
 
-Tokenizer = WordTokenizer | PieceTokenizer
+@dataclass(frozen=True)
+class HFTokenizer:
+    """A tokenizer of Hugging Face's package tokenizers, held as its JSON.
+
+    Its unknown token is UNK. Its other special tokens, such as [CLS], have no id: START,
+    END and PAD stand for them, and their names in a text are words like any other.
+    """
+
+    model: str
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            import tokenizers  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError(
+                "config.data.tokenizer=hf needs the package tokenizers: "
+                "pip install 'dlm_jax[hf]'"
+            ) from error
+        tokenizer = tokenizers.Tokenizer.from_str(self.model)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @cached_property
+    def _strings(self) -> dict[int, str]:
+        """The string of each of its ids that has one of ours, in our order."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} | {self._unknown}
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        strings = sorted((i, token) for token, i in vocab.items())
+        return {i: token for i, token in strings if i not in special}
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """Its id of an unknown token, if it has one."""
+        model = json.loads(self.model)["model"]
+        name = model.get("unk_token")
+        return (
+            model.get("unk_id") if name is None else self._tokenizer.token_to_id(name)
+        )
+
+    @cached_property
+    def _ids(self) -> dict[int, int]:
+        return {theirs: i for i, theirs in enumerate(self._strings, len(SPECIALS))}
+
+    @property
+    def vocab_size(self) -> int:
+        """Returns the number of tokens, including our four special ones."""
+        return len(SPECIALS) + len(self._strings)
+
+    def tokens(self) -> list[str]:
+        """Returns the string of each id, in order, as the tokenizer spells it."""
+        return [*SPECIALS, *self._strings.values()]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of the tokens of `text`, without START and END."""
+        text, get = normalize(text, "the text"), self._ids.get
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [get(i, UNK) for i in encoding.ids]
+
+    def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
+        """Returns the text before the first END. Raises UserError for an invalid id."""
+        theirs = [self._unknown, *self._strings]
+        content = [max(i - UNK - 1, 0) for i in _content(ids, self.vocab_size)]
+        known = [theirs[i] for i in content if theirs[i] is not None]
+        return self._tokenizer.decode(known, skip_special_tokens=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a record that JSON can store."""
+        return {"kind": "hf", "model": self.model}
+
+
+Tokenizer = WordTokenizer | PieceTokenizer | HFTokenizer
+
+# sentencepiece means a space by U+2581, and drops training text with the others: in its
+# text each is a private character followed by another, and so is the former
+_RESERVED = "\ue000\u2581\u2585\t\x1f"
+_ESCAPES = {c: f"\ue000{chr(0xE001 + i)}" for i, c in enumerate(_RESERVED)}
+_ORIGINALS = {pair: c for c, pair in _ESCAPES.items()}
+_ESCAPED, _PAIR = re.compile(f"[{_RESERVED}]"), re.compile("\ue000[\ue001-\ue005]")
+
+
+def _escape(text: str) -> str:
+    return _ESCAPED.sub(lambda match: _ESCAPES[match[0]], text)
+
+
+def _unescape(text: str) -> str:
+    return _PAIR.sub(lambda match: _ORIGINALS[match[0]], text)
 
 
 def train_word(texts: Iterable[str], *, min_count: int = 10) -> WordTokenizer:
@@ -103,7 +207,7 @@ def train_word(texts: Iterable[str], *, min_count: int = 10) -> WordTokenizer:
     This is the published code's vocabulary, 821 ids on E2E. Raises UserError if no
     word is that frequent.
     """
-    counts = Counter(word for text in texts for word in text.split())
+    counts = Counter(word for text in _numbered(texts) for word in text.split())
     words = tuple(word for word, count in counts.items() if count > min_count)
     if not words:
         raise UserError(
@@ -113,18 +217,55 @@ def train_word(texts: Iterable[str], *, min_count: int = 10) -> WordTokenizer:
     return WordTokenizer(words)
 
 
-def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> PieceTokenizer:
+def _numbered(texts: Iterable[str]) -> Iterator[str]:
+    """Yields the texts in NFC. Raises UserError with the number of a text, from 1."""
+    return (normalize(text, f"text {i}") for i, text in enumerate(texts, 1))
+
+
+SENTENCE_BYTES, SENTENCE = 4192, 1000  # sentencepiece's limit; characters of a part
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Yields the texts as sentencepiece takes them: long ones in parts.
+
+    It drops longer ones without a word, and its time is quadratic in the distance of two
+    spaces. A text is cut at a space, or between two characters if none is in reach.
+    """
+    for text in map(_escape, _numbered(texts)):
+        start, short = 0, len(text.encode()) <= SENTENCE_BYTES
+        while start < len(text):
+            end = len(text)
+            if not short and end - start > SENTENCE:
+                space = text.rfind(" ", start + 1, start + SENTENCE)
+                end = start + SENTENCE if space < 0 else space
+            if part := text[start:end].strip(" "):
+                yield part
+            start = end
+
+
+def train_sentencepiece(
+    texts: Iterable[str], *, vocab_size: int, byte_fallback: bool = False
+) -> PieceTokenizer:
     """Trains a unigram model (arXiv:1804.10959) of exactly `vocab_size` ids.
 
-    One thread and no shuffling, so the same texts give the same bytes. Raises UserError
-    if the texts are empty or cannot be split into `vocab_size` distinct pieces.
+    Every trained text is decoded exactly. byte_fallback: 256 of the ids are bytes, which
+    spell the characters that are not in the texts; without it they are UNK. One thread
+    and no shuffling, so the same texts give the same bytes. Raises UserError if the
+    texts are empty or cannot be split into `vocab_size` distinct pieces.
     """
     import sentencepiece
 
-    writer = io.BytesIO()
+    writer, refused = io.BytesIO(), []
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(texts)
+        except UserError as error:  # sentencepiece raises another one
+            refused.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=sentences(),
             model_writer=writer,
             vocab_size=vocab_size,
             model_type="unigram",
@@ -132,15 +273,25 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int) -> PieceTokeni
             eos_id=END,
             unk_id=UNK,
             pad_id=PAD,
+            bos_piece=PIECE_NAMES[START],
+            eos_piece=PIECE_NAMES[END],
+            unk_piece=PIECE_NAMES[UNK],
+            pad_piece=PIECE_NAMES[PAD],
+            byte_fallback=byte_fallback,
             character_coverage=1.0,
             normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=SENTENCE_BYTES,
             num_threads=1,
             shuffle_input_sentence=False,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(_training_failure(str(error), vocab_size)) from error
-    return PieceTokenizer(writer.getvalue())
+        if not refused:
+            raise UserError(_training_failure(str(error), vocab_size)) from error
+    if refused:
+        raise refused[0]
+    return PieceTokenizer(writer.getvalue(), escaped=True)
 
 
 TRAINERS: dict[str, Callable[..., Tokenizer]] = {
@@ -171,7 +322,8 @@ def _read_word(record: dict[str, Any]) -> WordTokenizer:
 def _read_sentencepiece(record: dict[str, Any]) -> PieceTokenizer:
     expected = "a base64 sentencepiece model with START, END, UNK, PAD at ids 0 to 3"
     try:
-        tokenizer = PieceTokenizer(base64.b64decode(record["model"], validate=True))
+        model = base64.b64decode(record["model"], validate=True)
+        tokenizer = PieceTokenizer(model, bool(record.get("escaped")))
         sp = tokenizer._processor
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged("model", expected) from error
@@ -180,7 +332,24 @@ def _read_sentencepiece(record: dict[str, Any]) -> PieceTokenizer:
     return tokenizer
 
 
-_READERS = {"word": _read_word, "sentencepiece": _read_sentencepiece}
+def _read_hf(record: dict[str, Any]) -> HFTokenizer:
+    expected = "a tokenizer.json of Hugging Face's tokenizers"
+    try:
+        tokenizer = HFTokenizer(record["model"])
+        if not tokenizer._strings:
+            raise ValueError("no tokens")
+    except UserError:
+        raise
+    except Exception as error:  # the library raises Exception for what it cannot read
+        raise _damaged("model", expected) from error
+    return tokenizer
+
+
+_READERS = {
+    "word": _read_word,
+    "sentencepiece": _read_sentencepiece,
+    "hf": _read_hf,
+}
 
 
 def _damaged(field: str, expected: str) -> UserError:
