@@ -39,6 +39,7 @@ def rates(folder: str, scratch: Path, repeats: int) -> dict[str, Any]:
     """Measures tokens per second of loaders and step: medians of interleaved rounds."""
     config = e2e_small.get_config()
     config.data.path = folder
+    config.model.known_length = False  # which needs the text in memory
     prepare.prepare_data(config, str(scratch / "prepared"))
     runs = {"in memory": _trainer(config, scratch / "run")}
     config.data.source, config.data.path = "prepared", str(scratch / "prepared")
@@ -91,7 +92,7 @@ def write_text(path: Path, size: float) -> None:
     """Writes random pairs of grammar texts as lines, up to size bytes."""
     lines = grammar.sample(0, 20_000)
     rng = np.random.default_rng(0)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
             pairs = rng.integers(0, len(lines), (50_000, 2))
             file.write("".join(f"{lines[a]} {lines[b]}\n" for a, b in pairs))
@@ -109,7 +110,7 @@ def large(size: float, scratch: Path) -> dict[str, Any]:
             "configs/e2e_small.py",
             "--config.data.valid_fraction=0.001",
         ]
-        common += ["--config.data.mode=block"]
+        common += ["--config.data.mode=block", "--config.model.known_length=False"]
         out = scratch / f"{name}_prepared"
         source = ["--config.data.source=text", f"--config.data.path={text}"]
         steps = [f"--config.train.{n}=1000" for n in ("sample_steps", "valid_steps")]

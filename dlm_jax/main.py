@@ -151,11 +151,13 @@ def _require_one_host() -> None:
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     lm = _load(config, workdir, step)
+    from dlm_jax import console
     from dlm_jax.runtime import hosts
 
     texts = lm.sample(lm.config["sample"]["n"])
     if hosts.process_index_and_count()[0] == 0:
-        print("\n".join(texts))
+        for text in texts:
+            console.say(console.one_line(text))
 
 
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:
@@ -171,11 +173,12 @@ def _control(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax import console
     from dlm_jax.evaluation import plots
 
     _require_one_host()
     for path in plots.save_plots(_load_with_data(config, workdir, step), workdir):
-        print(path)
+        console.say(path)
 
 
 def _prepare_data(config: Any, workdir: str, step: int | None) -> None:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dlm_jax"
 # import each other.
 COLUMNS = (
     "types errors",
-    "ranges",
+    "ranges console",
     "nn data runtime",
     "diffusion",
     "inference",

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from dlm_jax.data import grammar, sources
+from dlm_jax.data.normalization import normalize
 from dlm_jax.errors import UserError, choose
 from dlm_jax.ranges import check_ranges
 from dlm_jax.types import HeadSpec
@@ -97,7 +98,8 @@ def _target_fields(note: Any, vocab: LabelVocab) -> Int[np.ndarray, " f"]:
         raise UserError(f"{vocab.task}={note!r}: give {{field: value}}")
     row = dict.fromkeys(vocab.classes, -1)
     for field, value in note.items():
-        row[field] = vocab.class_index(field, value)
+        name = normalize(str(value), f"{field}={value!r}")
+        row[field] = vocab.class_index(field, name)
     return np.array(list(row.values()))
 
 
@@ -254,15 +256,15 @@ def _columns(config: Any, split: str) -> Annotated:
 def read_conllu(path: str | Path) -> list[list[tuple[str, str]]]:
     """Reads a CoNLL-U file as sentences of (word, universal tag). Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"config.classifier.conllu={str(path)!r}: give a .conllu file of Universal "
             f"Dependencies ({error})"
         ) from error
     sentences = []
-    for block in text.split("\n\n"):
-        rows = [line.split("\t") for line in block.splitlines()]
+    for block in normalize(text, str(path)).split("\n\n"):
+        rows = [line.split("\t") for line in block.split("\n")]
         words = [(r[1], r[3]) for r in rows if len(r) == 10 and r[0].isdigit()]
         if words:
             sentences.append(words)

@@ -94,7 +94,7 @@ def load_prepared(
 def read_manifest(folder: Path) -> dict:
     """Reads data.json; raises UserError if it is missing or damaged."""
     try:
-        metadata = json.loads((folder / MANIFEST).read_text())
+        metadata = json.loads((folder / MANIFEST).read_text("utf-8"))
         rows = metadata["rows"]
         counts = [rows["train"], rows["valid"], metadata["length"], metadata["crc"]]
         if not all(isinstance(n, int) and n >= 0 for n in counts):
@@ -108,6 +108,8 @@ def read_manifest(folder: Path) -> dict:
             raise ValueError("unknown dtype or mode")
         if not isinstance(metadata["tokenizer"], dict):
             raise ValueError("no tokenizer")
+        if not isinstance(metadata.get("read", []), list):
+            raise ValueError("its lines on what was read are not a list")
     except OSError as error:
         if reason := environment_reason(error):
             raise UserError(f"{folder} cannot be read here ({reason})") from error

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax.data import array_record, encoding, sources
+from dlm_jax.data import array_record, encoding, reading, sources
 from dlm_jax.data.array_record import ArrayRecordDataset
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.errors import UserError
@@ -17,12 +17,14 @@ class Corpus(NamedTuple):
     """Token ids of both splits [n l], and the tokenizer that encoded them.
 
     metadata: further identification of the corpus, recorded in each checkpoint.
+    read: lines on what was read, for the user.
     """
 
     train: np.ndarray | ArrayRecordDataset
     valid: np.ndarray | ArrayRecordDataset
     tokenizer: Tokenizer
     metadata: dict | None = None
+    read: tuple[str, ...] = ()
 
     def identity(self) -> dict:
         """Returns the metadata with checksums of the ids: `corpus`, `valid`."""
@@ -46,7 +48,9 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     tokenizer = tokenizer or sources.train_tokenizer(config.data, texts)
     layout = {name: config.data[name] for name in ("length", "mode", "too_long")}
     train, valid = (encoding.encode(t, tokenizer, **layout) for t in (texts, held_out))
-    return Corpus(train, valid, tokenizer)
+    splits = {"train": (texts, train), "valid": (held_out, valid)}
+    read = reading.describe(config.data, tokenizer, splits)
+    return Corpus(train, valid, tokenizer, read=read)
 
 
 def _load_prepared(cfg: Any) -> Corpus:
@@ -58,4 +62,6 @@ def _load_prepared(cfg: Any) -> Corpus:
                 f"config.data.{name}={cfg[name]}: {cfg.path} was prepared with "
                 f"{metadata[name]}; use that value, or prepare the data again"
             )
-    return Corpus(*array_record.load_prepared(cfg.path))
+    lines = metadata.get("read") or ()
+    read = tuple(f"{cfg.path}, prepared from {line}" for line in lines)
+    return Corpus(*array_record.load_prepared(cfg.path), read=read)

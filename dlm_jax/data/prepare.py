@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dlm_jax import console
 from dlm_jax.data import array_record, encoding, sources
+from dlm_jax.data.reading import Reading
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.errors import UserError
 
@@ -37,6 +39,7 @@ def prepare_data(config: Any, workdir: str) -> None:
     counts = {split: sources.count(cfg, split) for split in ("train", "valid")}
     tokenizer = _tokenizer(cfg, counts["train"])
     folder.mkdir(parents=True, exist_ok=True)
+    reading = Reading(cfg, tokenizer)
     metadata = {
         "rows": {},
         "texts": counts,
@@ -50,8 +53,9 @@ def prepare_data(config: Any, workdir: str) -> None:
         writer = array_record.ArrayRecordWriter(
             folder, split, cfg.length, tokenizer.vocab_size
         )
-        for rows in encode_stream(iter(bar), tokenizer, cfg):
+        for chunk, rows in encode_stream(iter(bar), tokenizer, cfg):
             writer.add(rows)
+            reading.add(split, chunk, rows)
         writer.close()
         if not writer.rows:
             raise UserError(
@@ -60,11 +64,14 @@ def prepare_data(config: Any, workdir: str) -> None:
             )
         metadata["rows"][split], metadata["dtype"] = writer.rows, str(writer.dtype)
         metadata["crc"] = metadata.get("crc", 0) ^ writer.crc
+    metadata["read"] = reading.lines()
     path = folder / array_record.MANIFEST
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(metadata, ensure_ascii=False))
+    part.write_text(json.dumps(metadata, ensure_ascii=False), encoding="utf-8")
     part.replace(path)
-    print(
+    for line in metadata["read"]:
+        console.say(line)
+    console.say(
         f"{folder}: {metadata['rows']} rows of {cfg.length} tokens; to train on them, "
         f"set config.data.source=prepared and config.data.path={folder}"
     )
@@ -77,6 +84,8 @@ def _bar(cfg: Any, split: str, what: str, texts: int) -> Any:
 
 
 def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
+    if cfg.tokenizer_path:
+        return sources.train_tokenizer(cfg, ())
     every = 1 if cfg.tokenizer == "word" else -(-texts // LEARN)
     bar = _bar(cfg, "train", "tokenizer", texts)
     return sources.train_tokenizer(cfg, itertools.islice(iter(bar), 0, None, every))
@@ -84,8 +93,8 @@ def _tokenizer(cfg: Any, texts: int) -> Tokenizer:
 
 def encode_stream(
     texts: Iterator[str], tok: Tokenizer, cfg: Any
-) -> Iterator[np.ndarray]:
-    """Yields the rows [n l] of `encoding.encode`, for CHUNK texts at a time."""
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yields CHUNK texts at a time, and their rows [n l] of `encoding.encode`."""
     left: list[int] = []
     arrange, fit = encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)
     while chunk := list(itertools.islice(texts, CHUNK)):
@@ -94,5 +103,4 @@ def encode_stream(
         rows = arrange(ids, cfg.length, fit)
         if cfg.mode == "block":
             left = list(itertools.chain(*ids))[rows.size :]
-        if len(rows):
-            yield rows
+        yield chunk, rows

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from dlm_jax import console
 from dlm_jax.errors import UserError, choose
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.evaluation.control_targets import Scorer, load_targets, make_scorer
@@ -156,9 +157,9 @@ def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
                 path.parent.mkdir(exist_ok=True)
                 if main:
                     checkpoint.write_json(path, identity | row)
-            rows += [json.loads(path.read_text())] if main else []
+            rows += [json.loads(path.read_text("utf-8"))] if main else []
     if main:
-        print(markdown_table(rows))
+        console.say(markdown_table(rows))
     return rows
 
 

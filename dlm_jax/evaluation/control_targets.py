@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax.data import annotations, grammar, sources
+from dlm_jax.data import annotations, files, grammar, sources
 from dlm_jax.data.annotations import Fields, Spans
+from dlm_jax.data.normalization import normalize
 from dlm_jax.errors import UserError
 from dlm_jax.inference.pipeline import DiffusionLM
 
@@ -119,7 +120,7 @@ def load_published(folder: Path, task: str) -> list[Sentence]:
         )
     path = folder / PUBLISHED[task]
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for _, line in files.lines(path)]
     except (OSError, ValueError) as error:
         raise UserError(f"config.control.targets: {path}: {error}") from error
     return [_published(row) for row in rows]
@@ -128,14 +129,14 @@ def load_published(folder: Path, task: str) -> list[Sentence]:
 def _published(row: Any) -> Sentence:
     """Reads a row: a field and its value, or words with tags, a field or spans."""
     if isinstance(row, list):
-        field, value = " ".join(row).split(" : ")
+        field, value = normalize(" ".join(row), "a field").split(" : ")
         return Sentence(value, {field: value})
-    words = row["words_"]
+    words = [normalize(word, "a word") for word in row["words_"]]
     kept = [i for i, word in enumerate(words) if word not in EDGES]
     text = " ".join(words[i] for i in kept)
     fields = tags = spans = None
     if "attr" in row:
-        field, value = " ".join(row["attr"]).split(" : ")
+        field, value = normalize(" ".join(row["attr"]), "a field").split(" : ")
         fields = {field: value}
     if "pos" in row:
         tags = [row["pos"][i] for i in kept]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from dlm_jax import console
 from dlm_jax.data import encoding, grammar, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers, time_sampling
@@ -78,14 +79,16 @@ def _held_out(lm: DiffusionLM) -> Ids | None:
     """Returns the validation ids [n l]; without them, prints why and returns None."""
     cfg: Any = ml_collections.ConfigDict(lm.config["data"])
     if "source" not in cfg:
-        print("no plot of the loss over t: the saved config does not name its data")
+        console.say(
+            "no plot of the loss over t: the saved config does not name its data"
+        )
         return None
     try:
         texts = sources.load_texts(cfg, "valid")
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
         return encoding.encode(texts, lm.tokenizer, **layout)
     except UserError as error:
-        print(f"no plot of the loss over t: {error}")
+        console.say(f"no plot of the loss over t: {error}")
         return None
 
 
@@ -188,7 +191,7 @@ def embedding_map(lm: DiffusionLM, held_out: Ids | None) -> Figure:
             f"nearest word of the same part of speech: {agreement:.0%} "
             f"(by chance {chance:.0%})"
         )
-        print(line)
+        console.say(line)
         title += "\n" + line
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.add_subplot()
@@ -401,11 +404,11 @@ def training(path: Path) -> Figure | None:
     try:
         read = {kind: logging.read(path, kind) for kind in ("train", "valid")}
     except (ValueError, KeyError) as error:
-        print(f"no plot of the training: {path} is damaged ({error})")
+        console.say(f"no plot of the training: {path} is damaged ({error})")
         return None
     values = [row["loss"] for rows in read.values() for row in rows]
     if not values:
-        print(f"no plot of the training: {path} has no complete row")
+        console.say(f"no plot of the training: {path} has no complete row")
         return None
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = _axes(figure, "step", "loss")

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from dlm_jax.data import grammar, sources
+from dlm_jax import console
+from dlm_jax.data import files, grammar, reading, sources
+from dlm_jax.data.normalization import normalize
 from dlm_jax.diffusion import likelihood
 from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.errors import UserError
@@ -216,6 +218,10 @@ def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
     )
     train = sources.load_texts(config.data, "train")
     held_out = sources.load_texts(config.data, "valid")
+    splits = {"train": train, "valid": held_out}
+    encoded = {split: (texts, lm.encode(texts)) for split, texts in splits.items()}
+    for line in reading.describe(config.data, lm.tokenizer, encoded):
+        console.say(line)
     half = len(held_out) // 2
     seen = frozenset(text_metrics.all_grams(train))
     on_grammar = config.data.source == "grammar"
@@ -232,14 +238,14 @@ def _check(options: Any, lm: DiffusionLM) -> None:
 
 
 def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
-    """Returns a list of texts per seed: generated, or a file's lines, split."""
+    """Returns a list of texts per seed: generated, or a file's lines, blank ones too."""
     if not options.texts:
         return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
     path = Path(options.texts)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        lines = [line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        numbered = enumerate(files.every_line(path), 1)
+        lines = [normalize(line, f"line {number}") for number, line in numbered]
+    except UserError as error:
         raise UserError(f"config.evaluate.texts={path}: {error}") from error
     size = len(lines) // options.seeds
     if size < 2:
@@ -319,26 +325,28 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
 
 
 def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
-    print(f"{'':32s}{'samples':>18s}{'held-out text':>18s}")
+    console.say(f"{'':32s}{'samples':>18s}{'held-out text':>18s}")
     for name, row in rows.items():
         values = "".join(f"{m:10.3f} ±{e:6.3f}" for m, e in (row.samples, row.held_out))
         tail = "  worse than held-out text" if row.flag else ""
-        print(f"{name:32s}" + (f"  {row.note}" if row.note else values + tail))
+        console.say(f"{name:32s}" + (f"  {row.note}" if row.note else values + tail))
     for name, value in bounds.items():
-        print(f"{name:32s}{value.mean:10.3f} ±{value.stderr:6.3f}")
+        console.say(f"{name:32s}{value.mean:10.3f} ±{value.stderr:6.3f}")
     for point in points:
-        print(
+        console.say(
             f"{point['num_steps']:5d} steps: {point['measure']} {point['quality']:.3f}"
             f", unigram entropy {point['entropy']:.3f}"
         )
-    print("\n".join(f"  | {text}" for text in texts))
+    for text in texts:
+        console.say(f"  | {console.one_line(text)}")
 
 
 def _write(record: dict, workdir: Path, entropy: float) -> None:
     from_file = record["evaluate"]["texts"]
     path = workdir / ("evaluation_of_file.json" if from_file else "evaluation.json")
     nan_free = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    path.write_text(json.dumps(nan_free, indent=1, ensure_ascii=False))
-    print(path)
+    text = json.dumps(nan_free, indent=1, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8")
+    console.say(path)
     if record["frontier"]:
-        print(plots.save_frontier(record["frontier"], entropy, workdir))
+        console.say(plots.save_frontier(record["frontier"], entropy, workdir))

@@ -236,7 +236,7 @@ def _check_sizes(
 
 def _json(path: Path) -> dict:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; the folder must hold it") from error
     except (ValueError, RecursionError) as error:

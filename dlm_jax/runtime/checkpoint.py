@@ -330,7 +330,7 @@ def check_config_matches(workdir: PathLike, config: dict) -> None:
     if not all_steps(workdir):
         return  # nothing is saved yet, so nothing can be lost
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text("utf-8"))
         if not isinstance(saved, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -352,7 +352,8 @@ def check_config_matches(workdir: PathLike, config: dict) -> None:
 def write_json(path: Any, record: dict) -> None:
     """Replaces a file atomically: a kill leaves either the old or the new file."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False))
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dlm_jax import console
+
 
 class Progress:
     """Shows and records the progress of a run; silent on all hosts but the first."""
@@ -50,9 +52,9 @@ class Progress:
         if not self.main:
             return
         if self.terminal:
-            self.bar.write(line)
+            self.bar.write(console.printable(line))
         else:
-            print(line, flush=True)
+            console.say(line)
 
     def close(self) -> None:
         """Closes the bar."""
@@ -67,7 +69,7 @@ def _last_seconds(path: Any) -> float:
 def _prepare(path: Any, start: int) -> None:
     """Moves the rows of an earlier start away; ends a line that a kill cut short."""
     if not start:
-        _append(path.with_name("metrics_before.jsonl"), path.read_text())
+        _append(path.with_name("metrics_before.jsonl"), path.read_text("utf-8"))
         path.unlink()
     elif not path.read_bytes().endswith(b"\n"):
         _append(path, "\n")
@@ -76,16 +78,17 @@ def _prepare(path: Any, start: int) -> None:
 def _append(path: Any, text: str) -> None:
     """Appends to a file; files in a bucket cannot grow, so they are rewritten."""
     if isinstance(path, Path):
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(text)
     else:
-        path.write_text((path.read_text() if path.exists() else "") + text)
+        before = path.read_text("utf-8") if path.exists() else ""
+        path.write_text(before + text, "utf-8")
 
 
 def _rows(path: Any) -> list[dict]:
     """Returns all rows except those that a kill cut short."""
     rows = []
-    for line in path.read_bytes().decode(errors="replace").splitlines():
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dlm_jax import console
 from dlm_jax.data import batching
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError, UserError
@@ -55,16 +56,18 @@ def _run(
                 "and rerun"
             ) from error
         moved = checkpoint.quarantine(error, workdir)
-        print(f"{error.path} is damaged: moved to {moved}", flush=True)
+        console.say(f"{error.path} is damaged: moved to {moved}")
         return _run(job, workdir, check_owner, allow_fallback=True)
     start, total = int(trainer.state.step), job.config.train.total_steps
     if start >= total:
-        print(f"{workdir}: finished already, at step {start} of {total}")
+        console.say(f"{workdir}: finished already, at step {start} of {total}")
         return
-    print(hosts.describe(), flush=True)
+    console.say(hosts.describe())
     path, main = trainer.workdir / "metrics.jsonl", trainer.host == 0
     progress = Progress(path, total=total, start=start, main=main)
     size = model.count(trainer.state.params)
+    for line in trainer.corpus.read:
+        progress.say(line)
     progress.say(f"{size:,} parameters; from step {start}")
     _run_and_close(trainer, progress, total)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.data import annotations
+from dlm_jax.data import annotations, reading
 from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.corpus import Corpus
 from dlm_jax.data.tokenizer import WordTokenizer
@@ -92,6 +92,7 @@ def with_base_settings(config: Any, base: DiffusionLM) -> Any:
     own = {}
     if config.data.path:
         names = ("source", "path", "valid_path", "valid_fraction", "column")
+        names += ("delimiter",)
         own = {name: config.data[name] for name in names}
     with config.unlocked():
         config.data.update(data, **own)
@@ -113,12 +114,15 @@ def labelled_corpus(config: Any, base: DiffusionLM) -> tuple[LabelVocab, Corpus]
     )
     vocab = annotations.build_label_vocab(task, train[1], base.length)
 
-    def rows(texts: list[str], notes: list) -> np.ndarray:
-        labels = annotations.encode(notes, vocab)
-        return np.concatenate([base.encode(texts), labels], -1)
-
+    ids = {"train": base.encode(train[0]), "valid": base.encode(valid[0])}
+    texts = {"train": (train[0], ids["train"]), "valid": (valid[0], ids["valid"])}
+    read = reading.describe(config.data, tok, texts)
+    train_rows, valid_rows = (
+        np.concatenate([ids[split], annotations.encode(notes, vocab)], -1)
+        for split, (_, notes) in (("train", train), ("valid", valid))
+    )
     metadata = {
         "labels": vocab.to_dict(),
         "table": checkpoint.checksum(base.ema.table),
     }
-    return vocab, Corpus(rows(*train), rows(*valid), tok, metadata)
+    return vocab, Corpus(train_rows, valid_rows, tok, metadata, read)

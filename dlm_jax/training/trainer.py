@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dlm_jax import console
 from dlm_jax.data import batching, sources
 from dlm_jax.data.corpus import Corpus, load_corpus
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
@@ -219,7 +220,8 @@ class Trainer:
             return
         path = self.workdir / "samples" / f"{step}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(texts) + "\n")
+        lines = "".join(f"{console.one_line(text)}\n" for text in texts)
+        path.write_text(lines, encoding="utf-8")
         for text in texts[:3]:
             progress.say(f"  | {text}")
 
