@@ -121,6 +121,27 @@ def _own(module):
         yield next((m for m in (longer, package) if m in TREES), inner)
 
 
+def _in_binary(call):
+    """Whether a call of open names a binary mode."""
+    modes = [a.value for a in call.args if isinstance(a, ast.Constant)]
+    return any(isinstance(mode, str) and mode.endswith("b") for mode in modes)
+
+
+def test_text_files_have_an_encoding():
+    """Otherwise it is the locale's, and a text of another one ends the run."""
+    for module, tree in TREES.items():
+        needs = {"read_text": 1, "write_text": 2, "open": 9}
+        for name, positional in needs.items():
+            for call in _calls(tree, name):
+                named = {keyword.arg for keyword in call.keywords}
+                binary = name == "open" and (
+                    _in_binary(call) or ast.unparse(call).startswith("os.open")
+                )
+                assert binary or "encoding" in named or len(call.args) >= positional, (
+                    f"{module} line {call.lineno}: give {name} an encoding"
+                )
+
+
 def test_imports_point_left():
     for module in MODULES:
         package = module.partition(".")[0]

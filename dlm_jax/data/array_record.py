@@ -8,6 +8,7 @@ checksum of the ids. A record is a page of PAGE rows, so a row costs one small r
 
 import contextlib
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +31,15 @@ class ArrayRecordDataset:
         self.folder, self.split, self.metadata = folder, split, metadata
         self.count, self.length = metadata["rows"][split], metadata["length"]
         files = range(-(-self.count // (PAGE * SHARD)))
-        paths = [str(_path(folder, split, number)) for number in files]
-        missing = [path for path in paths if not Path(path).is_file()]
+        paths = [_path(folder, split, number) for number in files]
+        missing = [path for path in paths if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]} is missing: prepare the data again")
         with _reading(folder):
             from array_record.python import array_record_data_source
 
-            self.source = array_record_data_source.ArrayRecordDataSource(paths)
+            names = [_utf8(path) for path in paths]
+            self.source = array_record_data_source.ArrayRecordDataSource(names)
             pages = len(self.source)
         if pages != -(-self.count // PAGE):
             raise UserError(
@@ -77,6 +79,11 @@ def _reading(folder: Path) -> Iterator[None]:
 
 def _path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.array_record"
+
+
+def _utf8(path: Path) -> str:
+    """Returns the name of a file as the library wants it, whatever the locale."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 def load_prepared(
@@ -167,8 +174,8 @@ class ArrayRecordWriter:
                 ArrayRecordWriter,
             )
 
-            path = str(_path(self.folder, self.split, number))
-            self.file = ArrayRecordWriter(path, "group_size:1")
+            path = _path(self.folder, self.split, number)
+            self.file = ArrayRecordWriter(_utf8(path), "group_size:1")
         raw = page.tobytes()
         self.crc = zlib.crc32(raw, self.crc)
         self.file.write(raw)

@@ -67,7 +67,8 @@ def prepare_data(config: Any, workdir: str) -> None:
     metadata["read"] = reading.lines()
     path = folder / array_record.MANIFEST
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(metadata, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(metadata, ensure_ascii=False)
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     part.replace(path)
     for line in metadata["read"]:
         console.say(line)

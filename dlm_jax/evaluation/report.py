@@ -237,23 +237,27 @@ def _check(options: Any, lm: DiffusionLM) -> None:
             lm.sampling_config(num_steps=num_steps)
 
 
-def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
-    """Returns a list of texts per seed: generated, or a file's lines, blank ones too."""
-    if not options.texts:
-        return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
-    path = Path(options.texts)
+def read_samples(path: str) -> list[str]:
+    """Reads a file of samples, a text per line, empty ones too. Raises UserError."""
     try:
-        numbered = enumerate(files.every_line(path), 1)
-        lines = [normalize(line, f"line {number}") for number, line in numbered]
+        numbered = enumerate(files.every_line(Path(path)), 1)
+        return [normalize(line, f"line {number}") for number, line in numbered]
     except UserError as error:
         raise UserError(f"config.evaluate.texts={path}: {error}") from error
-    size = len(lines) // options.seeds
+
+
+def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
+    """Returns a list of texts per seed: generated, or a file's, split."""
+    if not options.texts:
+        return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
+    texts = read_samples(options.texts)
+    size = len(texts) // options.seeds
     if size < 2:
         raise UserError(
-            f"config.evaluate.texts={path} holds {len(lines)} texts: give at least "
-            f"{2 * options.seeds}, or lower config.evaluate.seeds"
+            f"config.evaluate.texts={options.texts} holds {len(texts)} texts: give at "
+            f"least {2 * options.seeds}, or lower config.evaluate.seeds"
         )
-    return [lines[i * size : (i + 1) * size] for i in range(options.seeds)]
+    return [texts[i * size : (i + 1) * size] for i in range(options.seeds)]
 
 
 def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
@@ -346,7 +350,7 @@ def _write(record: dict, workdir: Path, entropy: float) -> None:
     path = workdir / ("evaluation_of_file.json" if from_file else "evaluation.json")
     nan_free = json.loads(json.dumps(record), parse_constant=lambda _: None)
     text = json.dumps(nan_free, indent=1, ensure_ascii=False)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
     console.say(path)
     if record["frontier"]:
         console.say(plots.save_frontier(record["frontier"], entropy, workdir))

@@ -83,7 +83,7 @@ def write(folder: str | Path, model: Pretrained, dtype: str) -> None:
     (folder / WEIGHTS).write_bytes(data)
     for name, value in ((CONFIG, record), (TOKENIZER, model.tokenizer.to_dict())):
         text = json.dumps(value, indent=1, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        (folder / name).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _without_paths(config: Any) -> Any:

@@ -353,7 +353,8 @@ def write_json(path: Any, record: dict) -> None:
     """Replaces a file atomically: a kill leaves either the old or the new file."""
     part = path.with_suffix(".part")
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False)
-    part.write_text(text, encoding="utf-8")
+    # a path of bytes that are not UTF-8 becomes an escape, which JSON reads back
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     part.replace(path)
 
 
