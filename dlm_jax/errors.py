@@ -28,9 +28,9 @@ class PreemptedError(Exception):
     """A run was stopped or lost a host; rerun the same command to resume it."""
 
 
-def choose(flag: str, options: Mapping[str, Any], name: str) -> Any:
+def choose(flag: str, options: Mapping[str, Any], name: Any) -> Any:
     """Returns options[name]; raises UserError naming the flag and the choices."""
-    if name not in options:
+    if not isinstance(name, str) or name not in options:
         raise UserError(f"{flag}={name!r}: choose one of {', '.join(options)}")
     return options[name]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shape checks on every public signature, one compilation cache, shared data."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -38,6 +39,23 @@ def golden() -> dict[str, np.ndarray]:
     """Arrays of the published code's own modules on a tiny network; see README.md."""
     with np.load(Path(__file__).parent / "golden.npz") as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def untrained(tok, length):
+    """A small model of this tokenizer with random weights, and the smoke config."""
+    from dlm_jax.configs import smoke
+    from dlm_jax.diffusion import model
+    from dlm_jax.inference import loading
+    from dlm_jax.nn.transformer import DenoiserConfig
+
+    config = smoke.get_config()
+    config.data.length = config.model.positions = length
+    config.model.update(layers=1, hidden_dim=16, mlp_dim=16, dim=8)
+    config.sample.update(n=3, batch=8, num_steps=3)
+    record = json.loads(config.to_json_best_effort())
+    cfg = DenoiserConfig(**record["model"])
+    params = model.init(jax.random.key(0), cfg, tok.vocab_size)
+    return loading.from_parts(cfg, params, tok, record)
 
 
 @pytest.fixture(scope="session")

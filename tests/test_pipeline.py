@@ -188,7 +188,7 @@ def test_a_config_sets_no_option_of_another_solver():
     """Nothing that a user sets is ignored silently; defaults may stay."""
     section = default_section() | {"solver": "marginal"}
     assert SamplingConfig.from_config(section).solver_options == ()
-    for option in ({"eta": 0.5}, {"top_p": 2.0}, {"sigma": "large"}):
+    for option in ({"eta": 0.5}, {"top_p": 0.5}, {"sigma": "large"}):
         (name,) = option
         with pytest.raises(UserError, match=f"{name}: solver 'marginal' does not take"):
             SamplingConfig.from_config(section | option)

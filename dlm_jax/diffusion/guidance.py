@@ -31,6 +31,7 @@ from dlm_jax.types import (
     Logits,
     PerExample,
     PRNGKeys,
+    Real,
     Table,
     Time,
 )
@@ -50,7 +51,7 @@ def clamp(
     denoise: Denoise,
     table: Table,
     *,
-    below: float = 1.0,
+    below: Real = 1.0,
     allowed: Allowed | None = None,
 ) -> Denoise:
     """Moves x0_hat to the nearest allowed embeddings at times t <= below.
@@ -91,7 +92,7 @@ def classifier_free_guidance(
     conditional: Denoise | DenoiseLogits,
     unconditional: Denoise | DenoiseLogits,
     *,
-    weight: float,
+    weight: Real,
 ) -> Any:
     """Returns x0 + weight (x0_conditional - x0), and the same for log-probabilities.
 
@@ -106,9 +107,7 @@ def classifier_free_guidance(
     return lambda *x: jax.tree.map(mix, unconditional(*x), conditional(*x))
 
 
-def token_time_guidance(
-    denoise: Denoise, log_prob: LogProb, *, floor: float
-) -> Denoise:
+def token_time_guidance(denoise: Denoise, log_prob: LogProb, *, floor: Real) -> Denoise:
     """Lowers the time input of the tokens that log p(c | x_t) depends on most.
 
     A token's time is scaled between 1 and floor by the norm of its gradient, relative
@@ -149,7 +148,7 @@ def drop_logits(denoise_logits: DenoiseLogits) -> Denoise:
 
 
 def classifier_guidance_x0(
-    denoise: Denoise, log_prob: LogProb, schedule: Schedule, *, weight: float = 1.0
+    denoise: Denoise, log_prob: LogProb, schedule: Schedule, *, weight: Real = 1.0
 ) -> Denoise:
     """Returns x0_hat + weight sigma^2/alpha grad log p(c | x_t), Bayes' rule.
 
@@ -172,7 +171,7 @@ def token_guidance(
     condition: TokenLogProb,
     schedule: Schedule,
     *,
-    weight: float = 1.0,
+    weight: Real = 1.0,
 ) -> Denoise:
     """Guides x0_hat by a condition on the model's own token probabilities.
 
@@ -321,10 +320,10 @@ def gradient_guidance(
     schedule: Schedule,
     *,
     rule: str = "sign",
-    lr: float = 0.1,
+    lr: Real = 0.1,
     num_updates: int = 3,
-    fluency: float = 0.01,
-    t_range: tuple[float, float] = (0.05, 1.0),
+    fluency: Real = 0.01,
+    t_range: tuple[Real, Real] = (0.05, 1.0),
 ) -> Step:
     """Ascends log p(c | x) - fluency |x - mean|^2 / std^power after each step.
 
@@ -368,9 +367,9 @@ def gradient_updates(
     *,
     update: Callable,
     power: int,
-    lr: float,
+    lr: Real,
     num_updates: int,
-    fluency: float,
+    fluency: Real,
 ) -> Latent:
     """Runs the gradient updates of one step."""
     scale = jnp.where(std > 0, std, 1.0) ** power

@@ -62,6 +62,15 @@ class Profile(NamedTuple):
     nats: Array
 
 
+def profile_stderr(profile: Profile) -> PerExample:
+    """Computes the standard error [b] of the mean over the draws; nan with one draw.
+
+    That the times are stratified is not used: the error is dominated by the noise.
+    """
+    draws = len(profile.nats)
+    return jnp.std(profile.nats, 0, ddof=1) / draws**0.5
+
+
 class LatentPredictor(NamedTuple):
     """What the bound needs from a model.
 

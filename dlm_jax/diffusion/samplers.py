@@ -22,8 +22,9 @@ from dlm_jax.diffusion.schedule import (
     expand_to,
     posterior,
 )
-from dlm_jax.errors import UserError, choose
-from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree
+from dlm_jax.errors import choose
+from dlm_jax.ranges import real
+from dlm_jax.types import Array, Latent, PRNGKey, PRNGKeys, PyTree, Real
 
 
 class State(NamedTuple):
@@ -82,7 +83,7 @@ def standard_normal(keys: PRNGKeys, shape: tuple[int, ...]) -> Float[Array, "b .
 
 
 def truncated_normal(
-    keys: PRNGKeys, shape: tuple[int, ...], bound: float
+    keys: PRNGKeys, shape: tuple[int, ...], bound: Real
 ) -> Float[Array, "b ..."]:
     """Draws normal noise conditioned on |n| <= bound, the published `top_p`."""
     return jax.vmap(lambda k: jax.random.truncated_normal(k, -bound, bound, shape))(
@@ -98,19 +99,31 @@ def _predict(denoise: Denoise, state: State, now: Any) -> Latent:
     return denoise(state.x_t, t, state.x0_hat)
 
 
+def _is_off(number: Real) -> bool:
+    """Returns whether a number is 0; one that is traced never is."""
+    return not isinstance(number, jax.Array) and number == 0
+
+
+def _check(name: str, number: Real) -> None:
+    """Raises UserError unless it is from 0 to 1; one that is traced is not read."""
+    if not isinstance(number, jax.Array):
+        real(name, number, 0, 1)
+
+
 def ancestral(
     denoise: Denoise,
     schedule: Schedule,
     *,
     sigma: str = "small",
-    top_p: float = 0.0,
+    top_p: Real = 0.0,
 ) -> Step:
     """Returns DDPM's step: x_next ~ q(x_next | x_t, x0_hat).
 
-    sigma: variance of the step, "small" (the posterior's) or "large" (beta). top_p > 0
-    bounds |noise| (not nucleus sampling). Source: arXiv:2006.11239.
+    sigma: variance of the step, "small" (the posterior's) or "large" (beta). top_p, from 0
+    (off) to 1, bounds |noise| (not nucleus sampling). Source: arXiv:2006.11239.
     """
     choose("sigma", VARIANCES, sigma)
+    _check("top_p", top_p)
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
         x0_hat = _predict(denoise, state, times.now)
@@ -120,7 +133,7 @@ def ancestral(
         shape = state.x_t.shape[1:]
         n = (
             standard_normal(keys, shape)
-            if not top_p
+            if _is_off(top_p)
             else truncated_normal(keys, shape, top_p)
         )
         return State(mean + expand_to(std, n) * n, x0_hat)
@@ -145,10 +158,9 @@ def marginal(denoise: Denoise, schedule: Schedule) -> Step:
     return step
 
 
-def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
+def ddim(denoise: Denoise, schedule: Schedule, *, eta: Real = 0.0) -> Step:
     """Returns DDIM's step, arXiv:2010.02502 eq. 12; eta = 1 is `ancestral`."""
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta={eta}: must be from 0 to 1")
+    _check("eta", eta)
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:
         x_t, x0_hat = state.x_t, _predict(denoise, state, times.now)
@@ -161,7 +173,7 @@ def ddim(denoise: Denoise, schedule: Schedule, *, eta: float = 0.0) -> Step:
         x_next = (
             broadcast_to(alpha_next, x_t) * x0_hat + broadcast_to(kept, x_t) * eps_hat
         )
-        if eta:
+        if not _is_off(eta):
             x_next = x_next + broadcast_to(fresh, x_t) * standard_normal(
                 keys, x_t.shape[1:]
             )
@@ -197,7 +209,7 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
 # --- wrappers
 
 
-def churn(step: Step, schedule: Schedule, *, rate: float) -> Step:
+def churn(step: Step, schedule: Schedule, *, rate: Real) -> Step:
     """Adds noise before each step, so that it starts at t + rate (t - t_next).
 
     This corrects errors of earlier steps (arXiv:2206.00364, algorithm 2).
@@ -229,9 +241,20 @@ def temperature(
     denoise: Denoise,
     schedule: Schedule,
     *,
-    tau: float,
+    tau: Real,
 ) -> Step:
-    """Returns solver(denoise) with the score divided by tau (arXiv:2211.15089).
+    """Returns solver(denoise) with the score divided by tau (arXiv:2211.15089)."""
+    return sharpen(solver, denoise, schedule, gain=1 / tau - 1)
+
+
+def sharpen(
+    solver: Callable[[Denoise], Step],
+    denoise: Denoise,
+    schedule: Schedule,
+    *,
+    gain: Real,
+) -> Step:
+    """Returns solver(denoise) with the score multiplied by 1 + gain: see `temperature`.
 
     The step uses x0_hat moved away from x_t; the state keeps x0_hat itself for
     self-conditioning. For the solvers in ONE_STEP.
@@ -243,7 +266,7 @@ def temperature(
         def sharpened(x_t: Latent, t: Any, x0_prev: Latent) -> Latent:
             kept.append(denoise(x_t, t, x0_prev))
             alpha, _ = schedule.alpha_sigma(t)
-            return kept[0] + (1 / tau - 1) * (kept[0] - x_t / broadcast_to(alpha, x_t))
+            return kept[0] + gain * (kept[0] - x_t / broadcast_to(alpha, x_t))
 
         moved = solver(sharpened)(keys, state, times)
         return moved._replace(x0_hat=kept[0])

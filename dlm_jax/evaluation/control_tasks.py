@@ -22,6 +22,7 @@ from dlm_jax.inference.constraints import (
     pad_to_power_of_two,
     parse_constraints,
     parse_template,
+    require_word_tokens,
     template_constraints,
 )
 from dlm_jax.inference.pipeline import DiffusionLM
@@ -76,6 +77,8 @@ def _middle(sentence: Sentence, rng: Any) -> str:
 
 def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
     def constrain(target: Any, lm: DiffusionLM) -> Constraints:
+        if name == "length":  # targets and scores count words
+            require_word_tokens(lm.tokenizer, "config.control.task=length")
         wanted = give_length({name: target}, lm.cfg)
         return parse_constraints(lm.tokenizer, lm.length, lm.classifiers, **wanted)
 
@@ -90,6 +93,7 @@ def _semantic(target: Fields, lm: DiffusionLM) -> Constraints:
 
 
 def _template(target: str, lm: DiffusionLM) -> Constraints:
+    require_word_tokens(lm.tokenizer, "config.control.task=infilling")
     parts = parse_template(lm.tokenizer, target)
     vocab = lm.tokenizer.vocab_size
     return template_constraints(parts, lm.length, vocab, 1, 0, lengths=lm.lengths)

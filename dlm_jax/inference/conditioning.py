@@ -2,7 +2,6 @@
 """Constraints applied to a reverse chain, as wrappers of the denoiser and the step."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,10 @@ from dlm_jax.types import Array, Table
 
 
 @backend.prepared
-def load_classifier(workdir: str | Path, table: Table) -> GuidanceClassifier:
+def load_classifier(workdir: checkpoint.PathLike, table: Table) -> GuidanceClassifier:
     """Loads a classifier's newest checkpoint; UserError if it is of another table."""
-    step = checkpoint.choose_step(workdir)
+    workdir, step = checkpoint.run_directory(workdir)
+    step = checkpoint.choose_step(workdir, step)
     record = checkpoint.read_records(workdir, step)
     kind = record.run.get("kind")
     if kind != "classifier":
@@ -91,11 +91,11 @@ def constrain_denoiser(
     if not constraints.labels:
         return denoise
     log_prob = label_log_prob(constraints, classifiers, schedule)
-    if config.token_time_floor < 1:
+    if config.uses("token_time_floor"):
         denoise = guidance.token_time_guidance(
             denoise, log_prob, floor=config.token_time_floor
         )
-    if config.x0_weight:
+    if config.uses("x0_weight"):
         denoise = guidance.classifier_guidance_x0(
             denoise, log_prob, schedule, weight=config.x0_weight
         )
@@ -163,7 +163,7 @@ def _condition_on_known(
 
     frame = model.frame(constraints.ids) & constraints.known
     conditional = condition(constraints.known if words else frame)
-    if config.cfg_weight == 1:
+    if not config.uses("cfg_weight"):
         return conditional
     free = condition(frame) if known_length else denoise_logits
     return guidance.classifier_free_guidance(
@@ -197,7 +197,7 @@ def constrain_step(
     if constraints.known is None:
         return step
     # the unconditional half of classifier-free guidance must not see clean known tokens
-    noised = config.noise_known or config.cfg_weight != 1
+    noised = config.noise_known or config.uses("cfg_weight")
     return guidance.infill(
         step, table, constraints.ids, constraints.known, schedule, noised=noised
     )

@@ -17,7 +17,10 @@ from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import guidance
 from dlm_jax.diffusion.classifier import Classifier
 from dlm_jax.errors import UserError
+from dlm_jax.inference import arguments, pieces
+from dlm_jax.inference.pieces import BLANK, GAP
 from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.ranges import integer
 from dlm_jax.types import END, PAD, START, UNK
 
 
@@ -51,12 +54,15 @@ UNCONSTRAINED = Constraints()
 
 def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
     """Encodes a phrase. Raises UserError naming a word outside the vocabulary."""
-    ids = tok.encode(text)
+    return _known(tok, pieces.encode_phrase(tok, text), text, what)
+
+
+def _known(tok: Tokenizer, ids: list[int], text: str, what: str) -> list[int]:
     if not ids:
         raise UserError(f"{what}: empty; give some words")
     if UNK in ids:
-        pieces = text.split()
-        word = pieces[ids.index(UNK)] if len(pieces) == len(ids) else text
+        words = text.split()
+        word = words[ids.index(UNK)] if len(words) == len(ids) else text
         raise UserError(f"{what}: {word!r} is not in the model's vocabulary")
     return ids
 
@@ -94,14 +100,28 @@ def batch_constraints(rows: Iterable[Constraints]) -> Constraints:
     return jax.tree.map(lambda *x: np.concatenate(x), *bare)._replace(phrases=phrases)
 
 
-BLANK, GAP = "___", "[...]"
 MAX_GAP_WORDS = 10  # as in the published code
 
 
 class Template(NamedTuple):
-    """A text in parts: a list of ids, None for one open word, or GAP for several."""
+    """A text in parts: a list of ids, None for one open token, or GAP for several.
+
+    first: for each part the mask [v] of what its first token may be; None: any word.
+    """
 
     parts: list[Any]
+    first: list[Any]
+
+    def restrict(self, allowed: np.ndarray, widths: Iterable[int]) -> None:
+        """Narrows a row's mask [l v], in place, where a part with a mask starts."""
+        place, gaps = 1, iter(widths)
+        for part, mask in zip(self.parts, self.first, strict=True):
+            if mask is not None:
+                allowed[place] &= mask
+            if isinstance(part, list):
+                place += len(part)
+            else:
+                place += 1 if part is None else next(gaps, 1)
 
     @property
     def gaps(self) -> int:
@@ -119,32 +139,28 @@ def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Templ
 
     excluded: ids that must not occur, so the template may not hold them either.
     """
-    if not {BLANK, GAP} & set(template.split()):
+    of_words = isinstance(tok, WordTokenizer)
+    split = (pieces.split_words if of_words else pieces.split_template)(template)
+    if not any(part.text in (BLANK, GAP) for part in split):
         raise UserError(
             f"template {template!r} has no blank: write {BLANK} for a word, {GAP} for "
             "one or more"
         )
-    require_word_tokens(tok, "template")
     parts: list[Any] = []
-    words: list[str] = []
-
-    def flush() -> None:
-        if words:
-            parts.append(phrase_ids(tok, " ".join(words), f"template {template!r}"))
-            words.clear()
-
-    for word in template.split():
-        if word in (BLANK, GAP):
-            flush()
-            parts.append(None if word == BLANK else GAP)
-        else:
-            words.append(word)
-    flush()
+    for part in split:
+        kind = {BLANK: None, GAP: GAP}
+        parts.append(
+            kind[part.text]
+            if part.text in kind
+            else _known(
+                tok, pieces.encode_part(tok, part), part.text, f"template {template!r}"
+            )
+        )
     held = {i for part in parts if isinstance(part, list) for i in part}
     if excluded is not None and (clash := held & set(excluded.ravel().tolist())):
         word = tok.decode([clash.pop()])
         raise UserError(f"{word!r} is in the template and must not occur")
-    return Template(parts)
+    return Template(parts, [None if of_words else pieces.first(tok, p) for p in split])
 
 
 def fill_template(
@@ -205,7 +221,10 @@ def template_constraints(
         np.stack,
         zip(*(fill_template(template, length, w) for w in widths), strict=True),
     )
-    return Constraints(ids, known, allowed_tokens(ids, known, vocab))
+    allowed = allowed_tokens(ids, known, vocab)
+    for row, width in zip(allowed, widths, strict=True):
+        template.restrict(row, width)
+    return Constraints(ids, known, allowed)
 
 
 def draw_word_counts(
@@ -301,7 +320,7 @@ def parse_constraints(
 ) -> Constraints:
     """Builds the constraints of one text (n = 1) from names and values:
 
-    length: number of words, not tokens. contains: a phrase, or a list of phrases.
+    length: number of words, or of pieces of a SentencePiece model. contains: a phrase, or a list of phrases.
     lacks: words that must not occur. semantic: {field: value}; label: {column: label};
     pos: the tag of each word; tree: (first, last, label) of each constituent, by word
     indices from 0, inclusive; span: one of these. label, pos, tree and span need a
@@ -312,8 +331,10 @@ def parse_constraints(
             "span: tree already gives every constituent; set one of the two"
         )
     words = wanted.pop("length", None)
-    phrases = _as_list(wanted.pop("contains", []))
-    lacks = _as_list(wanted.pop("lacks", []))
+    if words is not None:
+        words = integer("length", words, 1, positions - 2, "words")
+    phrases = arguments.as_texts("contains", wanted.pop("contains", []))
+    lacks = arguments.as_texts("lacks", wanted.pop("lacks", []))
     if "semantic" in wanted and "semantic" not in classifiers:
         phrases += _fields(wanted.pop("semantic")).values()
     by_task = {}
@@ -384,10 +405,8 @@ def _check(
 ) -> None:
     """Raises UserError if no text can satisfy all constraints."""
     most = positions - 2
-    if words is not None:
-        require_word_tokens(tok, "length")
-        if not isinstance(words, int | np.integer) or not 1 <= words <= most:
-            raise UserError(f"length={words}: must be from 1 to {most} words")
+    for name in (POSITIONAL - {"length"}) & wanted.keys():
+        require_word_tokens(tok, name)
     sizes = _sizes(wanted | {"length": words})
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -405,7 +424,7 @@ def _check(
         )
     if "span" in wanted and wanted["span"][1] >= room:
         raise UserError(f"span={wanted['span']}: give last < {room}")
-    values = _as_list(_fields(wanted.get("semantic", {})).values())
+    values = _fields(wanted.get("semantic", {})).values()
     inside = {i for phrase in phrases for i in phrase}
     inside |= {i for value in values for i in tok.encode(value)}
     if clash := set(excluded) & inside:
@@ -415,8 +434,5 @@ def _check(
 def _fields(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise UserError(f"semantic={value!r}: give {{field: value}}")
+    arguments.as_texts("semantic", value.values())
     return value
-
-
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)

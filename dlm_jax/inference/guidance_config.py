@@ -2,13 +2,18 @@
 """How strongly, and by which rule, constraints steer a reverse chain."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from dlm_jax.diffusion.guidance import UPDATE_RULES
 from dlm_jax.errors import UserError, choose
+from dlm_jax.inference.settings import Settings
+from dlm_jax.ranges import flag, integer, real
+from dlm_jax.types import Integer, Real
 
 
 @dataclasses.dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Settings):
     """Settings of guidance, the same for all samples of a batch. Raises UserError.
 
     rule, lr, num_updates, fluency, t_range: gradient updates of the noisy sample by
@@ -24,27 +29,51 @@ class GuidanceConfig:
     """
 
     rule: str = "sign"
-    lr: float = 0.2
-    num_updates: int = 3
-    fluency: float = 0.01
-    t_range: tuple[float, float] = (0.05, 1.0)
-    x0_weight: float = 0.0
-    token_weight: float = 1.0
-    cfg_weight: float = 1.0
-    token_time_floor: float = 1.0
-    noise_known: bool = False
-    mean_over_labels: bool = False
+    lr: Real = 0.2
+    num_updates: Integer = 3
+    fluency: Real = 0.01
+    t_range: Any = (0.05, 1.0)
+    x0_weight: Real = 0.0
+    token_weight: Real = 1.0
+    cfg_weight: Real = 1.0
+    token_time_floor: Real = 1.0
+    noise_known: Any = False
+    mean_over_labels: Any = False
+
+    NUMBERS: ClassVar[Mapping[str, float | None]] = {
+        **dict.fromkeys(("lr", "fluency", "t_range", "token_weight")),
+        "x0_weight": 0.0,
+        "cfg_weight": 1.0,
+        "token_time_floor": 1.0,
+    }
 
     def __post_init__(self) -> None:
         choose("guidance.rule", UPDATE_RULES, self.rule)
-        if self.num_updates < 0:
-            raise UserError(
-                f"guidance.num_updates={self.num_updates}: must be 0 or more"
-            )
-        if not 0 <= self.token_time_floor <= 1:
-            raise UserError(
-                f"guidance.token_time_floor={self.token_time_floor}: must be from 0 to 1"
-            )
+        object.__setattr__(self, "t_range", _range("guidance.t_range", self.t_range))
+        ranges = {
+            **dict.fromkeys(("x0_weight", "token_weight", "cfg_weight"), ()),
+            **dict.fromkeys(("lr", "fluency"), (0,)),
+            "token_time_floor": (0, 1),
+        }
+        for field in dataclasses.fields(self):
+            name, value = f"guidance.{field.name}", getattr(self, field.name)
+            if isinstance(field.default, bool):
+                value = flag(name, value)
+            elif isinstance(field.default, int):
+                value = integer(name, value, 0)
+            elif isinstance(field.default, float):
+                value = real(name, value, *ranges[field.name])
+            object.__setattr__(self, field.name, value)
+
+
+def _range(name: str, value: Any) -> tuple[float, float]:
+    """Returns (first, last), two times. Raises UserError."""
+    try:
+        first, last = value
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}={value}: give two times, (first, last)") from error
+    first = real(name, first)
+    return first, real(name, last, first)
 
 
 DEFAULT_GUIDANCE = GuidanceConfig()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model from a run's checkpoint, or from one of the published code."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ from dlm_jax.inference import pretrained, published
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.inference.trained_model import adapted_schedule
 from dlm_jax.nn.transformer import DenoiserConfig
+from dlm_jax.ranges import integer
 from dlm_jax.runtime import backend, checkpoint, sharding
-from dlm_jax.types import PyTree
+from dlm_jax.types import Integer, PyTree
 
 
 @backend.prepared
-def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
+def load(workdir: Any, step: Integer | None = None) -> DiffusionLM:
     """Loads a model: of a run, of a folder of `save_pretrained`, or by a bundled name.
 
-    A run's newest checkpoint is loaded, or that of `step`; a folder may also hold a
-    checkpoint of the published code. Raises UserError if there is none, or if it is
-    damaged.
+    A run's newest checkpoint is loaded, or that of `step`; a run's folder `checkpoints`,
+    or that of a step inside it, stands for the run. A folder may also hold a checkpoint
+    of the published code. Raises UserError if there is none, or if it is damaged.
     """
+    if not isinstance(workdir, str | os.PathLike) or not str(workdir):
+        raise UserError(f"workdir={workdir!r}: give the folder of a run or of a model")
+    workdir = os.fspath(workdir)
+    step = None if step is None else integer("step", step)
     if folder := pretrained.find(workdir):
         if step is not None:
             raise UserError(f"step={step}: {folder} holds one model, no checkpoints")
@@ -38,7 +44,8 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     if published.is_reference(workdir):
         cfg, params, tok, _ = published.load_reference(workdir)
         return from_parts(cfg, params, tok, published.reference_config(workdir))
-    step = checkpoint.choose_step(workdir, step)
+    workdir, step = checkpoint.run_directory(workdir, step)
+    step = _choose_step(workdir, step)
     record = checkpoint.read_records(workdir, step)
     if record.run.get("kind") == "classifier":
         raise UserError(f"{workdir} is a classifier: pass it to lm.with_classifier")
@@ -52,6 +59,17 @@ def load(workdir: str | Path, step: int | None = None) -> DiffusionLM:
     return from_parts(
         cfg, params, tok, record.config, step=step, lengths=lengths, **state
     )
+
+
+def _choose_step(workdir: checkpoint.PathLike, step: int | None) -> int:
+    """Returns a run's step; names the bundled models if there is no such folder."""
+    if not checkpoint.resolve_workdir(workdir).exists():
+        names = ", ".join(sorted(pretrained.bundled()))
+        raise UserError(
+            f"{workdir}: no such folder, so no checkpoint; give a run's, or the name of "
+            f"a bundled model: {names}"
+        )
+    return checkpoint.choose_step(workdir, step)
 
 
 def _from_pretrained(folder: Path) -> DiffusionLM:

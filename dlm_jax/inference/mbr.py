@@ -7,6 +7,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from dlm_jax.data.words import words
 from dlm_jax.errors import UserError, choose
 
 Utility = Callable[[str, str], float]  # (hypothesis, reference) -> similarity
@@ -16,9 +17,14 @@ _bleu = BLEU(
 )
 _chrf = CHRF()
 
+
+def _spaced(text: str) -> str:
+    return " ".join(words(text))
+
+
 UTILITIES: dict[str, Utility] = {
     "bleu": lambda hypothesis, reference: (
-        _bleu.sentence_score(hypothesis, [reference]).score
+        _bleu.sentence_score(_spaced(hypothesis), [_spaced(reference)]).score
     ),
     "chrf": lambda hypothesis, reference: (
         _chrf.sentence_score(hypothesis, [reference]).score
@@ -34,11 +40,12 @@ def utilities(
 ) -> np.ndarray:
     """Computes the mean utility of each candidate [n], with the others as references.
 
-    utility: "bleu" (sentence BLEU-4 of the words, smoothed by 1) or "chrf", from 0 to
+    utility: "bleu" (sentence BLEU-4 of the words of `data.words`, smoothed by 1) or "chrf", from 0 to
     100, or any function of (hypothesis, reference). published: use the candidate as the
     reference of the others, as the published code does. Raises UserError.
     """
-    if isinstance(candidates, str) or not len(candidates):
+    none = isinstance(candidates, str) or not len(candidates)
+    if none or not all(isinstance(text, str) for text in candidates):
         raise UserError("mbr: give a list of one or more texts")
     if isinstance(utility, str):
         score: Utility = choose("utility", UTILITIES, utility)

@@ -13,21 +13,23 @@ import jax
 import numpy as np
 
 from dlm_jax.data import encoding
-from dlm_jax.diffusion import guidance, likelihood
+from dlm_jax.diffusion import guidance
 from dlm_jax.errors import UserError
 from dlm_jax.inference import (
+    arguments,
     conditioning,
     constraints,
     pretrained,
     sampling,
     scoring,
 )
-from dlm_jax.inference.constraints import UNCONSTRAINED, Constraints
+from dlm_jax.inference.constraints import CONSTRAINTS, UNCONSTRAINED, Constraints
 from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE, GuidanceConfig
-from dlm_jax.inference.sampling_config import SamplingConfig
+from dlm_jax.inference.sampling_config import OPTIONS, SamplingConfig, check_names
 from dlm_jax.inference.trained_model import TrainedModel
+from dlm_jax.ranges import integer, real
 from dlm_jax.runtime import backend
-from dlm_jax.types import Ids
+from dlm_jax.types import AnyIds, Integer, Real
 
 
 class Samples(NamedTuple):
@@ -68,56 +70,61 @@ class DiffusionLM(TrainedModel):
         )
         pretrained.write(folder, saved, dtype)
 
-    def sample(self, n: int, **options: Any) -> list[str]:
+    def sample(self, n: Integer, **options: Any) -> list[str]:
         """Generates n texts; options: those of `generate`."""
         return self.generate(n, **options).texts
 
     @backend.prepared
     def generate(
         self,
-        n: int,
+        n: Integer,
         *,
-        seed: int | None = None,
-        batch: int | None = None,
-        constraints: Constraints = UNCONSTRAINED,
-        guidance: GuidanceConfig = DEFAULT_GUIDANCE,
+        seed: Integer | None = None,
+        batch: Integer | None = None,
+        constraints: Constraints | None = None,
+        guidance: GuidanceConfig | None = None,
         **options: Any,
     ) -> Samples:
         """Generates n samples as texts, ids and latents. Raises UserError.
 
-        Sample i depends only on (seed, i), not on n or the batch size. options: fields
-        of `SamplingConfig`, such as num_steps, solver and clamp, and the solver's own,
-        such as eta; what is not given comes from the run's config. trajectory=True also
-        returns the ids of every step.
+        Sample i depends only on (seed, i), not on n or the batch size. seed: from 0 to
+        2**64 - 1. options: fields of `SamplingConfig`, such as num_steps, solver and
+        clamp, and the solver's own, such as eta; what is not given comes from the run's
+        config. trajectory=True also returns the ids of every step.
         """
+        if asked := sorted(options.keys() & set(CONSTRAINTS)):
+            raise UserError(f"{asked[0]}: a constraint; use lm.control({asked[0]}=...)")
         s = SamplingConfig.from_config(self.config["sample"], **options)
-        _require_positive("n", n)
+        n, batch = _count("n", n), _count("batch", self._default("batch", batch))
+        seed = _seed(self._default("seed", seed))
+        constraints = UNCONSTRAINED if constraints is None else constraints
+        guidance = DEFAULT_GUIDANCE if guidance is None else guidance
         sampling.check_support(self, constraints, s, guidance)
-        seed = self._default("seed", seed)
         if self.cfg.known_length and constraints.known is None:
             constraints = _draw_lengths(self, constraints, n, seed)
-        batch = _require_positive("batch", self._default("batch", batch))
         latents, ids, trajectory = sampling.run_chain(
             self, n, seed, batch, constraints, s, guidance
         )
         return Samples(list(map(self.tokenizer.decode, ids)), ids, latents, trajectory)
 
-    def infill(self, template: str, n: int = 5, **options: Any) -> list[str]:
+    def infill(self, template: str, n: Integer = 5, **options: Any) -> list[str]:
         """Generates n texts from a template such as "The ___ is a pub [...]".
 
         ___ stands for one word, [...] for 1 to 10, drawn per text as room allows; at the
         end, or if the length is given or drawn, 1 or more. The other words come back
         exactly. options: those of `control`.
         """
+        if not isinstance(template, str):
+            raise UserError(f"template={template!r}: give a text with ___ or [...]")
         return self.control(n, template=template, **options)
 
     @backend.prepared
     def control(
         self,
-        n: int = 5,
+        n: Integer = 5,
         *,
         template: str | None = None,
-        guidance: GuidanceConfig = DEFAULT_GUIDANCE,
+        guidance: GuidanceConfig | None = None,
         **options: Any,
     ) -> list[str]:
         """Generates n texts under constraints.
@@ -125,39 +132,59 @@ class DiffusionLM(TrainedModel):
         For example, lm.control(semantic={"food": "Italian"}, length=12). options: the
         constraints of `constraints.parse_constraints`, and the options of `generate`.
         """
-        _require_positive("n", n)
-        wanted = {k: options.pop(k) for k in constraints.CONSTRAINTS if k in options}
-        seed = self._default("seed", options.get("seed"))
+        check_names(options, {*CONSTRAINTS, *OPTIONS, "seed", "batch"})
+        named = {name: options.pop(name, None) for name in CONSTRAINTS}
+        wanted = arguments.plain(named)
+        n, seed = _count("n", n), _seed(self._default("seed", options.get("seed")))
         rows = _constraints(self, n, template, seed, wanted)
         return self.generate(n, constraints=rows, guidance=guidance, **options).texts
 
     @backend.prepared
-    def nll(self, ids: Ids, *, draws: int = 8, seed: int = 0) -> likelihood.Bound:
+    def nll(
+        self,
+        ids: AnyIds,
+        *,
+        draws: Integer = 8,
+        seed: Integer = 0,
+        tolerance: Real | None = None,
+    ) -> scoring.EstimatedBound:
         """Estimates the bound on -log p of each row of ids [n l]: nats, as named terms [n].
 
-        draws: noise levels per row. For an autoregressive model -log p is exact,
-        stored whole in the field `rounding`.
+        Its field stderr [n] is the standard error of `total()`. draws: noise levels per
+        row. tolerance: nats; repeats the estimate of each row until its standard error
+        is at most this, or until `scoring.MAX_DRAWS`. For an autoregressive model
+        -log p is exact, stored whole in the field `rounding`. Raises UserError.
         """
-        score = self.cached(("nll", draws), lambda: scoring.make_nll(self, draws))
-        return scoring.by_batches(jax.random.key(seed), score, self.ema, ids)
+        ids, draws = (
+            arguments.check_ids(ids, self.length, self.tokenizer.vocab_size),
+            _count("draws", draws),
+        )
+        key = sampling.key_of_seed(_seed(seed))
+        tolerance = None if tolerance is None else real("tolerance", tolerance, over=0)
+        return scoring.nll(key, self, ids, draws, tolerance)
 
     @backend.prepared
-    def features(self, ids: Ids) -> np.ndarray:
+    def features(self, ids: AnyIds) -> np.ndarray:
         """Returns an autoregressive model's mean hidden state of each row [n h]."""
-        score = self.cached("features", lambda: scoring.make_features(self))
-        return scoring.by_batches(jax.random.key(0), score, self.ema, ids)
+        if not self.cfg.causal:
+            raise UserError("features: needs an autoregressive model (objective 'ar')")
+        ids = arguments.check_ids(ids, self.length, self.tokenizer.vocab_size)
+        return scoring.features(self, ids)
 
-    def encode(self, texts: list[str]) -> np.ndarray:
+    def encode(self, texts: Any) -> np.ndarray:
         """Encodes texts as ids [n l] with START and END, padded or packed as in training.
 
-        In pad mode a text that is too long is truncated.
+        In pad mode a text that is too long is truncated. A single string is one text.
+        Raises UserError.
         """
+        texts = arguments.as_texts("texts", texts)
         layout = {"length": self.length, "mode": self.config["data"]["mode"]}
         return encoding.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
-    def denoising_trajectory(self, n: int, **options: Any) -> list[list[str]]:
+    def denoising_trajectory(self, n: Integer, **options: Any) -> list[list[str]]:
         """Returns, for each of n samples, the text that x0_hat rounds to at every step."""
-        ids = self.generate(n, trajectory=True, **options).trajectory
+        options["trajectory"] = True
+        ids = self.generate(n, **options).trajectory
         assert ids is not None
         return [[self.tokenizer.decode(row) for row in rows] for rows in ids]
 
@@ -167,7 +194,7 @@ class DiffusionLM(TrainedModel):
         s.check_schedule(self.schedule)
         return s
 
-    def _default(self, name: str, value: int | None) -> int:
+    def _default(self, name: str, value: Integer | None) -> Integer:
         if value is None and name not in self.config["sample"]:
             raise UserError(f"{name}: the saved config does not set it; pass it")
         return self.config["sample"][name] if value is None else value
@@ -179,7 +206,7 @@ def _draw_lengths(
     """Fixes START, END and PAD of n texts whose lengths are drawn as in training."""
     counts = range(1, lm.length - 1)
     least = constraints.least_words(rows, n)
-    words = constraints.draw_word_counts(lm.lengths, n, abs(seed), counts, least)
+    words = constraints.draw_word_counts(lm.lengths, n, seed, counts, least)
     template = guidance.length_template(np.array(words), lm.length)
     ids, known = map(np.asarray, template)
     allowed = constraints.any_word(ids.shape, lm.tokenizer.vocab_size)
@@ -204,12 +231,14 @@ def _constraints(
     parts = constraints.parse_template(tok, template, one.excluded)
     words = constraints.num_words(wanted)
     filled = constraints.template_constraints(
-        parts, lm.length, tok.vocab_size, n, abs(seed), words, lm.lengths
+        parts, lm.length, tok.vocab_size, n, seed, words, lm.lengths
     )
     return rows._replace(ids=filled.ids, known=filled.known, allowed=filled.allowed)
 
 
-def _require_positive(name: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{name}={value}: must be 1 or more")
-    return value
+def _count(name: str, value: Integer) -> int:
+    return integer(name, value, 1, 2**31 - 1)
+
+
+def _seed(value: Integer) -> int:
+    return integer("seed", value, 0, 2**64 - 1)

@@ -28,8 +28,16 @@ Trajectory = Int[Array, "b n l"]
 Chain = Callable[..., tuple[Latent, Ids, Trajectory | None]]
 
 
-def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
-    """Returns the reverse chain of these settings as a pure function; see `Chain`."""
+def make_chain(
+    lm: TrainedModel,
+    s: SamplingConfig,
+    g: GuidanceConfig,
+    times: samplers.Times | None = None,
+) -> Chain:
+    """Returns the reverse chain of these settings as a pure function; see `Chain`.
+
+    times: of its steps; without them, those of s. Numbers of s and g may be traced.
+    """
     if lm.cfg.causal:
         return _autoregressive_chain(lm.cfg, lm.length)
 
@@ -58,14 +66,14 @@ def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
             g,
             supports_conditioning=given,
         )
-        if s.clamp >= 0:
+        if s.uses("clamp"):
             options = {"below": s.clamp, "allowed": constraints.allowed}
             denoise = guidance.clamp(denoise, table, **options)
         step = s.step(denoise, schedule)
         step = conditioning.constrain_step(
             step, table, schedule, constraints, classifiers, g
         )
-        if s.churn:
+        if s.uses("churn"):
             step = samplers.churn(step, schedule, rate=s.churn)
 
         def to_ids(x: Latent) -> Ids:
@@ -73,10 +81,9 @@ def make_chain(lm: TrainedModel, s: SamplingConfig, g: GuidanceConfig) -> Chain:
             return conditioning.apply_known(ids, constraints)
 
         x_T = samplers.standard_normal(k_start, (lm.length, cfg.dim))
-        times = samplers.schedule_timesteps(schedule, s.num_steps)
-        times = samplers.shift_timesteps(times, s.asymmetry)
+        now = s.times(schedule) if times is None else times
         trace = (lambda state: to_ids(state.x0_hat)) if s.trajectory else None
-        state, trajectory = samplers.sample(k_steps, step, x_T, times, trace=trace)
+        state, trajectory = samplers.sample(k_steps, step, x_T, now, trace=trace)
         if trajectory is not None:
             trajectory = jnp.swapaxes(trajectory, 0, 1)
         return state.x0_hat, to_ids(state.x0_hat), trajectory
@@ -100,6 +107,12 @@ def _keys_by_index(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
+def key_of_seed(seed: int) -> jax.Array:
+    """Returns the key of a seed of 64 bits; below 2**32 it is `jax.random.key(seed)`."""
+    with jax.enable_x64(True):  # otherwise JAX drops the upper 32 bits
+        return jax.random.key(np.uint64(seed))
+
+
 def run_chain(
     lm: TrainedModel,
     n: int,
@@ -111,23 +124,52 @@ def run_chain(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Runs the chain for samples 0 .. n - 1 in batches: (x0_hat, ids, trajectory)."""
     size = min(batch, 1 << (n - 1).bit_length())  # few batch sizes, few compilations
-    run = lm.cached((s, g, size), lambda: make_chain(lm, s, g))
     heads = {task: lm.classifiers[task].params for task in constraints.labels}
-    key, parts = jax.random.key(seed), []
+    run = _program(lm, s, g, size, constraints)
+    data = (s.numbers(), g.numbers(), s.times(lm.schedule))
+    key, parts = key_of_seed(seed), []
     for first in range(0, n, size):
         index = first + np.arange(size)
         last = np.minimum(index, n - 1)
         rows = jax.tree.map(lambda x, i=last: np.asarray(x)[i], constraints)
         index, rows = sharding.shard_rows((index, rows))
-        out = run(key, lm.ema, lm.schedule_state, index, rows, heads)
+        out = run(*data, key, lm.ema, lm.schedule_state, index, rows, heads)
         parts.append(sharding.gather_to_host(out))
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+
+
+def _program(
+    lm: TrainedModel,
+    s: SamplingConfig,
+    g: GuidanceConfig,
+    size: int,
+    constraints: Constraints,
+) -> Callable:
+    """Returns the compiled chain of these forms: of (numbers, numbers, times, *chain's).
+
+    size: of a batch. The settings' numbers and times are data, so a new temperature
+    compiles nothing.
+    """
+    s, g = s.form(), g.form()
+    shapes = tuple(np.shape(x)[1:] for x in jax.tree.leaves(constraints))
+    kind = (jax.tree.structure(constraints), shapes)
+
+    def chain(own: dict, guiding: dict, times: samplers.Times, *rest: Any) -> Any:
+        return make_chain(lm, s.join(own), g.join(guiding), times)(*rest)
+
+    return lm.cached((s, g, size, kind), lambda: chain)
 
 
 def check_support(
     lm: TrainedModel, constraints: Constraints, s: SamplingConfig, g: GuidanceConfig
 ) -> None:
     """Raises UserError for a setting that this model cannot follow."""
+    for name, value, kind in (
+        ("constraints", constraints, Constraints),
+        ("guidance", g, GuidanceConfig),
+    ):
+        if not isinstance(value, kind):
+            raise UserError(f"{name}={value!r}: give a {kind.__name__}")
     s.check_schedule(lm.schedule)
     if lm.cfg.causal and jax.tree.leaves(constraints):
         raise UserError("an autoregressive model takes no constraints")

@@ -2,16 +2,19 @@
 """Sampling settings, checked, and the solver step built from them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_jax.diffusion import model, rounding, samplers
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule, make_schedule
 from dlm_jax.errors import UserError, choose
-from dlm_jax.types import Ids, Latent
+from dlm_jax.inference.settings import Settings
+from dlm_jax.ranges import flag, integer, real
+from dlm_jax.types import Ids, Integer, Latent, Real
 
 
 def _most_likely(params: Params, x: Latent, allowed: Any) -> Ids:
@@ -28,44 +31,83 @@ ROUNDINGS: dict[str, Callable[..., Ids]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How to sample. Without solver_options ddim has eta 0. Raises UserError.
 
     num_steps: denoiser calls. clamp: x0_hat is moved to the nearest embeddings at times
     t <= clamp; -1 turns it off. rounding: how the last x0_hat becomes ids, by the
     largest logit or the nearest embedding. churn, temperature: see `samplers`;
     asymmetry: the gap of `samplers.shift_timesteps`. solver_options: keyword arguments
-    of the solver. trajectory: also return the ids of every step.
+    of the solver. trajectory: also return the ids of every step. sharpness: of
+    `samplers.sharpen`, from the temperature.
     """
 
-    num_steps: int = 200
+    num_steps: Integer = 200
     solver: str = "ddim"
-    clamp: float = 1.0
+    clamp: Real = 1.0
     rounding: str = "logits"
-    churn: float = 0.0
-    temperature: float = 1.0
-    asymmetry: float = 0.0
+    churn: Real = 0.0
+    temperature: Real = 1.0
+    asymmetry: Real = 0.0
     solver_options: tuple[tuple[str, Any], ...] = ()
-    trajectory: bool = False
+    trajectory: Any = False
+    sharpness: Real = dataclasses.field(init=False)
+
+    NUMBERS: ClassVar[Mapping[str, float | None]] = {
+        "clamp": -1.0,
+        "churn": 0.0,
+        "temperature": 1.0,
+        "sharpness": 0.0,
+        "asymmetry": None,
+    }
 
     def __post_init__(self) -> None:
         choose("solver", samplers.SOLVERS, self.solver)
         choose("rounding", ROUNDINGS, self.rounding)
-        if self.num_steps < 1:
-            raise UserError(f"num_steps={self.num_steps}: must be 1 or more")
-        for name in ("churn", "asymmetry"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
-        if self.temperature <= 0:
-            raise UserError(f"temperature={self.temperature}: must be over 0")
-        for name, off in (("churn", 0), ("temperature", 1)):
-            if getattr(self, name) != off and self.solver not in samplers.ONE_STEP:
+        defaults = samplers.solver_options(self.solver)
+        own = {  # the solvers check the ranges
+            name: real(name, value) if isinstance(defaults.get(name), float) else value
+            for name, value in self.solver_options
+        }
+        checked = {
+            "num_steps": integer("num_steps", self.num_steps, 1),
+            "clamp": max(-1.0, real("clamp", self.clamp)),
+            "churn": real("churn", self.churn, 0),
+            "temperature": real("temperature", self.temperature, over=0),
+            "asymmetry": real("asymmetry", self.asymmetry, 0),
+            "solver_options": tuple(own.items()),
+            "trajectory": flag("trajectory", self.trajectory),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "sharpness", 1 / self.temperature - 1)
+        for name in ("churn", "temperature"):
+            if self.uses(name) and self.solver not in samplers.ONE_STEP:
                 raise UserError(f"{name}: solver {self.solver!r} does not take it")
         self.step(lambda x_t, t, x0_prev: x_t, make_schedule("sqrt"))  # checks options
 
+    def numbers(self) -> dict[str, Any]:
+        """Returns also the solver's options that are numbers; 0 turns one off."""
+        own = {n: v for n, v in self.solver_options if isinstance(v, float) and v}
+        return super().numbers() | own
+
+    def join(self, numbers: Mapping[str, Any]) -> Any:
+        """Returns a copy with these numbers, the solver's options among them."""
+        names = [name for name, _ in self.solver_options]
+        options = dict(self.solver_options) | {
+            n: numbers[n] for n in names if n in numbers
+        }
+        rest = {name: value for name, value in numbers.items() if name not in names}
+        return super().join(rest | {"solver_options": tuple(options.items())})
+
+    def times(self, schedule: Schedule) -> samplers.Times:
+        """Returns the times of the steps."""
+        times = samplers.schedule_timesteps(schedule, self.num_steps)
+        return samplers.shift_timesteps(times, self.asymmetry)
+
     @classmethod
     def from_config(
-        cls, section: Mapping[str, Any], *, trajectory: bool = False, **overrides: Any
+        cls, section: Mapping[str, Any], *, trajectory: Any = False, **overrides: Any
     ) -> "SamplingConfig":
         """Builds from a run's `sample` section; overrides that are None are ignored.
 
@@ -74,9 +116,8 @@ class SamplingConfig:
         the section sets to something else than its default.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
-        values = dict(section) | given
-        fields = {field.name for field in dataclasses.fields(cls)}
-        wanted = fields - {"solver_options", "trajectory"}
+        values, wanted = dict(section) | given, FIELDS
+        check_names(given, {*FIELDS, *_OPTIONS})
         for name in sorted(wanted - values.keys()):
             raise UserError(f"{name}: the saved config does not set it; pass it")
         solver = values["solver"]
@@ -90,7 +131,7 @@ class SamplingConfig:
         for name in sorted(unknown - own.keys()):
             raise UserError(f"{name}: solver {solver!r} does not take it")
         settings = {name: values[name] for name in wanted}
-        if isinstance(values["clamp"], bool):
+        if isinstance(values["clamp"], bool | np.bool_):
             settings["clamp"] = 1.0 if values["clamp"] else -1.0
         both = own | values
         options = tuple((name, both[name]) for name in own)
@@ -112,9 +153,9 @@ class SamplingConfig:
             make = samplers.SOLVERS[self.solver]
             return make(denoise, schedule, **dict(self.solver_options))
 
-        if self.temperature == 1:
+        if not self.uses("sharpness"):
             return solver(denoise)
-        return samplers.temperature(solver, denoise, schedule, tau=self.temperature)
+        return samplers.sharpen(solver, denoise, schedule, gain=self.sharpness)
 
 
 # a run's defaults for every solver option; the published sampler is DDIM with eta 1
@@ -123,6 +164,21 @@ _OPTIONS = {
     for solver in samplers.SOLVERS
     for name, value in samplers.solver_options(solver).items()
 } | {"eta": 1.0}
+# what `from_config` takes from a section, and what a caller may override
+FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)} - {
+    "solver_options",
+    "trajectory",
+    "sharpness",
+}
+OPTIONS = {*FIELDS, *_OPTIONS, "trajectory"}
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UserError for the first name given that is not known."""
+    for name in sorted(set(given) - set(known)):
+        raise UserError(
+            f"{name}: no option has this name; choose one of {', '.join(sorted(known))}"
+        )
 
 
 def default_section() -> dict[str, Any]:
@@ -133,5 +189,6 @@ def default_section() -> dict[str, Any]:
     """
     section = {"n": 50, "batch": 50, "seed": 101}
     section |= dataclasses.asdict(SamplingConfig())
-    del section["solver_options"], section["trajectory"]
+    for name in ("solver_options", "trajectory", "sharpness"):
+        del section[name]
     return section | _OPTIONS

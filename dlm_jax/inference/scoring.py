@@ -2,6 +2,7 @@
 """Scores of texts: the bound on -log p, and an autoregressive model's features."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,52 +16,116 @@ from dlm_jax.runtime import sharding
 from dlm_jax.types import PAD, Array, Ids, PyTree
 
 BATCH = 256  # rows scored at once
+REPEATS, MAX_DRAWS = 8, 2**16  # per text: the least estimates, the most noise levels
+MAX_ROWS = 2**16  # of one round of estimates
 
 # (key, params, ids [b l]) -> arrays [b ...]
 Score = Callable[[jax.Array, Params, Ids], PyTree]
 
 
+class EstimatedBound(likelihood.Bound):
+    """Estimates of the named terms of each text [n], nats, with their standard error.
+
+    stderr [n]: of `total()`, in nats, over the draws of the noise. It is 0 if -log p is
+    exact, nan with a single draw.
+    """
+
+    stderr: np.ndarray
+
+    @classmethod
+    def of(cls, terms: likelihood.Bound, stderr: np.ndarray) -> "EstimatedBound":
+        """Returns the terms with a standard error."""
+        made = cls(*terms)
+        made.stderr = stderr
+        return made
+
+
 def make_nll(lm: TrainedModel, draws: int) -> Score:
-    """Returns the bound on -log p of each row, nats; exact if autoregressive."""
+    """Returns (Bound, stderr): the bound on -log p of each row and its standard error.
 
-    def exact(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
+    In nats. An autoregressive model's is exact.
+    """
+
+    def exact(key: jax.Array, params: Params, ids: Ids) -> PyTree:
         nats = jnp.sum(autoregressive.nll(params, lm.cfg, ids), -1)
-        return likelihood.Bound(0.0 * nats, 0.0 * nats, nats, 0.0 * nats)
+        return likelihood.Bound(0.0 * nats, 0.0 * nats, nats, 0.0 * nats), 0.0 * nats
 
-    def bound(key: jax.Array, params: Params, ids: Ids) -> likelihood.Bound:
+    def bound(key: jax.Array, params: Params, ids: Ids) -> PyTree:
         sigma_0 = losses.sigma_0(lm.config["loss"]["objective"], lm.schedule)
         predict = likelihood.latent_predictor(
             params, lm.cfg, lm.schedule, sigma_0=sigma_0
         )
         known = lm.cfg.known_length
         options = {"draws": draws, "known_length": known}
-        terms, _ = likelihood.bound(
+        terms, profile = likelihood.bound(
             key, ids, params.table, predict, lm.schedule, **options
         )
+        stderr = likelihood.profile_stderr(profile)
         if not known:
-            return terms
+            return terms, stderr
         counts = jnp.asarray(lm.lengths + (0,) * (lm.length + 1 - len(lm.lengths)))
         share = (counts + 0.01) / jnp.sum(counts + 0.01)  # unseen lengths are possible
         tokens = jnp.sum(jnp.asarray(ids) != PAD, -1)
-        return terms._replace(length=-jnp.log(share[tokens]))
+        return terms._replace(length=-jnp.log(share[tokens])), stderr
 
     return exact if lm.cfg.causal else bound
 
 
-def make_features(lm: TrainedModel) -> Score:
-    """Returns an autoregressive model's mean hidden state of each row [b h]."""
+def nll(
+    key: jax.Array, lm: TrainedModel, ids: Ids, draws: int, tolerance: float | None
+) -> EstimatedBound:
+    """Estimates the bound of each row of ids [n l], until its error is at most tolerance.
 
-    def features(key: jax.Array, params: Params, ids: Ids) -> Array:
+    draws: noise levels per estimate. Without a tolerance there is one estimate per row.
+    """
+
+    def estimate(key: jax.Array, rows: Ids) -> tuple[likelihood.Bound, np.ndarray]:
+        return by_batches(key, lm, ("nll", draws), lambda: make_nll(lm, draws), rows)
+
+    if tolerance is None or lm.cfg.causal:
+        return EstimatedBound.of(*estimate(key, ids))
+    # sums over the estimates of each text: the terms, total^2 and stderr^2
+    sums, open_, done = np.zeros((6, len(ids))), np.arange(len(ids)), 0
+    error, counts = np.full(len(ids), np.inf), np.zeros(len(ids))
+    while len(open_):
+        room = max(REPEATS, MAX_ROWS // len(open_))
+        repeats = min(max(REPEATS, done), room)
+        terms, stderr = estimate(
+            jax.random.fold_in(key, done), np.repeat(ids[open_], repeats, 0)
+        )
+        values = np.stack([*terms, terms.total() ** 2, stderr**2]).astype(np.float64)
+        sums[:, open_] += values.reshape(6, len(open_), repeats).sum(-1)
+        done += repeats
+        counts[open_] = done
+        means = sums[:, open_] / done
+        between = (means[4] - means[:4].sum(0) ** 2) * done / (done - 1)
+        error[open_] = np.sqrt(np.fmax(between, means[5]) / done)
+        open_ = open_[(error[open_] > tolerance) & (done * draws < MAX_DRAWS)]
+    terms = likelihood.Bound(*(sums[:4] / counts).astype(np.float32))
+    return EstimatedBound.of(terms, error.astype(np.float32))
+
+
+def features(lm: TrainedModel, ids: Ids) -> np.ndarray:
+    """Returns an autoregressive model's mean hidden state of each row [n h]."""
+
+    def score(key: jax.Array, params: Params, ids: Ids) -> Array:
         return autoregressive.features(params, lm.cfg, ids)
 
-    return features
+    return by_batches(jax.random.key(0), lm, "features", lambda: score, ids)
 
 
-def by_batches(key: jax.Array, score: Score, params: Params, ids: Ids) -> PyTree:
-    """Scores all rows of ids [n l], BATCH at a time, each batch with its own key."""
-    batches, parts = batching.batches(np.asarray(ids), min(len(ids), BATCH)), []
-    for i, (rows, mask) in enumerate(batches):
-        out = score(jax.random.fold_in(key, i), params, sharding.shard_rows(rows))
+def by_batches(
+    key: jax.Array, lm: TrainedModel, name: Any, make: Callable[[], Score], ids: Ids
+) -> PyTree:
+    """Scores all rows of ids [n l], up to BATCH at a time, each batch with its own key.
+
+    name, make: of the compiled score. Batches have few sizes, for few compilations.
+    """
+    size = min(BATCH, 1 << (len(ids) - 1).bit_length())
+    score = lm.cached((name, size, ids.shape[1]), make)
+    parts = []
+    for i, (rows, mask) in enumerate(batching.batches(np.asarray(ids), size)):
+        out = score(jax.random.fold_in(key, i), lm.ema, sharding.shard_rows(rows))
         out = sharding.gather_to_host(out)
         parts.append(jax.tree.map(lambda x, m=mask: x[m > 0], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

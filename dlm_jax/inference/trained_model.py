@@ -2,6 +2,7 @@
 """The record of a trained model: everything that sampling and scoring read."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from dlm_jax.inference.constraints import GuidanceClassifier
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import PyTree
 
+MAX_PROGRAMS = 16  # compiled functions per model, some 14 MB each
+_LOCK = threading.Lock()
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainedModel:
@@ -23,7 +27,8 @@ class TrainedModel:
     params: the parameters as trained; ema: their moving average, which samples.
     schedule_state: the statistics of an adaptive schedule, or (). lengths: the
     number of training texts of 0, 1, ... tokens, if cfg.known_length. classifiers:
-    those that can guide it, by task.
+    those that can guide it, by task. compiled: functions by name, the one used last at
+    the end.
     """
 
     params: Params
@@ -65,10 +70,16 @@ class TrainedModel:
         return adapted_schedule(self.config, schedule_state)
 
     def cached(self, name: Any, make: Callable[[], Callable]) -> Callable:
-        """Returns the compiled function of that name, made on first use."""
-        if name not in self.compiled:
-            self.compiled[name] = jax.jit(make())
-        return self.compiled[name]
+        """Returns the compiled function of that name, made on first use.
+
+        MAX_PROGRAMS are kept, those used last; a name stands for one program.
+        """
+        with _LOCK:
+            run = self.compiled.pop(name, None) or jax.jit(make())
+            self.compiled[name] = run
+            while len(self.compiled) > MAX_PROGRAMS:
+                self.compiled.pop(next(iter(self.compiled))).clear_cache()
+        return run
 
 
 def adapted_schedule(config: dict, schedule_state: PyTree) -> Schedule:

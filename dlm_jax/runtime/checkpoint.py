@@ -91,6 +91,22 @@ def folder(workdir: PathLike) -> Any:
     return resolve_workdir(workdir) / FOLDER
 
 
+def run_directory(
+    path: PathLike, step: int | None = None
+) -> tuple[PathLike, int | None]:
+    """Returns (workdir, step) for a path to a run, to its checkpoints or to one of them.
+
+    A path to one checkpoint gives its step, unless another is asked for.
+    """
+    place = resolve_workdir(path)
+    if (place / FOLDER).exists():
+        return path, step
+    if place.parent.name == FOLDER and place.name.isdigit():
+        own, place = int(place.name), place.parent
+        step = own if step is None else step
+    return (str(place.parent) if place.name == FOLDER else path), step
+
+
 def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
     """Returns the checkpoint writer of a run, which keeps the newest `keep` steps."""
     options = ocp.CheckpointManagerOptions(
