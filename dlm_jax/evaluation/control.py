@@ -115,7 +115,7 @@ def fluency(texts: list[str], scorer: Scorer) -> dict[str, float | None]:
     """
     nats = scorer.nats(texts)
     good = np.isfinite(nats)
-    tokens = np.array([len(text.split()) + 1 for text in texts])
+    tokens = np.array(text_metrics.lengths(texts)) + 1
     return {
         "accepted": float(good.mean()) if scorer.exact else None,
         "nats/token": float(nats[good].sum() / tokens[good].sum())

@@ -18,6 +18,7 @@ from dlm_jax.data import encoding, grammar, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers, time_sampling
 from dlm_jax.errors import UserError
+from dlm_jax.evaluation import fonts
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import backend, logging
 from dlm_jax.types import END, PAD, START, Array, Ids, Table
@@ -61,6 +62,7 @@ def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; change --workdir") from error
     held_out = _held_out(lm)
+    fonts.warn_of_missing(lm.tokenizer.tokens())
     drawn = {
         "embedding.png": embedding_map(lm, held_out),
         "film.png": None if lm.cfg.causal else trajectory_figure(lm),
@@ -101,7 +103,7 @@ def _axes(figure: Figure, xlabel: str, ylabel: str) -> Any:
 
 
 def _printable(word: str) -> str:
-    return word.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return fonts.shown(word.replace("\n", "\u21b5").replace("\t", "\u21e5"))
 
 
 def save_frontier(points: Sequence[dict], entropy: float, workdir: Path) -> Path:
@@ -206,9 +208,9 @@ def _words(axes: Any, points: Points, words: list[str], tags: list[str] | None) 
     size = np.array([800.0, 590.0])  # axes in points, the unit of boxes
     span = np.ptp(points, 0)
     dots = (points - points.min(0)) / np.where(span > 0, span, 1.0) * size
-    boxes = np.array([[0.6 * 7.5 * len(word) + 4, 9.5] for word in words])
+    boxes = np.array([[0.6 * 7.5 * fonts.columns(word) + 4, 9.5] for word in words])
     labels = spread(dots + np.array([0.0, 6.0]), boxes)
-    names = tags or [""] * len(words)
+    names, family = tags or [""] * len(words), fonts.families(words, "sans-serif")
     kinds = [tag for tag, _ in Counter(names).most_common()]
     colours = {tag: COLOURS[i % len(COLOURS)] for i, tag in enumerate(kinds)}
     for tag in kinds:
@@ -218,7 +220,12 @@ def _words(axes: Any, points: Points, words: list[str], tags: list[str] | None) 
     for word, name, dot, label in zip(words, names, dots, labels, strict=True):
         colour = colours[name]
         axes.plot(*zip(dot, label, strict=True), color=colour, lw=0.4, alpha=0.5)
-        style = {"color": colour, "fontsize": 7.5, "parse_math": False}
+        style = {
+            "color": colour,
+            "fontsize": 7.5,
+            "parse_math": False,
+            "family": family,
+        }
         axes.text(*label, word, ha="center", va="center", **style)
     if tags is not None:
         place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
@@ -283,7 +290,7 @@ def trajectory_figure(lm: DiffusionLM) -> Figure:
     placed = [_wrap(frame.words) for frame in shown]
     heights = [(max((row for row, _ in at), default=0) + 1.7) * LINE for at in placed]
     ends = [
-        column + len(word)
+        column + fonts.columns(word)
         for frame, at in zip(shown, placed, strict=True)
         for word, (_, column) in zip(frame.words, at, strict=True)
     ]
@@ -303,7 +310,8 @@ def trajectory_figure(lm: DiffusionLM) -> Figure:
 
 
 def _paragraph(axes: Any, frame: Frame, at: list[tuple[int, int]], top: float) -> None:
-    style = {"fontsize": FONT, "family": "monospace", "parse_math": False}
+    family = fonts.families(map(_printable, frame.words), "monospace")
+    style = {"fontsize": FONT, "family": family, "parse_math": False}
     axes.text(14, top, f"t {frame.t:5.3f}", color=BLUE, **style)
     if not at:
         axes.text(LEFT, top, "(no words)", color=PALE, **style)
@@ -317,10 +325,10 @@ def _wrap(words: list[str]) -> list[tuple[int, int]]:
     """Returns the (row, column) of each word in lines of WRAP characters."""
     row, column, at = 0, 0, []
     for word in words:
-        if column and column + len(word) > WRAP:
+        if column and column + fonts.columns(word) > WRAP:
             row, column = row + 1, 0
         at.append((row, column))
-        column += len(word)
+        column += fonts.columns(word)
     return at
 
 

@@ -3,7 +3,8 @@
 
 No metric alone ranks models: a sampler that repeats one likely sentence wins every
 likelihood, and one that copies its training data wins every distance. Read them
-together, next to the same metrics of held-out text (`report`).
+together, next to the same metrics of held-out text (`report`). Words are those of
+`data.words`: characters, in scripts without spaces.
 """
 
 from collections import Counter
@@ -15,13 +16,15 @@ from jaxtyping import Float
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
+from dlm_jax.data.words import words
+
 NGRAM = 4
 
 
 def grams(text: str, n: int = NGRAM) -> list[tuple[str, ...]]:
-    """Returns the n-grams of a text's words, in order."""
-    words = text.split()
-    return list(zip(*(words[i:] for i in range(n)), strict=False))
+    """Returns the n-grams of a text's words (`data.words`), in order."""
+    units = words(text)
+    return list(zip(*(units[i:] for i in range(n)), strict=False))
 
 
 def all_grams(texts: Iterable[str], n: int = NGRAM) -> Iterator[tuple[str, ...]]:
@@ -63,7 +66,7 @@ def copied_grams(texts: list[str], seen: Set[tuple[str, ...]]) -> float:
 
 def lengths(texts: list[str]) -> list[int]:
     """Counts the words of each text."""
-    return [len(text.split()) for text in texts]
+    return [len(words(text)) for text in texts]
 
 
 def length_distance(texts: list[str], others: list[str]) -> float:
