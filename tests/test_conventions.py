@@ -135,7 +135,8 @@ def test_text_files_have_an_encoding():
             for call in _calls(tree, name):
                 named = {keyword.arg for keyword in call.keywords}
                 binary = name == "open" and (
-                    _in_binary(call) or ast.unparse(call).startswith("os.open")
+                    _in_binary(call)
+                    or ast.unparse(call).startswith(("os.open", "tensorstore.open"))
                 )
                 assert binary or "encoding" in named or len(call.args) >= positional, (
                     f"{module} line {call.lineno}: give {name} an encoding"

@@ -127,10 +127,9 @@ class DiffusionLM(TrainedModel):
         guidance: GuidanceConfig | None = None,
         **options: Any,
     ) -> list[str]:
-        """Generates n texts under constraints.
+        """Generates n texts under constraints, such as lm.control(length=12).
 
-        For example, lm.control(semantic={"food": "Italian"}, length=12). options: the
-        constraints of `constraints.parse_constraints`, and the options of `generate`.
+        options: those of `constraints.parse_constraints` and of `generate`.
         """
         check_names(options, {*CONSTRAINTS, *OPTIONS, "seed", "batch"})
         named = {name: options.pop(name, None) for name in CONSTRAINTS}
@@ -155,13 +154,10 @@ class DiffusionLM(TrainedModel):
         is at most this, or until `scoring.MAX_DRAWS`. For an autoregressive model
         -log p is exact, stored whole in the field `rounding`. Raises UserError.
         """
-        ids, draws = (
-            arguments.check_ids(ids, self.length, self.tokenizer.vocab_size),
-            _count("draws", draws),
-        )
-        key = sampling.key_of_seed(_seed(seed))
+        ids = arguments.check_ids(ids, self.length, self.tokenizer.vocab_size)
         tolerance = None if tolerance is None else real("tolerance", tolerance, over=0)
-        return scoring.nll(key, self, ids, draws, tolerance)
+        key = sampling.key_of_seed(_seed(seed))
+        return scoring.nll(key, self, ids, _count("draws", draws), tolerance)
 
     @backend.prepared
     def features(self, ids: AnyIds) -> np.ndarray:
