@@ -4,9 +4,12 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from test_checkpoint import _config, _digest, _saved
 
 from dlm_jax import main
@@ -31,7 +34,8 @@ def _write(source, folder, texts=WORDS):
     if source != "prepared":
         (folder / "texts").write_text(WRITERS[source](texts))
         return folder / "texts"
-    prepare.prepare_data(_config(_write("text", folder / "raw", texts)), str(folder))
+    raw = str(_write("text", folder / "raw", texts))
+    prepare.prepare_data(_config(raw), str(folder))
     return folder
 
 
@@ -138,20 +142,29 @@ def test_only_paths_that_exist_become_absolute(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def load():
+def load(monkeypatch):
     """load(mode, *flags): the model as that mode of the command loads it."""
 
-    def load(mode, workdir, *flags):
-        flags = ["--config=smoke", f"--mode={mode}", *flags]
-        main.parse_flags(["main", f"--workdir={workdir}", *flags])
+    def load(mode, workdir, *given):
+        _parse(monkeypatch, f"--mode={mode}", "--config=smoke", *given)
         main._check_flags()
         with_data = main._load if mode == "sample" else main._load_with_data
         return with_data(main.FLAGS.config, str(workdir), main.FLAGS.step)
 
-    yield load
-    main.FLAGS.unparse_flags()
-    for name in ("config", "mode", "step", "allow_fallback", "workdir"):
-        main.FLAGS[name].unparse()
+    return load
+
+
+def _parse(monkeypatch, *given):
+    """Parses the command's flags anew; those of a config cannot be defined twice."""
+    fresh = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=fresh)
+    flags.DEFINE_string("mode", "train", "", flag_values=fresh)
+    flags.DEFINE_integer("step", None, "", flag_values=fresh)
+    flags.DEFINE_bool("allow_fallback", False, "", flag_values=fresh)
+    argv = list(main._with_config_files(["main", *given]))
+    monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads it
+    fresh(argv)
+    monkeypatch.setattr(main, "FLAGS", fresh)
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "plot", "control"])
@@ -186,12 +199,7 @@ def test_a_flag_without_effect_is_refused(flag, mode, load, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["train", "train_classifier", "prepare_data"])
-def test_a_step_is_refused_where_none_is_chosen(mode):
-    main.parse_flags(["main", "--workdir=x", f"--mode={mode}", "--step=3"])
-    try:
-        with pytest.raises(UserError, match=f"--step=3: --mode {mode} does not"):
-            main._check_flags()
-    finally:
-        main.FLAGS.unparse_flags()
-        for name in ("mode", "step"):
-            main.FLAGS[name].unparse()
+def test_a_step_is_refused_where_none_is_chosen(mode, monkeypatch):
+    _parse(monkeypatch, f"--mode={mode}", "--step=3")
+    with pytest.raises(UserError, match=f"--step=3: --mode {mode} does not"):
+        main._check_flags()
