@@ -30,7 +30,7 @@ WHOLE = (int, float, np.int8, np.int64, np.uint64, np.float64, np.array, jnp.asa
 REAL = (float, np.float16, np.float32, np.float64, np.array, jnp.float32, jnp.bfloat16)
 NOT_NUMBERS = (
     None, True, np.True_, "3", b"3", math.nan, math.inf, -math.inf, np.float32("nan"),
-    [3], np.array([3]), np.array([]), {}, 1j, object(), "nan", jnp.asarray(True),
+    [3], np.array([3]), np.array([]), {}, 1j, object, "nan", jnp.asarray(True),
     fractions.Fraction(3),
 )  # fmt: skip
 
