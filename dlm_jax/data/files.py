@@ -8,7 +8,9 @@ import codecs
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -60,11 +62,12 @@ def existing(path: str, flag: str) -> Path:
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:
-    """Decodes a line as UTF-8; raises UserError naming the line."""
+    """Decodes a line as UTF-8, without its mark; raises UserError naming the line."""
     if b"\0" in raw:  # such as UTF-16 without its mark, which is valid UTF-8
         refuse_nul(f"{path} line {line}")
     try:
-        return raw.decode("utf-8")
+        # files that were joined have the mark at the start of other lines, too
+        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}): "
@@ -74,19 +77,17 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the non-blank lines, stripped, with their numbers from 1. Raises UserError."""
-    for number, line in enumerate(every_line(path), 1):
-        if line:
-            yield number, normalize(line, f"{path} line {number}")
+    nfc = partial(unicodedata.normalize, "NFC")  # of UTF-8: nothing is to be refused
+    return ((i, nfc(line)) for i, line in enumerate(every_line(path), 1) if line)
 
 
 def every_line(path: Path) -> Iterator[str]:
     """Yields all lines, stripped. They end at \\n, \\r\\n or \\r. Raises UserError."""
-    for line in _raw_lines(path):
-        stripped = line.strip()
-        if "\r" in stripped:
-            yield from (part.strip() for part in stripped.split("\r"))
+    for line in map(str.strip, _raw_lines(path)):
+        if "\r" in line:
+            yield from map(str.strip, line.split("\r"))
         else:
-            yield stripped
+            yield line
 
 
 def _raw_lines(path: Path) -> Iterator[str]:
@@ -97,8 +98,9 @@ def _raw_lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     with file:
         for number, raw in enumerate(file, 1):
-            # files that were joined have the mark at the start of other lines, too
-            yield _decode(raw.removeprefix(codecs.BOM_UTF8), path, number)
+            # most lines of most files; the rest takes a call
+            fast = raw.isascii() and b"\0" not in raw
+            yield raw.decode("ascii") if fast else _decode(raw, path, number)
 
 
 def read_text(path: Path, cfg: Any) -> Iterator[str]:
