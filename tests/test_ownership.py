@@ -103,10 +103,10 @@ def test_an_owner_killed_is_forgotten(place, elsewhere, tmp_path, monkeypatch):
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Event()
     owner = spawn.Process(
-        target=_hold, args=(tmp_path, ready, place != "without locks")
+        target=_hold, args=(tmp_path, ready, place != "without locks"), daemon=True
     )
     owner.start()
-    assert ready.wait(120)
+    assert ready.wait(400)
     if place == "without locks":
         monkeypatch.setattr(ownership, "fcntl", None)
     with pytest.raises(UserError, match=rf"in use by process {owner.pid} on"):
