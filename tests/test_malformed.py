@@ -312,7 +312,7 @@ SAYS = {
     "CSV of nothing": "column|empty|no text|no line",
     "tokenizer of another kind": "runes",
     "a link": "is a link",
-    "sums of a list": "not JSON objects",
+    "sums of a list": "not a JSON object",
     "rollbacks of a number": "rollbacks",
     "a record with a flipped bit": "checksum",
     "saved config without heads": "heads|zero|divi",
