@@ -75,7 +75,7 @@ def test_what_is_unknown_is_named_with_its_place(script, tok, tmp_path):
 
 @pytest.mark.parametrize(("unknown", "warns"), [(1, False), (3, True)])
 def test_more_than_a_hundredth_is_a_warning(unknown, warns, tmp_path):
-    texts = ["a b c d e"] * (40 - unknown) + ["x b c d e"] * unknown
+    texts = ["x b c d e"] * unknown + ["a b c d e"] * (40 - unknown)
     assert len(_read(_config(tmp_path, texts, min_count=3))) == 1 + warns
 
 
@@ -131,3 +131,11 @@ def test_training_and_evaluation_print_it(tmp_path, capsys):
     said.append(capsys.readouterr().out)
     for lines in said:
         assert lines.count("36 + 4 texts (train + valid)") == 1
+
+
+def test_a_split_of_unknown_words_is_not_hidden_by_the_other(tmp_path):
+    config = _config(tmp_path, TEXTS * 50)
+    (tmp_path / "v").write_text("zwei Hunde", encoding="utf-8")
+    config.data.valid_path = str(tmp_path / "v")
+    _, warning = _read(config)
+    assert "100.0% of the tokens of valid are UNK" in warning

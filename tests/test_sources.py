@@ -250,6 +250,7 @@ def test_published_e2e():
         ("csv", "text\nfine\n".encode("utf-32-le"), "NUL"),
         ("jsonl", '{"text": "x"}\n{"text": \n', "a line 2 is not JSON"),
         ("jsonl", '["x"]\n', "a line 1 is not a JSON object"),
+        ("jsonl", '{"text": "a", "text": "b"}\n', "line 1 .*'text' occurs twice"),
         ("jsonl", '{"words": "x"}\n', "line 1 has no column 'text': .* words"),
         ("jsonl", '{"text": 3}\n', "line 1 column 'text' holds int"),
     ],

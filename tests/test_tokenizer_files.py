@@ -231,3 +231,29 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'dlm_jax\[hf\]'"):
         tokenizer_files.load("hf", str(tmp_path / "tok"))
+
+
+def test_what_it_leaves_out_is_unknown(tmp_path):
+    """Without an unknown token the library leaves out a character in silence."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60)
+    tok.train_from_iterator(TEXTS, trainer)
+    ours = from_dict({"kind": "hf", "model": tok.to_str()})
+    assert UNK not in ours.encode("the cat sees a tree")
+    for text, unknown in (
+        ("Zcat", 1),
+        ("cat Q", 1),
+        ("QZ Q", 2),
+        ("the \u9f8d cat", 1),
+    ):
+        assert ours.encode(text).count(UNK) == unknown, text
+        assert UNK not in [i for w in ("cat", "the") for i in ours.encode(w)]
+
+
+def test_an_unknown_token_that_it_lacks_is_one_line(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel({"cat": 0}, "[UNK]"))
+    with pytest.raises(UserError, match=r"unk_token '\[UNK\]' is not in its vocab"):
+        from_dict({"kind": "hf", "model": tok.to_str()})

@@ -134,13 +134,21 @@ def jsonl_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
     for number, line in lines(path):
         where = f"{path} line {number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{where} is not JSON ({reason}): fix it") from error
         if not isinstance(record, dict):
             raise UserError(f"{where} is not a JSON object: give {{column: text}}")
         yield where, record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    """Returns a JSON object; raises ValueError if a key occurs twice."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return dict(pairs)
 
 
 DELIMITERS = ",\t;|"

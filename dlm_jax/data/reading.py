@@ -19,13 +19,15 @@ CHECKED = 1000  # first texts that are decoded again
 class Reading:
     """Counts texts and their rows, chunk by chunk.
 
-    texts: by split; tokens: of all rows, without START, END and PAD.
+    texts, unknown and tokens: by split; tokens of all rows, without START, END and PAD.
     """
 
     def __init__(self, cfg: Any, tok: Tokenizer):
         self.cfg, self.tok = cfg, tok
-        self.texts = {"train": 0, "valid": 0}
-        self.words = self.bytes = self.tokens = self.unknown = self.too_long = 0
+        self.texts, self.tokens, self.unknown = (
+            {"train": 0, "valid": 0} for _ in range(3)
+        )
+        self.words = self.bytes = self.too_long = 0
         self.changed = 0
         self.first_unknown = self.first_changed = ""
 
@@ -43,7 +45,8 @@ class Reading:
         # the ids of a word tokenizer are the words; counting them again takes longer
         counted = isinstance(self.tok, WordTokenizer) and not too_long
         self.words += tokens if counted else sum(len(t.split()) for t in texts)
-        self.unknown, self.tokens = self.unknown + unknown, self.tokens + tokens
+        self.unknown[split] += unknown
+        self.tokens[split] += tokens
         self.too_long += too_long
         if unknown and not self.first_unknown:
             self.first_unknown = self._first(split, texts, before)
@@ -73,7 +76,8 @@ class Reading:
     def lines(self) -> list[str]:
         """Returns the line of what was read, and warnings."""
         cfg, long = self.cfg, self.too_long
-        share = self.unknown / max(self.tokens, 1)
+        tokens = sum(self.tokens.values())
+        share = sum(self.unknown.values()) / max(tokens, 1)
         first = f" (first {self.first_unknown})" if self.first_unknown else ""
         cut = " (truncated)" if long and cfg.too_long == "truncate" else ""
         dropped = {"blank": sources.blank(cfg)}
@@ -82,12 +86,12 @@ class Reading:
         why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
         line = (
             f"{self._source()}: {self.texts['train']:,} + {self.texts['valid']:,} texts "
-            f"(train + valid), {self.words:,} words, {self.tokens:,} tokens, "
+            f"(train + valid), {self.words:,} words, {tokens:,} tokens, "
             f"{share:.2%} UNK{first}, {long:,} too long{cut}, "
             f"{sum(dropped.values()):,} dropped{f' ({why})' if why else ''}, "
             f"{self.bytes:,} bytes"
         )
-        return [" ".join(line.split()), *self._warnings(share)]
+        return [" ".join(line.split()), *self._warnings()]
 
     def _source(self) -> str:
         name = files.describe(self.cfg)
@@ -96,12 +100,14 @@ class Reading:
         delimiter = files.delimiter(files.existing(self.cfg.path, "path"), self.cfg)
         return f"{name} (columns end at {delimiter!r})"
 
-    def _warnings(self, share: float) -> Iterable[str]:
-        if share > MAX_UNKNOWN:
-            yield (
-                f"warning: {share:.1%} of the tokens are UNK, first {self.first_unknown}: "
-                f"the model cannot learn them; {self._remedy()}"
-            )
+    def _warnings(self) -> Iterable[str]:
+        for split, unknown in self.unknown.items():
+            share = unknown / max(self.tokens[split], 1)
+            if share > MAX_UNKNOWN:
+                yield (
+                    f"warning: {share:.1%} of the tokens of {split} are UNK, first "
+                    f"{self.first_unknown}: the model cannot learn them; {self._remedy()}"
+                )
         if self.changed:
             yield (
                 f"warning: the tokenizer changes {self.changed} of the first "

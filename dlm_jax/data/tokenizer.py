@@ -167,9 +167,10 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of the tokens of `text`, without START and END."""
-        text, get = normalize(text, "the text"), self._ids.get
+        text = normalize(text, "the text")
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return [get(i, UNK) for i in encoding.ids]
+        ids = [self._ids.get(i, UNK) for i in encoding.ids]
+        return ids if self._unknown is not None else _with_gaps(ids, encoding, text)
 
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
         """Returns the text before the first END. Raises UserError for an invalid id."""
@@ -181,6 +182,15 @@ class HFTokenizer:
     def to_dict(self) -> dict[str, Any]:
         """Returns a record that JSON can store."""
         return {"kind": "hf", "model": self.model}
+
+
+def _with_gaps(ids: list[int], encoding: Any, text: str) -> list[int]:
+    """Adds UNK where a tokenizer without an unknown token left part of a word out."""
+    found, end = [], 0
+    for i, (first, last) in zip(ids, encoding.offsets, strict=True):
+        found += [UNK] * len(text[end:first].split()) + [i]
+        end = max(end, last)
+    return found + [UNK] * len(text[end:].split())
 
 
 Tokenizer = WordTokenizer | PieceTokenizer | HFTokenizer
@@ -338,6 +348,11 @@ def _read_hf(record: dict[str, Any]) -> HFTokenizer:
         tokenizer = HFTokenizer(record["model"])
         if not tokenizer._strings:
             raise ValueError("no tokens")
+        name = json.loads(tokenizer.model)["model"].get("unk_token")
+        if name is not None and tokenizer._unknown is None:
+            raise UserError(
+                f"its unk_token {name!r} is not in its vocabulary: add it there"
+            )
     except UserError:
         raise
     except Exception as error:  # the library raises Exception for what it cannot read

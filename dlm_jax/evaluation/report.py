@@ -306,6 +306,9 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
         )
     samples = _samples(lm, options)
     size = min(len(samples[0]), len(held_out) // len(samples))
+    if options.texts:
+        line = f"measured: {len(samples)} x {size} texts of {options.texts}"
+        console.say(f"{line}, beside as many held-out ones")
     rows = compare([texts[:size] for texts in samples], held_out, reference)
     bounds = likelihood_rows(lm, held_out[: options.nll_texts], options.draws)
     if reference.ar_model is not None:
