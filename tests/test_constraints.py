@@ -252,6 +252,7 @@ def test_bad_templates(lm, template, message):
         ),
         ({"contains": "cat " * 9}, "a phrase of 9 words exceeds the text's 8"),
         ({"contains": "cat", "lacks": "cat"}, "'cat' must both occur and not occur"),
+        ({"lacks": "the cat"}, "'the cat' is 2 tokens of this model"),
         (
             {"pos": ["NOUN"], "length": 2},
             "imply different numbers of words: length 2, pos 1",

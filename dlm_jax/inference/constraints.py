@@ -57,6 +57,17 @@ def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
     return _known(tok, pieces.encode_phrase(tok, text), text, what)
 
 
+def _single(tok: Tokenizer, word: str) -> int:
+    """Returns the id of a word to avoid. Raises UserError if it is several tokens."""
+    ids = phrase_ids(tok, word, "lacks")
+    if len(ids) > 1:
+        raise UserError(
+            f"lacks: {word!r} is {len(ids)} tokens of this model, each of which would be "
+            "avoided everywhere; give single ones, as a list"
+        )
+    return ids[0]
+
+
 def _known(tok: Tokenizer, ids: list[int], text: str, what: str) -> list[int]:
     if not ids:
         raise UserError(f"{what}: empty; give some words")
@@ -321,7 +332,7 @@ def parse_constraints(
     """Builds the constraints of one text (n = 1) from names and values:
 
     length: number of words, or of pieces of a SentencePiece model. contains: a phrase, or a list of phrases.
-    lacks: words that must not occur. semantic: {field: value}; label: {column: label};
+    lacks: words, each one token, that must not occur. semantic: {field: value}; label: {column: label};
     pos: the tag of each word; tree: (first, last, label) of each constituent, by word
     indices from 0, inclusive; span: one of these. label, pos, tree and span need a
     classifier; semantic without one is treated as `contains`. Raises UserError.
@@ -344,7 +355,7 @@ def parse_constraints(
             value, classifier.vocab
         )[None]
     phrase_rows = [phrase_ids(tok, phrase, "contains") for phrase in phrases]
-    excluded = [i for word in lacks for i in phrase_ids(tok, word, "lacks")]
+    excluded = [_single(tok, word) for word in lacks]
     _check(tok, positions, words, phrase_rows, excluded, wanted)
     ids = known = allowed = None
     if words is not None:
