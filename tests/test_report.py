@@ -203,7 +203,7 @@ def test_autoregressive_model_comes_near_the_language(ar_model):
 
 def test_evaluates_a_file_of_texts(trained, tmp_path):
     path = tmp_path / "texts.txt"
-    path.write_text("\n\n".join(grammar.sample(3, 20)))
+    path.write_text("\n".join(grammar.sample(3, 20)))
     (trained / "evaluation.json").write_text("mine")
     record = _run(trained, texts=str(path))
     assert (trained / "evaluation.json").read_text() == "mine"

@@ -286,6 +286,7 @@ def check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
 
 def _write_run_config(workdir: Any, record: dict, host: int) -> None:
     """Host 0 writes config.json; the others wait until they see it."""
+    hosts.barrier("read")  # nothing is written if another host cannot start
     if host == 0:
         checkpoint.write_run_config(workdir, record)
     hosts.barrier("claimed")
