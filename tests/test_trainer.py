@@ -319,7 +319,9 @@ def test_the_rows_of_a_bad_batch_are_named(spoilt, tmp_path):
 def test_a_bad_update_is_skipped(spoilt, tmp_path, capsys):
     config = spoilt(train__on_nonfinite="skip")
     loop.train(config, str(tmp_path / "run"))
-    said = [line for line in capsys.readouterr().out.splitlines() if "was skipped" in line]
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if "was skipped" in line
+    ]
     assert len(said) == 1
     assert _rows_of(config, _bad_step(config)) in said[0]
     state = _trainer(config, tmp_path / "run").state
