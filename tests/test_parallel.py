@@ -185,7 +185,9 @@ def test_all_hosts_name_their_devices_and_the_first_says_the_rest(layouts):
 def test_hosts_share_the_sampling(layouts):
     """The texts of one host, and only the first prints them."""
     config, workdirs, _ = layouts
+    config = config.copy_and_resolve_references()
     config.sample.n = 5
+    config.train.total_steps = HALF  # what the run has
     one, two = (
         _finish(_start(config, workdirs["half"], hosts, devices, mode="sample"))
         for hosts, devices in ((1, 1), (2, 2))
