@@ -44,11 +44,6 @@ def gather(folder: Path, out: Path) -> list[dict]:
     new = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     for row in [*old, *new]:
         row.pop("config", None)
-        # paths are dropped; checksums identify the classifiers
-        row["control"].pop("classifiers", None)
-        row["control"].pop("ar_model", None)
-        row["data"]["path"] = Path(row["data"]["path"]).name
-        row["control"]["targets"] = Path(row["control"]["targets"]).name
     rows = {key(row): row for row in [*old, *new]}
     return sorted(
         rows.values(), key=lambda r: (ORDER.index(r["task"]), -r["num_steps"])
@@ -72,7 +67,7 @@ def method(row: dict) -> str:
     """Describes the method of a row of `--mode control`."""
     preset = row["control"]["preset"]
     words = [f"{row['num_steps']} steps", "" if preset == "tuned" else f"{preset} rule"]
-    words.append("published targets" if row["control"]["targets"] else "")
+    words.append("published targets" if row.get("target files") else "")
     return ", ".join(filter(None, words))
 
 

@@ -153,6 +153,21 @@ def test_records_of_e2e(tmp_path):
         annotations.load_annotated(config, "mood", "train")
 
 
+def test_texts_are_drawn_from_all_of_a_sorted_file(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": f"text {i}", "label": "abc"[i // 100]} for i in range(300)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    changes = {"data.source": "jsonl", "data.path": str(path), "classifier.texts": 60}
+    config = config_of("label", **changes)
+    texts, notes = annotations.load_annotated(config, "label", "train")
+    assert len(texts) == 60
+    assert texts == sorted(texts, key=lambda text: int(text.split()[1]))
+    assert {n["label"] for n in notes} == {"a", "b", "c"}
+    for text, note in zip(texts, notes, strict=True):  # still each other's
+        assert note["label"] == "abc"[int(text.split()[1]) // 100]
+    assert annotations.load_annotated(config, "label", "train") == (texts, notes)
+
+
 def test_any_label_from_a_column(tmp_path):
     path = tmp_path / "texts.jsonl"
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]

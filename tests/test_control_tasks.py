@@ -231,6 +231,17 @@ def test_targets_that_have_no_place_are_left_out(lm):
     assert control_tasks.is_feasible(lm, "tree", flat)
 
 
+def test_targets_of_unknown_labels_are_left_out(lm, config, monkeypatch, capfd):
+    known, *_ = control_targets.load_targets(config, "pos", 1)
+    alien = control_targets.Sentence("a pub", tags=["Det", "NoSuchTag"])
+    monkeypatch.setattr(control, "load_targets", lambda *_: [alien, known])
+    row = control._row(lm, config, "pos", 3, None, lambda: None)
+    assert (row["targets"], row["left out"]) == (1, 1)
+    assert "pos: 1 of 2 sentences cannot be used as targets" in "".join(
+        capfd.readouterr()
+    )
+
+
 def test_nothing_can_be_said_of_texts_outside_the_language(scorer):
     assert control.fluency(["pub pub", "a a"], scorer)["nats/token"] is None
     silent = scorer._replace(

@@ -197,6 +197,17 @@ def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
     assert found.vocab.classes == {"label": ["x", "y"]}
 
 
+def test_a_path_alone_moves_the_models_own_text(folder):
+    """It is read as the model's text was, although the default source has no path."""
+    lm = dlm_jax.load(folder / "model")
+    own = lm.config["data"]["source"]
+    assert own != "grammar"
+    config = config_of(folder, **{"data.path": "elsewhere"})
+    config.data.source = "grammar"
+    config = command.with_base_settings(config, lm)
+    assert (config.data.source, config.data.path) == (own, "elsewhere")
+
+
 def test_a_model_that_moved_on_is_noticed(folder, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)

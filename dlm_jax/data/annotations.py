@@ -197,7 +197,10 @@ Annotated = tuple[list[str], list[Any]]
 
 
 def load_annotated(config: Any, task: str, split: str) -> Annotated:
-    """Loads the texts of a split, and an annotation of each. Raises UserError."""
+    """Loads the texts of a split, and an annotation of each. Raises UserError.
+
+    Of a file, config.classifier.texts are drawn, as files are often sorted.
+    """
     source, most = config.data.source, config.classifier.texts
     choose("config.classifier.task", HEADS, task)
     check_ranges(config, "classifier")
@@ -205,13 +208,20 @@ def load_annotated(config: Any, task: str, split: str) -> Annotated:
         return _grammar_texts(config, task, split)
     if task in ("semantic", "label"):
         texts, notes = {"semantic": _records, "label": _columns}[task](config, split)
-        return texts[: most or None], notes[: most or None]
-    texts = sources.load_texts(config.data, split)[: most or None]
+        return _draw(texts, most), _draw(notes, most)
+    texts = _draw(sources.load_texts(config.data, split), most)
     if task == "pos":
         tagger = train_tagger(config.classifier.conllu)
         return texts, [tags_of(tagger, text) for text in texts]
     parser = load_parser(config.classifier.parser)
     return texts, [parse_spans(parser, text) for text in texts]
+
+
+def _draw(items: list[Any], most: int) -> list[Any]:
+    """Draws at most that many (0: all), always the same ones, in their order."""
+    if not 0 < most < len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), most))]
 
 
 def _records(config: Any, split: str) -> Annotated:

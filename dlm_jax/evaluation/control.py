@@ -225,12 +225,13 @@ def _row(
     options, rng = config.control, np.random.default_rng(0)
     task, sentences = CONTROL_TASKS.get(name), load_targets(config, name, options.n)
     usable = [s for s in sentences if is_feasible(lm, name, s)]
-    if usable != sentences:
-        tqdm.write(
-            f"{name}: {len(sentences) - len(usable)} of {len(sentences)} sentences "
-            "cannot be used as targets"
-        )
     targets = [task.target(s, rng) if task else s.text for s in usable]
+    targets = [t for t in targets if task is None or _can_ask(task, t, lm)]
+    left_out = len(sentences) - len(targets)
+    if left_out:
+        tqdm.write(
+            f"{name}: {left_out} of {len(sentences)} sentences cannot be used as targets"
+        )
     if not targets:
         raise UserError(
             f"config.control.task={name}: no usable target; raise config.control.n"
@@ -239,9 +240,18 @@ def _row(
     guidance = guidance_of(config, name)
     scorer = make_scorer(config, name, ar_model)
     row = run_task(lm, task, targets, scorer, guidance, tick, **sizes)
-    left_out = len(sentences) - len(usable)
     head = {"targets": len(targets), "left out": left_out}
     return {**head, **row, "config": lm.config}
+
+
+def _can_ask(task: ControlTask, target: Any, lm: DiffusionLM) -> bool:
+    """Returns whether the target has only words and labels that were trained on."""
+    try:
+        task.constrain(target, lm)
+    except UserError as error:
+        tqdm.write(f"{target}: {error}")
+        return False
+    return True
 
 
 def _with_classifiers(lm: DiffusionLM, config: Any, names: list[str]) -> DiffusionLM:

@@ -74,7 +74,9 @@ def classifier_task(vocab: LabelVocab, table: np.ndarray) -> TrainingTask:
 def with_base_settings(config: Any, base: DiffusionLM) -> Any:
     """Returns the config with the model's data, schedule, length and embedding width.
 
-    The text is the model's own unless config.data.path names another. Raises UserError.
+    The text is the model's own unless config.data.path names another, which is read as
+    config.data says, or as the model's if that has the default source, the grammar.
+    Raises UserError.
     """
     if not config.classifier.task or config.model.causal or config.model.self_cond:
         raise UserError("--config: take --config classifier, or a config like it")
@@ -91,8 +93,9 @@ def with_base_settings(config: Any, base: DiffusionLM) -> Any:
         )
     own = {}
     if config.data.path:
-        names = ("source", "path", "valid_path", "valid_fraction", "column")
-        names += ("delimiter",)
+        names = ("path", "valid_path")
+        if config.data.source != "grammar":  # which has no path
+            names += ("source", "valid_fraction", "column", "delimiter")
         own = {name: config.data[name] for name in names}
     with config.unlocked():
         config.data.update(data, **own)
