@@ -35,7 +35,8 @@ COLOURS = ("#123c6e", "#1f5fa8", "#7fb0dd", "#c0392b", "#e59866", "#9a7d0a")
 def key(row: dict) -> str:
     """Returns what identifies a row: a row with the same key replaces it."""
     names = ("task", "num_steps", "model", "control", "classifiers in use", "sample")
-    return json.dumps([row[name] for name in names], sort_keys=True)
+    names += ("target files",)
+    return json.dumps([row.get(name) for name in names], sort_keys=True)
 
 
 def gather(folder: Path, out: Path) -> list[dict]:
