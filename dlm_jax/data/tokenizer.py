@@ -83,6 +83,15 @@ class PieceTokenizer:
 
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
+    @cached_property
+    def _space_follows(self) -> bool:
+        """Whether pieces end with the space after a word: it ends a text, too."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2
+        spec = proto.ModelProto.FromString(self.model).trainer_spec
+        return spec.treat_whitespace_as_suffix
+
     @property
     def vocab_size(self) -> int:
         """Returns the number of pieces, including the four special tokens."""
@@ -101,6 +110,7 @@ class PieceTokenizer:
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
         """Returns the text before the first END. Raises UserError for an invalid id."""
         text = self._processor.decode(_content(ids, self.vocab_size))
+        text = text.removesuffix(" ") if self._space_follows else text
         return _unescape(text) if self.escaped else text
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +166,11 @@ class HFTokenizer:
     def _ids(self) -> dict[int, int]:
         return {theirs: i for i, theirs in enumerate(self._strings, len(SPECIALS))}
 
+    @cached_property
+    def _theirs(self) -> list[int | None]:
+        """Its ids, from UNK on, in our order without END and PAD."""
+        return [self._unknown, *self._strings]
+
     @property
     def vocab_size(self) -> int:
         """Returns the number of tokens, including our four special ones."""
@@ -174,10 +189,10 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int] | Int[Array, " l"]) -> str:
         """Returns the text before the first END. Raises UserError for an invalid id."""
-        theirs = [self._unknown, *self._strings]
-        content = [max(i - UNK - 1, 0) for i in _content(ids, self.vocab_size)]
-        known = [theirs[i] for i in content if theirs[i] is not None]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+        content = (max(i - UNK - 1, 0) for i in _content(ids, self.vocab_size))
+        known = [self._theirs[i] for i in content if self._theirs[i] is not None]
+        text = self._tokenizer.decode(known, skip_special_tokens=False)
+        return text.removeprefix(" ")  # that of ByteLevel(add_prefix_space=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a record that JSON can store."""

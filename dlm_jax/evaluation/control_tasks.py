@@ -25,6 +25,7 @@ from dlm_jax.inference.constraints import (
     require_word_tokens,
     template_constraints,
 )
+from dlm_jax.inference.pieces import encode_value
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.types import UNK
 
@@ -87,7 +88,7 @@ def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
 
 def _semantic(target: Fields, lm: DiffusionLM) -> Constraints:
     """Constrains the fields by the classifier, and their words by token guidance."""
-    words = [lm.tokenizer.encode(value) for value in target.values()]
+    words = [encode_value(lm.tokenizer, value) for value in target.values()]
     phrases = [pad_to_power_of_two([-1] if UNK in ids else ids) for ids in words]
     return _from_target("semantic")(target, lm)._replace(phrases=tuple(phrases))
 

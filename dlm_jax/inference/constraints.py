@@ -52,32 +52,6 @@ class Constraints(NamedTuple):
 UNCONSTRAINED = Constraints()
 
 
-def phrase_ids(tok: Tokenizer, text: str, what: str) -> list[int]:
-    """Encodes a phrase. Raises UserError naming a word outside the vocabulary."""
-    return _known(tok, pieces.encode_phrase(tok, text), text, what)
-
-
-def _single(tok: Tokenizer, word: str) -> int:
-    """Returns the id of a word to avoid. Raises UserError if it is several tokens."""
-    ids = phrase_ids(tok, word, "lacks")
-    if len(ids) > 1:
-        raise UserError(
-            f"lacks: {word!r} is {len(ids)} tokens of this model, each of which would be "
-            "avoided everywhere; give single ones, as a list"
-        )
-    return ids[0]
-
-
-def _known(tok: Tokenizer, ids: list[int], text: str, what: str) -> list[int]:
-    if not ids:
-        raise UserError(f"{what}: empty; give some words")
-    if UNK in ids:
-        words = text.split()
-        word = words[ids.index(UNK)] if len(words) == len(ids) else text
-        raise UserError(f"{what}: {word!r} is not in the model's vocabulary")
-    return ids
-
-
 def pad_to_power_of_two(row: list[int]) -> np.ndarray:
     """Pads a row of ids with -1 to [1 k], k a power of two, to limit recompilation."""
     width = 1 << max(len(row) - 1, 0).bit_length()
@@ -150,23 +124,19 @@ def parse_template(tok: Tokenizer, template: str, excluded: Any = None) -> Templ
 
     excluded: ids that must not occur, so the template may not hold them either.
     """
-    of_words = isinstance(tok, WordTokenizer)
+    of_words, what = isinstance(tok, WordTokenizer), f"template {template!r}"
     split = (pieces.split_words if of_words else pieces.split_template)(template)
     if not any(part.text in (BLANK, GAP) for part in split):
         raise UserError(
-            f"template {template!r} has no blank: write {BLANK} for a word, {GAP} for "
-            "one or more"
+            f"{what} has no blank: write {BLANK} for a word, {GAP} for one or more"
         )
-    parts: list[Any] = []
-    for part in split:
-        kind = {BLANK: None, GAP: GAP}
-        parts.append(
-            kind[part.text]
-            if part.text in kind
-            else _known(
-                tok, pieces.encode_part(tok, part), part.text, f"template {template!r}"
-            )
-        )
+    if of_words:
+        pieces.check_breaks(template.strip(), "", what)
+    kind = {BLANK: None, GAP: GAP}
+    parts: list[Any] = [
+        kind[p.text] if p.text in kind else pieces.encode_part(tok, p, what)
+        for p in split
+    ]
     held = {i for part in parts if isinstance(part, list) for i in part}
     if excluded is not None and (clash := held & set(excluded.ravel().tolist())):
         word = tok.decode([clash.pop()])
@@ -331,7 +301,7 @@ def parse_constraints(
 ) -> Constraints:
     """Builds the constraints of one text (n = 1) from names and values:
 
-    length: number of words, or of pieces of a SentencePiece model. contains: a phrase, or a list of phrases.
+    length: number of words, or of pieces if those are its tokens. contains: a phrase, or a list of phrases.
     lacks: words, each one token, that must not occur. semantic: {field: value}; label: {column: label};
     pos: the tag of each word; tree: (first, last, label) of each constituent, by word
     indices from 0, inclusive; span: one of these. label, pos, tree and span need a
@@ -354,8 +324,8 @@ def parse_constraints(
         by_task[classifier.vocab.task] = annotations.TARGET_ENCODERS[name](
             value, classifier.vocab
         )[None]
-    phrase_rows = [phrase_ids(tok, phrase, "contains") for phrase in phrases]
-    excluded = [_single(tok, word) for word in lacks]
+    phrase_rows = [pieces.encode_phrase(tok, phrase, "contains") for phrase in phrases]
+    excluded = sorted({i for w in lacks for i in pieces.encode_avoided(tok, w)})
     _check(tok, positions, words, phrase_rows, excluded, wanted)
     ids = known = allowed = None
     if words is not None:
@@ -437,7 +407,7 @@ def _check(
         raise UserError(f"span={wanted['span']}: give last < {room}")
     values = _fields(wanted.get("semantic", {})).values()
     inside = {i for phrase in phrases for i in phrase}
-    inside |= {i for value in values for i in tok.encode(value)}
+    inside |= {i for value in values for i in pieces.encode_value(tok, value)}
     if clash := set(excluded) & inside:
         raise UserError(f"{tok.decode([clash.pop()])!r} must both occur and not occur")
 
