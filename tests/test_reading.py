@@ -104,6 +104,28 @@ def test_blank_rows_are_counted(source, tmp_path):
     assert "2 dropped (2 blank)" in _read(config)[0]
 
 
+@pytest.mark.parametrize("mode", ["pad", "block", "prepared"])
+def test_a_quote_that_swallows_rows_is_named(mode, tmp_path):
+    """In any column: the rest is a file of single lines."""
+    rows = [f"{i};the cat sees a tree" for i in range(40)]
+    config = _config(tmp_path, length=12, mode="block" if mode == "block" else "pad")
+    config.data.source = "csv"
+    for end in ("\r\n", "\n", "\r"):
+        broken = [*rows[:10], '"10;the cat', *rows[11:18], '18";the cat', *rows[19:]]
+        text = end.join(["id;text", *broken])
+        (tmp_path / "t").write_text(text, encoding="utf-8", newline="")
+        made = config.copy_and_resolve_references()
+        if mode == "prepared":
+            folder = str(tmp_path / f"p{len(end)}{ord(end[0])}")
+            prepare.prepare_data(config, folder)
+            made.data.update(source="prepared", path=folder)
+        line = _read(made)[0]
+        assert f"the longest cell has 9 lines, at {tmp_path / 't'} line 12)" in line
+        assert "29 + 3 texts" in line
+    (tmp_path / "t").write_text("\n".join(["id;text", *rows]), encoding="utf-8")
+    assert "longest cell" not in _read(config)[0]
+
+
 def test_a_tokenizer_that_changes_texts_says_so(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     tok = tokenizers.Tokenizer(

@@ -202,7 +202,7 @@ def test_rows_without_text_are_counted(tmp_path, source):
     cfg = _cfg(source=source, path=path, valid_fraction=0.34)
     assert sources.load_texts(cfg, "train") == list(sources.stream(cfg, "train"))
     assert sources.load_texts(cfg, "train") == ["a", "b"]
-    assert (sources.count(cfg, "train"), sources.blank(cfg)) == (2, 3)
+    assert (sources.count(cfg, "train"), sources.count_rows(cfg).blank) == (2, 3)
 
 
 def test_e2e_folder(tmp_path):

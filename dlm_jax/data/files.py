@@ -8,6 +8,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -152,6 +153,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 
 DELIMITERS = ",\t;|"
+BREAK = re.compile(r"\r\n|\r|\n")
 
 
 def delimiter(path: Path, cfg: Any) -> str:

@@ -76,16 +76,17 @@ class Reading:
     def lines(self) -> list[str]:
         """Returns the line of what was read, and warnings."""
         cfg, long = self.cfg, self.too_long
+        rows = sources.count_rows(cfg)
         tokens = sum(self.tokens.values())
         share = sum(self.unknown.values()) / max(tokens, 1)
         first = f" (first {self.first_unknown})" if self.first_unknown else ""
         cut = " (truncated)" if long and cfg.too_long == "truncate" else ""
-        dropped = {"blank": sources.blank(cfg)}
+        dropped = {"blank": rows.blank}
         if cfg.mode == "pad" and cfg.too_long == "drop":
             dropped["too long"] = long
         why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
         line = (
-            f"{self._source()}: {self.texts['train']:,} + {self.texts['valid']:,} texts "
+            f"{self._source(rows)}: {self.texts['train']:,} + {self.texts['valid']:,} texts "
             f"(train + valid), {self.words:,} words, {tokens:,} tokens, "
             f"{share:.2%} UNK{first}, {long:,} too long{cut}, "
             f"{sum(dropped.values()):,} dropped{f' ({why})' if why else ''}, "
@@ -93,12 +94,13 @@ class Reading:
         )
         return [" ".join(line.split()), *self._warnings()]
 
-    def _source(self) -> str:
+    def _source(self, rows: sources.Counts) -> str:
         name = files.describe(self.cfg)
         if self.cfg.source != "csv":
             return name
         delimiter = files.delimiter(files.existing(self.cfg.path, "path"), self.cfg)
-        return f"{name} (columns end at {delimiter!r})"
+        long = f"; the longest cell has {rows.lines} lines, at {rows.row}"
+        return f"{name} (columns end at {delimiter!r}{long if rows.row else ''})"
 
     def _warnings(self) -> Iterable[str]:
         for split, unknown in self.unknown.items():

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from dlm_jax.data import array_record, grammar, tfds, tokenizer_files
 from dlm_jax.data.files import (
+    BREAK,
     cell,
     csv_records,
     describe,
@@ -128,22 +129,37 @@ def count(cfg: Any, split: str) -> int:
 
 def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
     """Returns the range (start, stop) of a split's texts in its file."""
-    texts, _ = _counts(path, cfg)
+    texts = _counts(path, cfg).texts
     if not texts:
         _non_empty([], str(path))
     return (0, texts) if cfg.valid_path else part(texts, cfg, split)
 
 
-def blank(cfg: Any) -> int:
-    """Returns the number of rows of csv or jsonl files without text, which are left out."""
+class Counts(NamedTuple):
+    """Counts of files: texts, rows without text, and the lines of the longest CSV cell.
+
+    row: the place of that cell's row, if it has several lines.
+    """
+
+    texts: int = 0
+    blank: int = 0
+    lines: int = 1
+    row: str = ""
+
+
+def count_rows(cfg: Any) -> Counts:
+    """Counts the rows of csv and jsonl files, of both splits."""
     if cfg.source not in RECORDS:
-        return 0
+        return Counts()
     paths = {_path(cfg, split) for split in ("train", "valid")}
-    return sum(_counts(path, cfg)[1] for path in paths)
+    found = [_counts(path, cfg) for path in sorted(paths)]
+    texts, blank = (sum(column) for column in list(zip(*found, strict=True))[:2])
+    longest = max(found, key=lambda counts: counts.lines)
+    return longest._replace(texts=texts, blank=blank)
 
 
-def _counts(path: Path, cfg: Any) -> tuple[int, int]:
-    """Counts the texts of a file, and its rows without text."""
+def _counts(path: Path, cfg: Any) -> Counts:
+    """Counts the texts and rows of a file."""
     state = path.stat()
     options = (cfg.column, cfg.delimiter) if cfg.source in RECORDS else ("", "")
     return _count(path, cfg.source, *options, (state.st_mtime_ns, state.st_size))
@@ -152,13 +168,20 @@ def _counts(path: Path, cfg: Any) -> tuple[int, int]:
 @lru_cache(maxsize=4)
 def _count(
     path: Path, source: str, column: str, delimiter: str, state: tuple[int, int]
-) -> tuple[int, int]:
+) -> Counts:
     """Computes `_counts`. state: the file's (mtime, size), part of the cache key."""
-    cfg, texts, rows = ConfigDict({"column": column, "delimiter": delimiter}), 0, 0
-    for text in FILES[source](path, cfg):
-        rows += 1
-        texts += bool(text)
-    return texts, rows - texts
+    cfg = ConfigDict({"column": column, "delimiter": delimiter})
+    if source not in RECORDS:
+        return Counts(sum(map(bool, FILES[source](path, cfg))))
+    texts, blank, lines, row = Counts()
+    for where, record in RECORDS[source](path, cfg):
+        empty = not cell(record, column, where)
+        texts, blank = texts + (not empty), blank + empty
+        if source == "csv":
+            cells = filter(None, record.values())
+            most = max((1 + len(BREAK.findall(text)) for text in cells), default=1)
+            lines, row = (most, where) if most > lines else (lines, row)
+    return Counts(texts, blank, lines, row)
 
 
 def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
