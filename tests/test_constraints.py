@@ -10,10 +10,8 @@ from conftest import sizes
 
 from dlm_jax.configs import smoke
 from dlm_jax.data.annotations import LabelVocab
-from dlm_jax.data.tokenizer import train_sentencepiece
 from dlm_jax.diffusion import classifier, samplers
 from dlm_jax.errors import UserError
-from dlm_jax.evaluation.control_tasks import CONTROL_TASKS
 from dlm_jax.inference import conditioning, constraints, loading, sampling
 from dlm_jax.inference.constraints import GuidanceClassifier
 from dlm_jax.inference.guidance_config import GuidanceConfig
@@ -355,16 +353,6 @@ def test_an_autoregressive_model_takes_no_constraints(lm):
     )
     with pytest.raises(UserError, match="autoregressive model takes no constraints"):
         ar_model.control(1, length=3)
-
-
-def test_control_tasks_that_count_words_need_words(lm):
-    pieces = train_sentencepiece([TEXT] * 50, vocab_size=20)
-    of_pieces = dataclasses.replace(lm, tokenizer=pieces)
-    for name, target in (("length", 3), ("infilling", "the ___")):
-        with pytest.raises(
-            UserError, match=rf"config.control.task={name}.*sentencepiece"
-        ):
-            CONTROL_TASKS[name].constrain(target, of_pieces)
 
 
 @pytest.mark.slow

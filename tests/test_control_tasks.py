@@ -8,6 +8,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import test_pieces
+from conftest import untrained
+from test_pieces import TEXTS
 
 from dlm_jax.configs import smoke
 from dlm_jax.data import annotations, grammar, tokenizer
@@ -190,6 +193,64 @@ def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
         lm.config[section].update(change)  # another experiment is another row
         assert control.evaluate_control(lm, str(workdir))[0]["accepted"] != 0.123
     assert len(list((workdir / "control").glob("*.json"))) == 3
+
+
+CHINESE = "我爱你中国人大小天地山水火木土金日月星云风雨花草树鸟鱼马牛羊"
+PIECES = {
+    "SentencePiece": lambda: (TEXTS, test_pieces.OURS["ours"]()),
+    "BERT": lambda: (["The Cat sees a tree ."] * 20, test_pieces.hf("BERT uncased")),
+    "Chinese": lambda: (
+        [CHINESE[i : i + 9] for i in range(20)],
+        tokenizer.train_sentencepiece(list(CHINESE) * 9, vocab_size=len(CHINESE) + 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_lengths_and_infilling_in_pieces(kind, scorer, tmp_path):
+    """The known text comes back; lengths are those of the text, encoded again."""
+    texts, tok = PIECES[kind]()
+    (tmp_path / "t").write_text("\n".join(texts), encoding="utf-8")
+    made = untrained(tok, 32)
+    made.config["data"].update(
+        source="text", path=str(tmp_path / "t"), valid_fraction=0.5
+    )
+    made.config["control"].update(n=4, samples=2, seeds=1, num_steps=[3])
+    for task in ("infilling", "length"):
+        made.config["control"].update(task=task)
+        (row,) = control.evaluate_control(made, str(tmp_path))
+        if task == "infilling":
+            assert row["success"]["known kept"][0] == 1
+        else:
+            assert row["success"].keys() == {
+                "exact length in pieces", "length +-2 in pieces",
+            }  # fmt: skip
+            sizes = [len(tok.encode(text)) for text in row["texts"]]
+            assert all(0 < size <= 30 for size in sizes)
+    length, text = control_tasks.task_of("length", made), texts[-1]
+    target = length.target(control_targets.Sentence(text), None)
+    assert target == len(tok.encode(text))
+    assert set(length.score(text, target, scorer).values()) == {1}
+    assert set(length.score(text, target + 3, scorer).values()) == {0}
+
+
+def test_a_middle_without_spaces_has_a_blank_for_each_character(scorer):
+    tok = tokenizer.train_sentencepiece(
+        ["the cat sees old", CHINESE] * 9, vocab_size=45
+    )
+    infilling = control_tasks.task_of("infilling", untrained(tok, 32))
+    for text, target in {
+        "我爱你中国人": "我爱______国人",
+        "the cat sees": "the ___ sees",
+        "the cat sees the old  cat": "the cat ___ ___ old cat",
+        "cat": "___",
+    }.items():
+        assert infilling.target(control_targets.Sentence(text), None) == target
+        filled = target.replace("___", "x")
+        assert infilling.score(filled, target, scorer)["known kept"]
+        assert not infilling.score(f"x {filled}", target, scorer)["known kept"]
+    of_words = CONTROL_TASKS["infilling"].target
+    assert of_words(control_targets.Sentence("我爱 你中 国人"), None) == "我爱 ___ 国人"
 
 
 def identity(lm, task):

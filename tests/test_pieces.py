@@ -34,7 +34,7 @@ def _sentencepiece(**options):
     return from_dict({"kind": "sentencepiece", "model": model})
 
 
-def _hf(kind):
+def hf(kind):
     """A tokenizer of Hugging Face's package, as of GPT-2, BERT, T5, Llama or CLIP."""
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -101,7 +101,7 @@ KINDS = (*OURS, *HF)
 @pytest.fixture(scope="module", params=KINDS)
 def lm(request):
     kind = request.param
-    return untrained(OURS[kind]() if kind in OURS else _hf(kind), LENGTH)
+    return untrained(OURS[kind]() if kind in OURS else hf(kind), LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_text_in_the_middle_of_a_word(lm):
 @pytest.mark.parametrize("kind", ["ours", "GPT-2", "BERT cased", "words"])
 def test_line_breaks_are_kept_or_refused(kind):
     texts = [f"{text}\n{text}" for text in TEXTS]
-    tok = train_sentencepiece(texts, vocab_size=25) if kind == "ours" else _hf(kind)
+    tok = train_sentencepiece(texts, vocab_size=25) if kind == "ours" else hf(kind)
     kept = kind in ("ours", "GPT-2")
     assert kept == (tok.decode(tok.encode("cat\nsees")) == "cat\nsees")
     made = untrained(tok, LENGTH)
@@ -174,7 +174,7 @@ def test_a_space_that_belongs_to_the_word_before_it(kind):
     if kind == "suffix":
         tok = _sentencepiece(treat_whitespace_as_suffix=True)
     else:
-        tok = _hf(kind)
+        tok = hf(kind)
     asked = pieces.encode_phrase(tok, "cat", "contains")
     assert tok.decode([*tok.encode("the"), *asked, *tok.encode("sees")]).split() == [
         "the", "cat", "sees",
@@ -185,7 +185,7 @@ def test_a_space_that_belongs_to_the_word_before_it(kind):
 
 def test_what_a_tokenizer_sets_the_same_everywhere():
     """BERT sets no space before a dot, and one before every Chinese character."""
-    tok = _hf("BERT cased")
+    tok = hf("BERT cased")
     for text in (".", "你好"):
         for starts in (True, False):
             part = pieces.Part(text, starts)
@@ -197,7 +197,7 @@ def test_what_a_tokenizer_sets_the_same_everywhere():
 
 
 def test_a_word_to_avoid_is_avoided_at_the_start_of_a_text_too():
-    tok = _hf("GPT-2")
+    tok = hf("GPT-2")
     asked = constraints.parse_constraints(tok, LENGTH, {}, lacks="cat")
     ids = {i for i in asked.excluded.ravel().tolist() if i >= 0}
     assert ids == {*tok.encode("cat"), *tok.encode(" cat")}

@@ -19,7 +19,12 @@ from dlm_jax import console
 from dlm_jax.errors import UserError, choose
 from dlm_jax.evaluation import text_metrics
 from dlm_jax.evaluation.control_targets import Scorer, load_targets, make_scorer
-from dlm_jax.evaluation.control_tasks import CONTROL_TASKS, ControlTask, is_feasible
+from dlm_jax.evaluation.control_tasks import (
+    CONTROL_TASKS,
+    ControlTask,
+    is_feasible,
+    task_of,
+)
 from dlm_jax.inference import loading
 from dlm_jax.inference.constraints import UNCONSTRAINED, batch_constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
@@ -223,7 +228,7 @@ def _row(
 ) -> dict[str, Any]:
     """Draws targets, generates texts under their constraints, and scores the texts."""
     options, rng = config.control, np.random.default_rng(0)
-    task, sentences = CONTROL_TASKS.get(name), load_targets(config, name, options.n)
+    task, sentences = task_of(name, lm), load_targets(config, name, options.n)
     usable = [s for s in sentences if is_feasible(lm, name, s)]
     targets = [task.target(s, rng) if task else s.text for s in usable]
     targets = [t for t in targets if task is None or _can_ask(task, t, lm)]

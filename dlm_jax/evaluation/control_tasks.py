@@ -5,10 +5,13 @@ The scores are those of arXiv:2205.14217, section 6 (docs/method.md, section 7.8
 Targets come from `control_targets`; `control` runs the tasks.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dlm_jax.data.annotations import Fields, Spans
+from dlm_jax.data.tokenizer import WordTokenizer
+from dlm_jax.data.words import words
 from dlm_jax.evaluation.control_targets import (
     Scorer,
     Sentence,
@@ -22,7 +25,6 @@ from dlm_jax.inference.constraints import (
     pad_to_power_of_two,
     parse_constraints,
     parse_template,
-    require_word_tokens,
     template_constraints,
 )
 from dlm_jax.inference.pieces import encode_value
@@ -66,11 +68,16 @@ def _inner(sentence: Sentence) -> list[tuple[int, int, str]]:
     return [span for span in sentence.spans or [] if span[:2] != whole]
 
 
-def _middle(sentence: Sentence, rng: Any) -> str:
-    """Returns the text with a blank for each word of its middle third."""
-    words = sentence.text.split()
-    third = max(1, len(words) // 3)
-    return " ".join([*words[:third], *["___"] * third, *words[2 * third :]])
+def _middle(sentence: Sentence, rng: Any, split: Callable = str.split) -> str:
+    """Returns the text with a blank in the place of each word of its middle third."""
+    text, found, start = " ".join(sentence.text.split()), [], 0
+    for word in split(text):
+        start = text.index(word, start)
+        found.append((start, start := start + len(word)))
+    third = max(1, len(found) // 3)
+    for first, last in reversed(found[third : 2 * third] or found):
+        text = text[:first] + BLANK + text[last:]
+    return text
 
 
 # --- constraints: (target, lm) -> one row
@@ -78,8 +85,6 @@ def _middle(sentence: Sentence, rng: Any) -> str:
 
 def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
     def constrain(target: Any, lm: DiffusionLM) -> Constraints:
-        if name == "length":  # targets and scores count words
-            require_word_tokens(lm.tokenizer, "config.control.task=length")
         wanted = give_length({name: target}, lm.cfg)
         return parse_constraints(lm.tokenizer, lm.length, lm.classifiers, **wanted)
 
@@ -88,13 +93,12 @@ def _from_target(name: str) -> Callable[[Any, DiffusionLM], Constraints]:
 
 def _semantic(target: Fields, lm: DiffusionLM) -> Constraints:
     """Constrains the fields by the classifier, and their words by token guidance."""
-    words = [encode_value(lm.tokenizer, value) for value in target.values()]
-    phrases = [pad_to_power_of_two([-1] if UNK in ids else ids) for ids in words]
+    values = [encode_value(lm.tokenizer, value) for value in target.values()]
+    phrases = [pad_to_power_of_two([-1] if UNK in ids else ids) for ids in values]
     return _from_target("semantic")(target, lm)._replace(phrases=tuple(phrases))
 
 
 def _template(target: str, lm: DiffusionLM) -> Constraints:
-    require_word_tokens(lm.tokenizer, "config.control.task=infilling")
     parts = parse_template(lm.tokenizer, target)
     vocab = lm.tokenizer.vocab_size
     return template_constraints(parts, lm.length, vocab, 1, 0, lengths=lm.lengths)
@@ -132,15 +136,17 @@ def _has_span(text: str, target: tuple, scorer: Scorer) -> dict[str, float]:
 
 
 def _length(text: str, target: int, scorer: Scorer) -> dict[str, float]:
-    off = abs(len(text.split()) - target)
-    return {"exact length": float(off == 0), "length +-2": float(off <= 2)}
+    return _off(len(text.split()) - target)
+
+
+def _off(by: int) -> dict[str, float]:
+    return {"exact length": float(by == 0), "length +-2": float(abs(by) <= 2)}
 
 
 def _kept(text: str, target: str, scorer: Scorer) -> dict[str, float]:
     """Scores whether the known words are in place and the length is the template's."""
-    words, wanted = text.split(), target.split()
-    same = [w in (BLANK, x) for w, x in zip(wanted, words, strict=False)]
-    return {"known kept": float(len(words) == len(wanted) and all(same))}
+    pattern = re.escape(" ".join(target.split())).replace(BLANK, r"\S+")
+    return {"known kept": float(bool(re.fullmatch(pattern, " ".join(text.split()))))}
 
 
 def _both(first: ControlTask, second: ControlTask) -> ControlTask:
@@ -177,10 +183,40 @@ CONTROL_TASKS["semantic+tree"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS[
 CONTROL_TASKS["semantic+pos"] = _both(CONTROL_TASKS["semantic"], CONTROL_TASKS["pos"])
 
 
+def task_of(name: str, lm: DiffusionLM) -> ControlTask | None:
+    """Returns a task as this model sees texts; None if there is no task of that name.
+
+    If its tokens are no words, a length is one in pieces: those of the text, encoded
+    again. The known words of infilling are as the tokenizer spells them; a character is
+    a word in scripts without spaces.
+    """
+    task, tok = CONTROL_TASKS.get(name), lm.tokenizer
+    if task is None or isinstance(tok, WordTokenizer):
+        return task
+
+    def size(text: str) -> int:
+        return len(tok.encode(text))
+
+    def length(text: str, target: int, scorer: Scorer) -> dict[str, float]:
+        scores = _off(size(text) - target)
+        return {f"{name} in pieces": score for name, score in scores.items()}
+
+    def middle(sentence: Sentence, rng: Any) -> str:
+        spelled = tok.decode(tok.encode(sentence.text))
+        return _middle(sentence._replace(text=spelled), rng, words)
+
+    changes: dict[str, Any] = {
+        "length": {"target": lambda s, rng: size(s.text), "score": length},
+        "infilling": {"target": middle},
+    }
+    return task._replace(**changes[name]) if name in changes else task
+
+
 def is_feasible(lm: DiffusionLM, name: str, sentence: Sentence) -> bool:
     """Returns whether a sentence fits: its length, its words, and a span if needed."""
     if name == "infilling" and UNK in lm.tokenizer.encode(sentence.text):
         return False
     if name == "span" and not _inner(sentence):
         return False
-    return name == "unguided" or len(sentence.text.split()) <= lm.length - 2
+    size = len(lm.tokenizer.encode(sentence.text))
+    return name == "unguided" or size <= lm.length - 2
