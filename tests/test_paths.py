@@ -9,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from test_checkpoint import _config, _digest, _saved
 
 from dlm_jax import main
-from dlm_jax.data import prepare, sources
+from dlm_jax.data import corpus, prepare, sources
 from dlm_jax.errors import UserError
+from dlm_jax.inference import loading
 from dlm_jax.runtime import checkpoint, paths
 from dlm_jax.training.trainer import Trainer, language_job
 
@@ -91,6 +92,41 @@ def test_other_text_is_refused_in_the_same_place(run, tmp_path):
     with pytest.raises(UserError, match=r"not the one that .* was begun with"):
         _resumes(_run(source, other), workdir)
     assert _digest(workdir) == before
+
+
+def test_a_run_of_before_an_option_came_resumes_and_is_evaluated(tmp_path):
+    """Its saved config lacks the option."""
+    path = _write("csv", tmp_path / "data")
+    trainer = Trainer(language_job(_run("csv", path)), str(tmp_path / "run"))
+    for name in loading.LATER:
+        del trainer.record["data"][name]
+    checkpoint.write_run_config(tmp_path / "run", trainer.record)
+    writer = checkpoint.manager(tmp_path / "run", keep=2)
+    trainer.save(writer)
+    writer.close()
+    assert _resumes(_run("csv", path), tmp_path / "run") == 0
+    lm = loading.load(tmp_path / "run")
+    again = corpus.load_corpus(ConfigDict(lm.config), lm.tokenizer)
+    assert again.identity() == trainer.corpus.identity()
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "prepared", "grammar"])
+def test_a_delimiter_without_columns_is_refused(source, tmp_path):
+    path = "" if source == "grammar" else _write(source, tmp_path / "data")
+    config = _run(source, path, data__delimiter=";")
+    with pytest.raises(UserError, match="delimiter=';' has no effect"):
+        language_job(config).load_corpus(None)
+    if source != "prepared":
+        with pytest.raises(UserError, match="delimiter=';' has no effect"):
+            prepare.prepare_data(config, str(tmp_path / "p"))
+
+
+def test_a_file_is_no_run(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is a file: give the folder"
+    ):
+        loading.load(tmp_path / "model.safetensors")
 
 
 def test_other_validation_text_is_refused(tmp_path):

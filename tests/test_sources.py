@@ -265,8 +265,13 @@ def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
     [
         ({"source": "xml"}, "config.data.source='xml': .*grammar, e2e, text"),
         ({"path": ""}, "config.data.path is empty"),
+        ({"delimiter": ";"}, "delimiter=';' has no effect on config.data.source=text"),
         ({"path": "nowhere.txt"}, r"nowhere.txt does not exist: set config.data.path"),
         ({"path": "."}, "is a folder: set config.data.path"),
+        (
+            {"path": "/dev/null"},
+            "/dev/null is a device or a pipe.*: set config.data.path",
+        ),
         ({"source": "e2e", "path": "."}, "src1_train.txt does not exist"),
         ({"source": "grammar", "size": 0}, "grammar holds no text|size"),
     ],

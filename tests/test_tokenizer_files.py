@@ -219,6 +219,21 @@ def test_mistakes_are_one_line(kind, content, says, tmp_path):
         tokenizer_files.load(kind if kind != "wordpiece" else "hf", "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("word", "a word per"),
+        ("sentencepiece", "a SentenceP"),
+        ("hf", r"a tokenizer\.json"),
+    ],
+)
+def test_a_folder_is_no_tokenizer(kind, what, tmp_path):
+    with pytest.raises(
+        UserError, match=f"is a folder: set .*tokenizer_path to.* {what}"
+    ):
+        tokenizer_files.load(kind, str(tmp_path))
+
+
 def test_hf_is_brought_along_only(tmp_path):
     config = smoke.get_config()
     config.data.tokenizer = "hf"

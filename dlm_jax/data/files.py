@@ -52,14 +52,17 @@ def part(texts: int, cfg: Any, split: str) -> tuple[int, int]:
     return kept
 
 
-def existing(path: str, flag: str) -> Path:
+def existing(path: str, flag: str, what: str = "a file of texts") -> Path:
     """Returns the path of a file; raises UserError if it is not a file."""
     if not path:
-        raise UserError(f"config.data.{flag} is empty: set it to a file of texts")
-    if not Path(path).is_file():
-        problem = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {problem}: set config.data.{flag} to a file of texts")
-    return Path(path)
+        raise UserError(f"config.data.{flag} is empty: set it to {what}")
+    place = Path(path)
+    if not place.is_file():
+        problem = "is a folder" if place.is_dir() else "does not exist"
+        if place.exists() and not place.is_dir():
+            problem = "is a device or a pipe, and files are read several times"
+        raise UserError(f"{path} {problem}: set config.data.{flag} to {what}")
+    return place
 
 
 def _decode(raw: bytes, path: Path, line: int) -> str:

@@ -118,7 +118,7 @@ class Reading:
             )
 
     def _remedy(self) -> str:
-        if "tokenizer_path" in self.cfg and self.cfg.tokenizer_path:
+        if self.cfg.tokenizer_path:
             return "take another config.data.tokenizer_path, or train a tokenizer"
         if self.cfg.tokenizer == "word":
             return (

@@ -43,7 +43,17 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     if split not in ("train", "valid"):
         raise UserError(f"unknown split {split!r}: choose train or valid")
     source = choose("config.data.source", SOURCES, cfg.source)
+    check_delimiter(cfg)
     return _non_empty(source(cfg, split), f"{split} split of {describe(cfg)}")
+
+
+def check_delimiter(cfg: Any) -> None:
+    """Raises UserError if a delimiter is given to a source without one."""
+    if cfg.delimiter and cfg.source != "csv":
+        raise UserError(
+            f"config.data.delimiter={cfg.delimiter!r} has no effect on "
+            f"config.data.source={cfg.source}: leave it out, or set the source to csv"
+        )
 
 
 OPTIONS = {"word": ("min_count",), "sentencepiece": ("vocab_size", "byte_fallback")}
@@ -121,6 +131,7 @@ def stream(cfg: Any, split: str) -> Iterator[str]:
 
 def count(cfg: Any, split: str) -> int:
     """Returns the number of texts that `stream` yields. Raises UserError."""
+    check_delimiter(cfg)
     if cfg.source not in FILES:
         return len(load_texts(cfg, split))
     first, last = _part_of(_path(cfg, split), cfg, split)

@@ -22,7 +22,7 @@ FLAG = "config.data.tokenizer_path"
 def load(kind: str, path: str) -> Tokenizer:
     """Reads a tokenizer of this kind from a file. Raises UserError naming the file."""
     read = choose("config.data.tokenizer", READERS, kind)
-    return read(files.existing(path, "tokenizer_path"))
+    return read(files.existing(path, "tokenizer_path", WHAT[kind]))
 
 
 def _word(path: Path) -> Tokenizer:
@@ -82,6 +82,11 @@ def _hf(path: Path) -> Tokenizer:
         raise UserError(f"{FLAG}={path}: {error}") from error
 
 
+WHAT = {
+    "word": "a file with a word per line",
+    "sentencepiece": "a SentencePiece model, such as spiece.model",
+    "hf": "a tokenizer.json",
+}
 READERS: dict[str, Callable[[Path], Tokenizer]] = {
     "word": _word,
     "sentencepiece": _sentencepiece,

@@ -62,8 +62,8 @@ def require_word_tokens(tok: Tokenizer, what: str) -> None:
     """Raises UserError if tokens are not words."""
     if not isinstance(tok, WordTokenizer):
         raise UserError(
-            f"{what}: needs one word per token, and this model has sentencepiece "
-            "pieces; train with config.data.tokenizer=word"
+            f"{what}: needs one word per token, and this model's tokens are pieces of "
+            "words; train with config.data.tokenizer=word"
         )
 
 

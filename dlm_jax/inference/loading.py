@@ -63,7 +63,10 @@ def load(workdir: Any, step: Integer | None = None) -> DiffusionLM:
 
 def _choose_step(workdir: checkpoint.PathLike, step: int | None) -> int:
     """Returns a run's step; names the bundled models if there is no such folder."""
-    if not checkpoint.resolve_workdir(workdir).exists():
+    place = checkpoint.resolve_workdir(workdir)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{workdir} is a file: give the folder of a run or of a model")
+    if not place.exists():
         names = ", ".join(sorted(pretrained.bundled()))
         raise UserError(
             f"{workdir}: no such folder, so no checkpoint; give a run's, or the name of "
@@ -137,6 +140,10 @@ def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, Py
         ) from error
 
 
+# options of config.data that the configs of older runs lack
+LATER = {"delimiter": "", "tokenizer_path": "", "byte_fallback": False}
+
+
 def from_parts(
     cfg: DenoiserConfig,
     params: Params,
@@ -148,12 +155,16 @@ def from_parts(
     step: int = 0,
     lengths: tuple[int, ...] = (),
 ) -> DiffusionLM:
-    """Builds a model from its parts; ema defaults to params. Raises UserError."""
+    """Builds a model from its parts; ema defaults to params. Raises UserError.
+
+    config: the saved one; it gets the options that came later, as they were: off.
+    """
     if tok.vocab_size != params.table.shape[0]:
         raise UserError(
             f"the tokenizer has {tok.vocab_size} words and the embedding "
             f"{params.table.shape[0]}: they are not of one checkpoint"
         )
+    config = config | {"data": LATER | config["data"]}
     noise_schedule = schedule.make_schedule(**config["schedule"])
     if jax.tree.leaves(schedule_state):
         noise_schedule = jax.device_get(adapted_schedule(config, schedule_state))

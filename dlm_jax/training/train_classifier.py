@@ -110,7 +110,7 @@ def labelled_corpus(config: Any, base: DiffusionLM) -> tuple[LabelVocab, Corpus]
     if task in ("pos", "tree") and not isinstance(tok, WordTokenizer):
         raise UserError(
             f"config.classifier.task={task}: its labels are of words, and the model's "
-            "tokens are sentencepiece pieces; train it with config.data.tokenizer=word"
+            "tokens are pieces of words; train it with config.data.tokenizer=word"
         )
     train, valid = (
         annotations.load_annotated(config, task, split) for split in ("train", "valid")
