@@ -140,6 +140,45 @@ def test_other_validation_text_is_refused(tmp_path):
         _resumes(_config(str(train), data__valid_path=c), tmp_path / "run")
 
 
+def test_a_tokenizer_may_move_or_vanish_but_not_change(tmp_path):
+    train, words = (
+        str(_write("text", tmp_path / "train")),
+        sorted({*" ".join(WORDS).split()}),
+    )
+    for name, listed in (("a", words), ("b", words), ("c", words[::-1])):
+        (tmp_path / name).write_text("\n".join(listed), encoding="utf-8")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    run = tmp_path / "run"
+    _saved(train, run, (1,), data__tokenizer_path=a)
+    before = _digest(run)
+    for path in (c, ""):
+        with pytest.raises(
+            UserError, match=r"tokenizer_path=.* was begun with, of .*/a;"
+        ):
+            _resumes(_config(train, data__tokenizer_path=path), run)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        _resumes(_config(train, data__tokenizer_path="nowhere"), run)
+    assert _digest(run) == before
+    assert _resumes(_config(train, data__tokenizer_path=a), run) == 1
+    os.replace(c, a)
+    with pytest.raises(UserError, match=r"tokenizer_path=.*not the tokenizer"):
+        _resumes(_config(train, data__tokenizer_path=a), run)
+    os.remove(a)
+    assert _resumes(_config(train, data__tokenizer_path=a), run) == 1
+    assert _resumes(_config(train, data__tokenizer_path=b), run) == 1
+
+
+def test_a_run_that_trained_its_tokenizer_takes_no_other(tmp_path):
+    train = str(_write("text", tmp_path / "train"))
+    trained = _saved(train, tmp_path / "run", (1,)).corpus.tokenizer
+    for name, words in (("a", trained.words), ("b", trained.words[::-1])):
+        (tmp_path / name).write_text("\n".join(words), encoding="utf-8")
+    a, b = (str(tmp_path / name) for name in "ab")
+    assert _resumes(_config(train, data__tokenizer_path=a), tmp_path / "run") == 1
+    with pytest.raises(UserError, match=r"tokenizer_path=.*not the tokenizer"):
+        _resumes(_config(train, data__tokenizer_path=b), tmp_path / "run")
+
+
 def test_a_first_table_may_move_or_vanish_but_not_change(tmp_path):
     train = str(_write("text", tmp_path / "train"))
     vocab = sources.train_tokenizer(_config(train).data, WORDS).vocab_size

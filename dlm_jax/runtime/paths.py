@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a config that name places, which are no part of what a run is.
 
-What they lead to is known by its checksum. A run records them as absolute paths, so
+What they lead to is known by its content. A run records them as absolute paths, so
 that its text is found from every folder; any of them may change, as files move.
 """
 
@@ -9,7 +9,10 @@ import os
 from typing import Any
 
 DATA = ("data.path", "data.valid_path", "data.tfds_dir")
-TRAINING = (*DATA, "embedding.path", "classifier.model", "classifier.conllu")
+TRAINING = (
+    *(*DATA, "data.tokenizer_path", "embedding.path"),
+    *("classifier.model", "classifier.conllu"),
+)
 LISTS = ("control.classifiers",)  # paths separated by spaces
 PATHS = (
     *(*TRAINING, *LISTS, "control.ar_model", "control.targets"),

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from dlm_jax import console
-from dlm_jax.data import batching, sources
+from dlm_jax.data import batching, sources, tokenizer_files
 from dlm_jax.data.corpus import Corpus, load_corpus
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.errors import UserError, choose
@@ -106,6 +107,8 @@ class Trainer:
         if self.newest is not None:
             records = checkpoint.read_records(workdir, self.newest)
             tokenizer, saved = from_dict(records.tokenizer), records.run
+            before = records.config["data"].get("tokenizer_path") or ""
+            check_same_tokenizer(self.config.data, tokenizer, before, workdir)
             same_table = records.config["embedding"] == self.record["embedding"]
         _check_random_settings(saved, workdir)
         self.skipped_batches = _skipped_batches(saved, workdir)
@@ -264,6 +267,24 @@ def _check_random_settings(saved: dict, workdir: Any) -> None:
                 f"{value}: set this environment variable as it was, or choose another "
                 "--workdir"
             )
+
+
+def check_same_tokenizer(cfg: Any, saved: Tokenizer, before: str, workdir: Any) -> None:
+    """Raises UserError if config.data names another tokenizer than the run's.
+
+    cfg: config.data. before: the path that the run has; its file may have vanished.
+    """
+    path = cfg.tokenizer_path
+    if not path and not before:
+        return
+    if os.path.abspath(path) == before and not os.path.exists(path):
+        return
+    if not path or tokenizer_files.load(cfg.tokenizer, path) != saved:
+        raise UserError(
+            f"config.data.tokenizer_path={path}: not the tokenizer that {workdir} was "
+            f"begun with, of {before or 'its own training'}; restore it or take a fresh "
+            "--workdir"
+        )
 
 
 def check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
