@@ -129,7 +129,9 @@ def toy_data(folder: Path) -> str:
         for p in prices
     ]
     for split, part in (("train", lines), ("valid", lines[::2])):
-        (folder / f"src1_{split}.txt").write_text("\n".join(part) + "\n")
+        (folder / f"src1_{split}.txt").write_text(
+            "\n".join(part) + "\n", encoding="utf-8"
+        )
     return str(folder)
 
 
@@ -153,7 +155,7 @@ def start(
     note = out / f"{stage}.error"
     note.unlink(missing_ok=True)
     began = time.monotonic()
-    with (out / "log.txt").open("a") as log:
+    with (out / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*command, args.data, *flags],
             stdout=log,
@@ -171,7 +173,7 @@ def start(
     if status is None:
         error = f"stopped after {seconds:.0f} s"
     if note.exists():
-        error = note.read_text().strip()
+        error = note.read_text(encoding="utf-8").strip()
         note.unlink()
     took = time.monotonic() - began
     return {"seconds": took, "error": error, "wrong": status == WRONG}
@@ -220,7 +222,9 @@ def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         name = "" if isinstance(error, Wrong) else f"{type(error).__name__}: "
-        job.path.with_suffix(".error").write_text(f"{name}{first}"[:300])
+        job.path.with_suffix(".error").write_text(
+            f"{name}{first}"[:300], encoding="utf-8"
+        )
         if isinstance(error, Wrong):
             sys.exit(WRONG)
         raise
@@ -229,7 +233,7 @@ def inside(stage: str, out: str, seconds: str, data: str, *flags: str) -> None:
 def read(out: Path, stage: str) -> dict[str, Any]:
     """Returns the record of a stage; {} if it has reported nothing."""
     path = out / f"{stage}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def show(out: Path, states: dict[str, dict[str, Any]]) -> None:

@@ -177,7 +177,9 @@ def main() -> None:
             for i, window in enumerate(rows[:5])
         ],
     }
-    Path(args.out).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    Path(args.out).write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     for name, row in record["scores"].items():
         print(f"{name:40s}", *(f"{k} {v:.2f}" for k, v in row.items()))
 

@@ -135,7 +135,9 @@ def fine_tuned(task: str, steps: int, language: Language) -> pipeline.DiffusionL
     folder, length = language.folder / task, language.lengths[task]
     folder.mkdir(parents=True, exist_ok=True)
     path, rows = folder / "texts.txt", pairs(task, train_sentences(language, task))
-    path.write_text("\n".join(f"{words} {BAR} {text}" for _, words, text in rows))
+    path.write_text(
+        "\n".join(f"{words} {BAR} {text}" for _, words, text in rows), encoding="utf-8"
+    )
     options = language.options | {
         "data__source": "text",
         "data__path": path,
@@ -304,7 +306,7 @@ def main() -> None:
     if args.e2e:
         language = e2e_language(args.e2e, args.conllu, args.targets)
     out = Path(args.out)
-    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     done = {_sizes(row) for row in rows}
     tasks = [task for task in args.tasks if task in language.lengths]
     for task, method in itertools.product(tasks, args.methods):
@@ -314,7 +316,7 @@ def main() -> None:
             continue
         rows.append(measure(method, task, language, args))
         print(method, task, rows[-1]["success"], flush=True)
-        out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+        out.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

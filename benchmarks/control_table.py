@@ -41,8 +41,11 @@ def key(row: dict) -> str:
 
 def gather(folder: Path, out: Path) -> list[dict]:
     """Merges the rows of the folder into those of out, in the order of the tasks."""
-    old = json.loads(out.read_text()) if out.exists() else []
-    new = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    old = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+    new = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    ]
     for row in [*old, *new]:
         row.pop("config", None)
     rows = {key(row): row for row in [*old, *new]}
@@ -146,8 +149,10 @@ def main() -> None:
     args = parser.parse_args()
     out, peers = Path(args.out), Path(args.baselines)
     rows = gather(Path(args.rows), out)
-    out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    baselines = json.loads(peers.read_text()) if args.baselines else []
+    out.write_text(
+        json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    baselines = json.loads(peers.read_text(encoding="utf-8")) if args.baselines else []
     print(table(rows, baselines))
     if baselines:
         plot(rows, baselines, out.with_suffix(".png"))

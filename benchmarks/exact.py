@@ -143,7 +143,7 @@ def main() -> None:
     for name in (*SAMPLERS, "switch"):
         for num_steps in args.num_steps:
             show("exact", name, make_step(name, best, lm), num_steps)
-    Path(args.out).write_text(json.dumps(record, indent=1))
+    Path(args.out).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/loader.json")
     args = parser.parse_args()
     out = Path(args.out)
-    record = json.loads(out.read_text()) if out.exists() else {}
+    record = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(args.folder or folder)
         scratch.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def main() -> None:
             record["rates"] = rates(args.data, scratch, args.repeats)
         if args.gigabytes:
             record["large"] = large(args.gigabytes * 1e9, scratch)
-    out.write_text(json.dumps(record, indent=1))
+    out.write_text(json.dumps(record, indent=1), encoding="utf-8")
     print(json.dumps(record, indent=1))
 
 

@@ -117,7 +117,7 @@ def main() -> None:
     if args.compile:
         for mode in sharding.LAYOUTS:
             record[f"87M step, {mode}"] = by_compiling(mode)
-    Path(args.out).write_text(json.dumps(record, indent=1))
+    Path(args.out).write_text(json.dumps(record, indent=1), encoding="utf-8")
     print(json.dumps(record, indent=1))
 
 

@@ -148,12 +148,18 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/plan.json")
     args = parser.parse_args()
     out = Path(args.out)
-    known = measured() if args.measure else json.loads(out.read_text())["measured"]
-    restart = json.loads((ROOT / "benchmarks/results/restart.json").read_text())
+    known = (
+        measured()
+        if args.measure
+        else json.loads(out.read_text(encoding="utf-8"))["measured"]
+    )
+    restart = json.loads(
+        (ROOT / "benchmarks/results/restart.json").read_text(encoding="utf-8")
+    )
     rows = plan(known, restart, args)
     given = {n: getattr(args, n) for n in ("peak", "links", "share", "tokens")}
     record = {"measured": known, "told": given, "rows": rows}
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(known, indent=1))
     print("| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|", sep="\n")
     for row in rows:

@@ -111,7 +111,7 @@ def main() -> None:
             for name in ("compile, cold", "compile, warm"):
                 record[size][name] = _apart(size, jax_cache)
         print(size, record[size], flush=True)
-    Path(args.out).write_text(json.dumps(record, indent=1))
+    Path(args.out).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _apart(size: str, env: dict[str, str]) -> float:

@@ -116,7 +116,7 @@ def main() -> None:
                 },
                 flush=True,
             )
-    Path(args.out).write_text(json.dumps(rows, indent=1))
+    Path(args.out).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -91,11 +91,11 @@ HEAD = (
 
 def keep(path: Path, new: dict[str, Any]) -> None:
     """Writes the row to the file; it replaces one of the same case and device."""
-    kept = json.loads(path.read_text()) if path.exists() else []
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     same = ("case", "job", "batch", "dtype", "device")
     kept = [row for row in kept if any(row[name] != new[name] for name in same)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*kept, new], indent=1) + "\n")
+    path.write_text(json.dumps([*kept, new], indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def train(path: str, variant: str, changes: dict, workdir: Path) -> float:
     command = [sys.executable, "-m", "dlm_jax.main", "--config", f"{path}:{variant}"]
     command += [f"--config.{name}={value}" for name, value in changes.items()]
     subprocess.run([*command, "--workdir", str(workdir)], check=True)
-    log = (workdir / "metrics.jsonl").read_text().splitlines()
+    log = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(log[-1])["seconds"]
 
 
@@ -179,7 +179,7 @@ def _workdir(args: argparse.Namespace, name: str, seed: int) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     """Reads the rows of a JSON file, with the current names of the runs."""
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(encoding="utf-8"))
     return [r | {"name": FORMER_NAMES.get(r["name"], r["name"])} for r in rows]
 
 
@@ -208,7 +208,7 @@ def study(args: argparse.Namespace) -> None:
         if name in (*MAIN, "autoregressive"):
             row["suite"] = suite(workdir, _workdir(args, "autoregressive", 1))
         rows.append(row)
-        out.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+        out.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"study: {name}, seed {seed}: {row['bound']}", flush=True)
 
 

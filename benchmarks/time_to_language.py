@@ -79,7 +79,7 @@ def main() -> None:
         "times": times,
         "rows": rows,
     }
-    Path(args.out).write_text(json.dumps(record, indent=1))
+    Path(args.out).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ class Report(NamedTuple):
 def settings(folder: Path, steps: int) -> dict:
     """A run of a moment, with dropout, that saves often."""
     texts = folder / "texts.txt"
-    texts.write_text("".join(f"word{i % 5} is not word{i % 3}\n" for i in range(32)))
+    texts.write_text(
+        "".join(f"word{i % 5} is not word{i % 3}\n" for i in range(32)),
+        encoding="utf-8",
+    )
     never = 10 * steps
     return {
         "data.source": "text",

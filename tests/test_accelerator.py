@@ -41,8 +41,13 @@ def test_rehearsal(tmp_path):
     """Every stage runs, and the model that it leaves is one that loads."""
     out = tmp_path / "out"
     done = command("--out", out, "--rehearse", seconds=1200)
-    assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()
-    records = {name: json.loads((out / f"{name}.json").read_text()) for name in STAGES}
+    assert done.returncode == 0, done.stdout + (out / "log.txt").read_text(
+        encoding="utf-8"
+    )
+    records = {
+        name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        for name in STAGES
+    }
     assert records["machine"]["copy, GB/s"] > 0
     assert len(records["right"]["checks"]) == 15
     rows = records["speed"]["rows"].values()
@@ -71,7 +76,7 @@ STAGES = ("machine", "right", "speed", "learn")
 
 def test_what_a_user_gets_wrong(tmp_path):
     """One line that names the remedy, and status 2."""
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for flags, says in {
         ("--stages", "machine"): "no accelerator",
         ("--data", str(tmp_path)): "no src1_train.txt there",
@@ -134,8 +139,10 @@ def test_a_stage_reports_its_error(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "run", broken)
     with pytest.raises(ValueError, match="the first line"):
         accelerator.inside("machine", str(tmp_path), "5", "")
-    assert json.loads((tmp_path / "machine.json").read_text()) == {"half": 1}
-    error = (tmp_path / "machine.error").read_text()
+    assert json.loads((tmp_path / "machine.json").read_text(encoding="utf-8")) == {
+        "half": 1
+    }
+    error = (tmp_path / "machine.error").read_text(encoding="utf-8")
     assert error == "ValueError: the first line"
 
 
@@ -145,14 +152,14 @@ def test_a_stage_that_hangs_is_ended_with_its_children(monkeypatch, tmp_path):
         "str(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']).pid"
         ")); time.sleep(99)"
     )
-    (tmp_path / "hang.py").write_text(program)
+    (tmp_path / "hang.py").write_text(program, encoding="utf-8")
     monkeypatch.setattr(accelerator, "__file__", str(tmp_path / "hang.py"))
     args = SimpleNamespace(out=str(tmp_path), data="", rehearse=True, profile=False)
     state = accelerator.start("machine", args, -3.0, str(tmp_path))  # 2 s in all
     assert state["error"].startswith("stopped after")
-    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    status = Path("/proc", (tmp_path / "pid").read_text(encoding="utf-8"), "stat")
     for _ in range(50):  # whoever adopts it may take a moment to bury it
-        if not status.exists() or status.read_text().split()[2] == "Z":
+        if not status.exists() or status.read_text(encoding="utf-8").split()[2] == "Z":
             return
         time.sleep(0.1)
     raise AssertionError("its child lives on")
@@ -206,12 +213,12 @@ def test_wrong_results_stop_the_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(right, "compare", lambda found, reference: right_checks())
     job = Job(tmp_path / "right.json", 60.0, time.monotonic(), rehearse=True)
     (tmp_path / "reference.py").write_text(
-        "import sys, numpy; numpy.savez(sys.argv[1], a=numpy.ones(1))"
+        "import sys, numpy; numpy.savez(sys.argv[1], a=numpy.ones(1))", encoding="utf-8"
     )
     monkeypatch.setattr(right, "__file__", str(tmp_path / "reference.py"))
     with pytest.raises(Wrong, match=r"forward: error 0.3, allowed 0.05"):
         right.run(job)
-    checks = json.loads((tmp_path / "right.json").read_text())["checks"]
+    checks = json.loads((tmp_path / "right.json").read_text(encoding="utf-8"))["checks"]
     assert checks["forward"] == {"error": 0.3, "limit": 0.05, "holds": False}
 
 
@@ -245,7 +252,9 @@ alternate.serve(make)
 def test_a_contender_that_fails_has_a_row(tmp_path):
     """Out of memory, an error, one that never gets ready: the others are measured."""
     script = tmp_path / "contender.py"
-    script.write_text(CONTENDER.format(folder=str(ROOT / "benchmarks")))
+    script.write_text(
+        CONTENDER.format(folder=str(ROOT / "benchmarks")), encoding="utf-8"
+    )
     case = alternate.Case("configs/smoke.py")
 
     def maker(variant, seconds=60):

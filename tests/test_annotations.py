@@ -141,7 +141,9 @@ def test_the_grammar_annotates_its_training_texts(task):
 
 def test_records_of_e2e(tmp_path):
     path = tmp_path / "src1_train.txt"
-    path.write_text("name : Aromi | area : city centre||Aromi is central .\n" * 4)
+    path.write_text(
+        "name : Aromi | area : city centre||Aromi is central .\n" * 4, encoding="utf-8"
+    )
     config = config_of("semantic", **{"data.source": "e2e", "data.path": str(path)})
     texts, notes = annotations.load_annotated(config, "semantic", "train")
     assert texts == ["Aromi is central ."] * 3
@@ -171,7 +173,7 @@ def test_texts_are_drawn_from_all_of_a_sorted_file(tmp_path):
 def test_any_label_from_a_column(tmp_path):
     path = tmp_path / "texts.jsonl"
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     changes = {"data.source": "jsonl", "data.path": str(path)}
     config = config_of("label", **changes)
     texts, notes = annotations.load_annotated(config, "label", "train")
@@ -181,11 +183,11 @@ def test_any_label_from_a_column(tmp_path):
         "label": ["a", "b"]
     }
     rows[3]["label"], rows[8]["text"] = "", ""  # as many of each: they must not shift
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(UserError, match=r"line 4 has no config\.classifier\.column"):
         annotations.load_annotated(config, "label", "train")
     rows[3]["label"] = 0
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     texts, notes = annotations.load_annotated(config, "label", "train")
     assert (texts[3], notes[3]) == ("text 3", {"label": "0"})
     assert [n["label"] for n in notes] == list("aba0abab")
@@ -196,7 +198,7 @@ def test_any_label_from_a_column(tmp_path):
 
 def test_a_tagger_learns_from_a_treebank(tmp_path):
     path = tmp_path / "bank.conllu"
-    path.write_text(CONLLU * 20)
+    path.write_text(CONLLU * 20, encoding="utf-8")
     assert annotations.read_conllu(path)[0] == [
         ("a", "DET"),
         ("cat", "NOUN"),
@@ -207,7 +209,7 @@ def test_a_tagger_learns_from_a_treebank(tmp_path):
     weights = tagger.model.weights
     annotations.train_tagger.cache_clear()
     assert annotations.train_tagger(path).model.weights == weights  # whatever was drawn
-    path.write_text("no columns\n")
+    path.write_text("no columns\n", encoding="utf-8")
     with pytest.raises(UserError, match="holds no sentence"):
         annotations.read_conllu(path)
     with pytest.raises(UserError, match=r"config\.classifier\.conllu=''"):

@@ -28,7 +28,7 @@ def _prepared(folder, counts):
         crc ^= writer.crc
     about = {"rows": counts, "length": LENGTH, "mode": "pad", "crc": crc}
     about |= {"dtype": "uint16", "tokenizer": TOK.to_dict()}
-    (folder / "data.json").write_text(json.dumps(about))
+    (folder / "data.json").write_text(json.dumps(about), encoding="utf-8")
     return rows
 
 
@@ -77,7 +77,10 @@ def _flip(path):
 
 def _change(**changes):
     def harm(path):
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        path.write_text(
+            json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes),
+            encoding="utf-8",
+        )
 
     return harm
 

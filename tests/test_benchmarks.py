@@ -19,7 +19,7 @@ def test_windows_of_held_out_stories_are_of_no_training_story(tmp_path):
     stories = [
         " ".join(f"The cat {i} saw {j} dogs." for j in range(7)) for i in range(40)
     ]
-    (tmp_path / "stories.txt").write_text("\n".join(stories))
+    (tmp_path / "stories.txt").write_text("\n".join(stories), encoding="utf-8")
     train, held_out = anlg.windows(str(tmp_path / "stories.txt"))
     numbers = [{w[0].split()[2] for w in rows} for rows in (train, held_out)]
     assert numbers[1] == {"38", "39"}
@@ -86,7 +86,7 @@ def test_a_row_measured_again_replaces_its_own_only(tmp_path):
     path = tmp_path / "speed.json"
     for new in (row | {"x": 1}, row | {"batch": 2, "x": 2}, row | {"x": 3}):
         speed.keep(path, new)
-    assert [r["x"] for r in json.loads(path.read_text())] == [2, 3]
+    assert [r["x"] for r in json.loads(path.read_text(encoding="utf-8"))] == [2, 3]
 
 
 def test_bytes_of_shapes():

@@ -56,7 +56,10 @@ TINY = {
 def texts(tmp_path_factory):
     """A file of 32 short texts."""
     path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    path.write_text("".join(f"word{i % 5} is not word{i % 3}\n" for i in range(32)))
+    path.write_text(
+        "".join(f"word{i % 5} is not word{i % 3}\n" for i in range(32)),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -162,8 +165,8 @@ def test_changed_text_is_refused(texts, tmp_path):
     shutil.copy(texts, mine)
     _saved(str(mine), tmp_path / "run", (1,))
     before = _digest(tmp_path / "run")
-    lines = mine.read_text().splitlines()
-    mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    lines = mine.read_text(encoding="utf-8").splitlines()
+    mine.write_text("\n".join([*lines[1:], lines[0]]) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"not the one that .* was begun with"):
         loop.train(_config(str(mine)), str(tmp_path / "run"))
     assert _digest(tmp_path / "run") == before
@@ -211,14 +214,16 @@ def test_layout(texts, start):
     assert folders == start / "checkpoints"
     assert {p.name for p in folders.iterdir()} == {"1", "2"}
     records = checkpoint.read_records(start, 2)
-    assert records.config == json.loads((start / "config.json").read_text())
+    assert records.config == json.loads(
+        (start / "config.json").read_text(encoding="utf-8")
+    )
     assert records.config["train"]["total_steps"] == STEPS
     assert records.tokenizer["kind"] == "word"
     assert set(records.run) == {"kind", "corpus", "valid", "jax", "skipped_batches"}
     assert records.run["kind"] == "diffusion"
     assert records.run["skipped_batches"] == []
     for name in ("config", "tokenizer", "run"):
-        json.loads((folders / "2" / name / "metadata").read_text())
+        json.loads((folders / "2" / name / "metadata").read_text(encoding="utf-8"))
 
 
 def test_keeps_the_newest(texts, tmp_path):
@@ -237,7 +242,7 @@ def test_no_save_over_a_newer_step(texts, start, tmp_path):
 
 
 def test_unwritable_workdir(texts, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     workdir = tmp_path / "file" / "x"
     _fails("cannot write", loop.train, _config(texts), str(workdir))
 
@@ -355,7 +360,7 @@ def test_in_a_bucket_a_step_is_complete_when_orbax_says_so(tmp_path, monkeypatch
     """There a save writes into its last place from the start."""
     for step in (2, 4):
         (tmp_path / str(step)).mkdir()
-    (tmp_path / "2" / "commit_success.txt").write_text("")
+    (tmp_path / "2" / "commit_success.txt").write_text("", encoding="utf-8")
 
     class Bucket:
         is_dir, iterdir = tmp_path.is_dir, tmp_path.iterdir
@@ -387,7 +392,7 @@ HARMS = {
     "no room": (lambda run: _no_room(), "File too large", 2),
     "the folder is gone": (lambda run: shutil.rmtree(run), "No such file", None),
     "a file in its place": (
-        lambda run: (shutil.rmtree(run), run.write_text("")),
+        lambda run: (shutil.rmtree(run), run.write_text("", encoding="utf-8")),
         "Not a directory|No such file",  # met by the metrics or by the save
         None,
     ),
@@ -461,7 +466,7 @@ def test_another_config_is_refused(change, texts, start, tmp_path):
 
 
 def test_intervals_and_sampling_may_change(texts, start):
-    record = json.loads((start / "config.json").read_text())
+    record = json.loads((start / "config.json").read_text(encoding="utf-8"))
     changes = {f"train__{n}": 3 for n in ("ckpt_steps", "log_steps", "sample_steps")}
     changed = _config(texts, **changes, sample__n=2, train__valid_steps=1)
     assert checkpoint.flatten(record)["train.ckpt_steps"] == NEVER

@@ -26,7 +26,7 @@ TEXT = "the cat saw a dog near the old house\n"
 def lm(tmp_path_factory):
     """A small model of a few words, untrained, and an untrained tagger."""
     folder = tmp_path_factory.mktemp("steering")
-    (folder / "texts.txt").write_text(TEXT * 40)
+    (folder / "texts.txt").write_text(TEXT * 40, encoding="utf-8")
     config = smoke.get_config()
     path = str(folder / "texts.txt")
     config.data.update(source="text", path=path, length=LENGTH, too_long="truncate")

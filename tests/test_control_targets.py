@@ -35,15 +35,17 @@ def test_targets_are_held_out_and_do_not_change(config):
 
 def test_published_targets(tmp_path):
     (tmp_path / "target_attribute.json").write_text(
-        '["customer", "rating", ":", "low"]\n'
+        '["customer", "rating", ":", "low"]\n', encoding="utf-8"
     )
     row = {
         "pos": ["START", "NOUN", "VERB", "INTJ", "END"],
         "words_": ["START", "dogs", "sleep", "\n", "END"],
     }
-    (tmp_path / "target_pos.json").write_text(json.dumps(row))
+    (tmp_path / "target_pos.json").write_text(json.dumps(row), encoding="utf-8")
     spans = [[0, 1, "NP"], [1, 2, "VP"], [0, 2, "S"], [3, 3, "X"]]
-    (tmp_path / "target_spans.json").write_text(json.dumps(row | {"spans": spans}))
+    (tmp_path / "target_spans.json").write_text(
+        json.dumps(row | {"spans": spans}), encoding="utf-8"
+    )
     (span,) = control_targets.load_published(
         tmp_path, "span"
     )  # they may end with the line's end
@@ -77,7 +79,7 @@ def e2e(tmp_path, config):
     """E2E's validation split of one text, many times."""
     line = f"{RECORD}||Aromi serves Italian food by the river ."
     for split in ("train", "valid"):
-        (tmp_path / f"src1_{split}.txt").write_text(f"{line}\n" * 30)
+        (tmp_path / f"src1_{split}.txt").write_text(f"{line}\n" * 30, encoding="utf-8")
     config.data.update(source="e2e", path=str(tmp_path))
     return config
 
@@ -95,7 +97,7 @@ def test_records_and_tags_of_e2e(e2e, tmp_path):
         f"1\t{w}\t{w}\t{t}" + "\t_" * 6
         for w, t in (("Aromi", "PROPN"), ("food", "NOUN"))
     ]
-    (tmp_path / "bank.conllu").write_text("\n\n".join(rows * 20))
+    (tmp_path / "bank.conllu").write_text("\n\n".join(rows * 20), encoding="utf-8")
     e2e.classifier.conllu = str(tmp_path / "bank.conllu")
     tagged = control_targets.load_targets(e2e, "pos", 2)[0].tags
     assert tagged == control_targets.make_scorer(e2e, "pos", None).tags(sentence.text)

@@ -184,10 +184,10 @@ def test_the_command_writes_and_keeps_its_rows(config, workdir, capsys):
     assert rows[0]["success"]["exact length"][0] == 1
     assert "| length | 3 | exact length 100.0" in capsys.readouterr().out
     (path,) = (workdir / "control").glob("*.json")
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text(encoding="utf-8"))
     assert written["config"]["seed"] == config.seed
     assert written["step"] == lm.step
-    path.write_text(json.dumps(written | {"accepted": 0.123}))
+    path.write_text(json.dumps(written | {"accepted": 0.123}), encoding="utf-8")
     assert control.evaluate_control(lm, str(workdir))[0]["accepted"] == 0.123
     for section, change in (("control", {"n": 3}), ("sample", {"clamp": -1.0})):
         lm.config[section].update(change)  # another experiment is another row
@@ -270,14 +270,14 @@ def test_a_row_names_its_classifiers(lm):
 
 def test_a_row_names_the_text_of_its_tagger_and_its_targets(lm, tmp_path):
     file = tmp_path / "target_pos.json"
-    file.write_text("one")
+    file.write_text("one", encoding="utf-8")
     data = lm.config["data"] | {"source": "e2e"}
     options = lm.config["control"] | {"targets": str(tmp_path)}
     labels = lm.config["classifier"] | {"conllu": str(file)}
     config = lm.config | {"data": data, "control": options, "classifier": labels}
     other = dataclasses.replace(lm, config=config)
     before = identity(other, "pos")
-    file.write_text("two")
+    file.write_text("two", encoding="utf-8")
     after = identity(other, "pos")
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"target files", "tagger's text"}

@@ -59,7 +59,10 @@ def _name(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-TREES = {_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+TREES = {
+    _name(path): ast.parse(path.read_text(encoding="utf-8"))
+    for path in PACKAGE.rglob("*.py")
+}
 MODULES = sorted(name for name in TREES if not name.endswith("__init__"))
 PURE = [name for name in MODULES if name.partition(".")[0] in MATHEMATICS]
 SOURCES = sorted(
@@ -129,17 +132,18 @@ def _in_binary(call):
 
 def test_text_files_have_an_encoding():
     """Otherwise it is the locale's, and a text of another one ends the run."""
-    for module, tree in TREES.items():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    opened = ("os.open", "tensorstore.open", "tarfile.open")
+    for path, tree in trees.items():
         needs = {"read_text": 1, "write_text": 2, "open": 9}
         for name, positional in needs.items():
             for call in _calls(tree, name):
                 named = {keyword.arg for keyword in call.keywords}
                 binary = name == "open" and (
-                    _in_binary(call)
-                    or ast.unparse(call).startswith(("os.open", "tensorstore.open"))
+                    _in_binary(call) or ast.unparse(call).startswith(opened)
                 )
                 assert binary or "encoding" in named or len(call.args) >= positional, (
-                    f"{module} line {call.lineno}: give {name} an encoding"
+                    f"{path} line {call.lineno}: give {name} an encoding"
                 )
 
 
@@ -201,7 +205,7 @@ def test_sizes():
                 lines = _lines(node) - (_lines(doc) if doc else 0)
                 assert lines <= 60, f"{name} has {lines} lines"
     for path in SOURCES:
-        lines = len(path.read_text().splitlines())
+        lines = len(path.read_text(encoding="utf-8").splitlines())
         most = 450 if path.is_relative_to(PACKAGE) else 650
         assert lines <= most, f"{path} has {lines} lines"
 
@@ -268,7 +272,7 @@ def test_defaults_live_in_the_config():
 
 def test_files_state_their_licence_and_their_job():
     for path in SOURCES:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
         doc = ast.get_docstring(ast.parse(text))
         assert doc, f"{path}: state the file's job in its first line"
@@ -282,7 +286,7 @@ def test_documents_that_are_cited_exist():
     )
     code = [path for path in SOURCES if path.parent.name != "tests"]
     for path in [*code, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for name in set(cited.findall(text)):
             assert (ROOT / name).exists(), f"{path} cites {name}"
         assert not re.search(r"\bRE(FERENCE|CIPES) ?(section)? ?\d", text), path

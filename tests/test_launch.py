@@ -34,18 +34,23 @@ def gcloud(tmp_path):
     """run(script, *arguments): (status, stdout, stderr, the calls of gcloud)."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "gcloud").write_text(FAKE)
+    (folder / "gcloud").write_text(FAKE, encoding="utf-8")
     (folder / "gcloud").chmod(0o755)
     calls = tmp_path / "calls"
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls)}
     env |= {"MADE": str(tmp_path / "made"), "WAIT_SECONDS": "0"}
 
     def run(script, *arguments, **more):
-        calls.write_text("")
+        calls.write_text("", encoding="utf-8")
         command = ["bash", str(LAUNCH / script), *arguments]
         kinds = {"capture_output": True, "text": True, "timeout": 60}
         done = subprocess.run(command, env=env | more, cwd=tmp_path, **kinds)
-        return done.returncode, done.stdout, done.stderr, calls.read_text().splitlines()
+        return (
+            done.returncode,
+            done.stdout,
+            done.stderr,
+            calls.read_text(encoding="utf-8").splitlines(),
+        )
 
     return run
 
@@ -55,7 +60,7 @@ SCRIPTS = [*LAUNCH.glob("*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"]
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_clean(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     sourced = text.startswith("# shellcheck shell=bash")
     assert sourced or text.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in text or ". " in text
@@ -161,7 +166,7 @@ def test_mistakes(arguments, says, gcloud):
 def _again(tmp_path, script, **env):
     """The script run by again.sh; what is left of both in the end is killed."""
     path = tmp_path / "command.sh"
-    path.write_text(script)
+    path.write_text(script, encoding="utf-8")
     env = (
         os.environ
         | {
@@ -199,7 +204,7 @@ def test_again_after_a_preemption_and_nothing_else(script, status, times, tmp_pa
     with _again(tmp_path, COUNT + script, RESTARTS="4") as done:
         done.communicate(timeout=60)
     assert done.returncode == status
-    assert len((tmp_path / "n").read_text().splitlines()) == times
+    assert len((tmp_path / "n").read_text(encoding="utf-8").splitlines()) == times
 
 
 def test_a_stopped_run_saves_and_is_not_begun_again(tmp_path):
@@ -211,14 +216,14 @@ def test_a_stopped_run_saves_and_is_not_begun_again(tmp_path):
         done.communicate(timeout=60)
     assert done.returncode == 75
     assert (tmp_path / "s").exists()
-    assert len((tmp_path / "n").read_text().splitlines()) == 1
+    assert len((tmp_path / "n").read_text(encoding="utf-8").splitlines()) == 1
 
 
 @pytest.fixture
 def metadata(tmp_path):
     """(a file, the address of a metadata server that tells what is in it)."""
     notice = tmp_path / "notice"
-    notice.write_text("NONE")
+    notice.write_text("NONE", encoding="utf-8")
 
     class Metadata(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -254,17 +259,17 @@ def test_a_maintenance_notice_is_one_sigterm_however_long_it_stands(
     script += "touch up; while true; do sleep 0.05; done"
     with _again(tmp_path, script, METADATA_URL=url, **few_programs) as done:
         wait_until((tmp_path / "up").exists, "the command is up")
-        notice.write_text("TERMINATE_ON_HOST_MAINTENANCE")
+        notice.write_text("TERMINATE_ON_HOST_MAINTENANCE", encoding="utf-8")
         wait_until((tmp_path / "terms").exists, "the notice has become a SIGTERM")
         time.sleep(1.0)  # ten times the interval
         assert done.poll() is None
-        assert lives.read_text() == "x\n"
-        notice.write_text("NONE")
+        assert lives.read_text(encoding="utf-8") == "x\n"
+        notice.write_text("NONE", encoding="utf-8")
         _, said = done.communicate(timeout=60)
     assert done.returncode == 0
     assert said.count("maintenance notice") == 1
-    assert (tmp_path / "terms").read_text() == "x\n"
-    assert lives.read_text() == "x\nx\n"
+    assert (tmp_path / "terms").read_text(encoding="utf-8") == "x\n"
+    assert lives.read_text(encoding="utf-8") == "x\nx\n"
 
 
 # --- Slurm, containers
@@ -276,7 +281,7 @@ def test_slurm_goes_back_into_the_queue(tmp_path):
     folder.mkdir()
     for name, status in {"srun": 75, "scontrol": 0}.items():
         (folder / name).write_text(
-            f'#!/bin/bash\necho {name} "$@" >> {calls}\nexit {status}'
+            f'#!/bin/bash\necho {name} "$@" >> {calls}\nexit {status}', encoding="utf-8"
         )
         (folder / name).chmod(0o755)
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
@@ -292,19 +297,19 @@ def test_slurm_goes_back_into_the_queue(tmp_path):
     kinds = {"capture_output": True, "text": True, "timeout": 60}
     done = subprocess.run(command, env=env, cwd=tmp_path, **kinds)
     assert done.returncode == 75
-    first, second = calls.read_text().splitlines()
+    first, second = calls.read_text(encoding="utf-8").splitlines()
     assert "--workdir runs/x/2 --config.seed=2" in first
     assert second == "scontrol requeue 5_2"
     env = {name: v for name, v in env.items() if "ARRAY" not in name}
     calls.unlink()
     subprocess.run(command, env=env, cwd=tmp_path, **kinds)
-    first, second = calls.read_text().splitlines()
+    first, second = calls.read_text(encoding="utf-8").splitlines()
     assert first.endswith("--workdir runs/x")
     assert second == "scontrol requeue 7"
     calls.unlink()
     bound = env | {"SLURM_RESTART_COUNT": "100"}
     subprocess.run(command, env=bound, cwd=tmp_path, **kinds)
-    assert len(calls.read_text().splitlines()) == 1
+    assert len(calls.read_text(encoding="utf-8").splitlines()) == 1
     calls.unlink()
     command.insert(2, "--dry_run")
     done = subprocess.run(command, env=env, cwd=tmp_path, **kinds)
@@ -322,7 +327,7 @@ def test_gpu_dry_run():
 
 
 def test_the_jobset_restarts_all_but_mistakes():
-    record = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    record = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text(encoding="utf-8"))
     assert record["kind"] == "JobSet"
     job = record["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["parallelism"] == job["completions"]
@@ -333,7 +338,7 @@ def test_the_jobset_restarts_all_but_mistakes():
 
 
 def test_the_image_holds_what_it_runs():
-    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    lines = (LAUNCH / "Dockerfile").read_text(encoding="utf-8").splitlines()
     copied = [
         p for line in lines if line.startswith("COPY") for p in line.split()[1:-1]
     ]

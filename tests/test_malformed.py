@@ -143,7 +143,10 @@ def _json(name, change):
 
     def harm(run):
         path = run / name
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        path.write_text(
+            json.dumps(change(json.loads(path.read_text(encoding="utf-8")))),
+            encoding="utf-8",
+        )
 
     return harm
 
@@ -157,13 +160,15 @@ def _saved(part, change):
 
     def harm(run):
         path, sums = (run / STEP / name / "metadata" for name in (part, "sums"))
-        record = change(json.loads(path.read_text()))
-        path.write_text(json.dumps(record))
+        record = change(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(record), encoding="utf-8")
         text = json.dumps(record, sort_keys=True)
-        kept = json.loads(sums.read_text())
-        sums.write_text(json.dumps(kept | {part: zlib.crc32(text.encode())}))
+        kept = json.loads(sums.read_text(encoding="utf-8"))
+        sums.write_text(
+            json.dumps(kept | {part: zlib.crc32(text.encode())}), encoding="utf-8"
+        )
         if part == "config":
-            (run / "config.json").write_text(json.dumps(record))
+            (run / "config.json").write_text(json.dumps(record), encoding="utf-8")
 
     return harm
 
@@ -268,12 +273,12 @@ def _cases(folder, run):
     for name, flags in {**VALUES, **FLAGS}.items():
         here = folder / str(len(list(folder.iterdir())))
         here.mkdir()
-        (here / "c.yaml").write_text("a: 3\n")
-        (here / "c.py").write_text("def get_config(:\n")
-        (here / "e.py").write_text("x = 3\n")
-        (here / "file").write_text("")
+        (here / "c.yaml").write_text("a: 3\n", encoding="utf-8")
+        (here / "c.py").write_text("def get_config(:\n", encoding="utf-8")
+        (here / "e.py").write_text("x = 3\n", encoding="utf-8")
+        (here / "file").write_text("", encoding="utf-8")
         (here / "prepared").mkdir()
-        (here / "prepared" / "data.json").write_text("{}")
+        (here / "prepared" / "data.json").write_text("{}", encoding="utf-8")
         yield name, flags, here
     for name, (source, raw) in FILES.items():
         here = folder / str(len(list(folder.iterdir())))
@@ -349,7 +354,7 @@ def endings(tmp_path_factory):
     return {
         name: (
             statuses[name],
-            Path(f"{out}.2").read_text(),
+            Path(f"{out}.2").read_text(encoding="utf-8"),
             before[name],
             _digest(here),
         )
@@ -440,7 +445,7 @@ def test_any_manifest(record, rows, length, tmp_path):
             "tokenizer": {},
         },
     ):
-        (tmp_path / "data.json").write_text(json.dumps(manifest))
+        (tmp_path / "data.json").write_text(json.dumps(manifest), encoding="utf-8")
         _works_or_says(array_record.load_prepared, str(tmp_path))
 
 

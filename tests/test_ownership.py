@@ -74,7 +74,9 @@ def test_a_second_start_is_refused_and_the_first_goes_on(disk, tmp_path):
         for workdir in (tmp_path / "run", str(tmp_path / "run" / ".." / "run"), link):
             _refused(workdir)
         check()
-        assert json.loads((tmp_path / "run" / "owner.json").read_text())["pid"]
+        assert json.loads(
+            (tmp_path / "run" / "owner.json").read_text(encoding="utf-8")
+        )["pid"]
     assert not (tmp_path / "run").exists()  # nothing was written to it
     with ownership.claim(tmp_path / "run") as check:
         check()
@@ -134,13 +136,15 @@ def test_any_file_of_a_dead_owner_is_replaced(content, tmp_path):
 def test_an_owner_that_was_suspended_notices_its_successor(disk, tmp_path):
     """As after the sleep of a machine, while which another took over."""
     with ownership.claim(tmp_path) as check:
-        record = json.loads((tmp_path / "owner.json").read_text())
+        record = json.loads((tmp_path / "owner.json").read_text(encoding="utf-8"))
         record |= {"token": "another", "pid": 77, "host": "other"}
-        (tmp_path / "new").write_text(json.dumps(record))
+        (tmp_path / "new").write_text(json.dumps(record), encoding="utf-8")
         (tmp_path / "new").replace(tmp_path / "owner.json")
         with pytest.raises(UserError, match=r"was taken by process 77 on other"):
             check()
-    assert json.loads((tmp_path / "owner.json").read_text()) == record  # not its own
+    assert (
+        json.loads((tmp_path / "owner.json").read_text(encoding="utf-8")) == record
+    )  # not its own
 
 
 def test_of_many_threads_one_owns(tmp_path):

@@ -56,7 +56,9 @@ def test_wheel_trains_and_samples_beside_a_foreign_configs_folder(wheel, tmp_pat
     zipfile.ZipFile(wheel).extractall(site)
     (away / "configs").mkdir(parents=True)
     for name in ("__init__", "default", "grammar"):
-        (away / "configs" / f"{name}.py").write_text("raise SystemExit('foreign')")
+        (away / "configs" / f"{name}.py").write_text(
+            "raise SystemExit('foreign')", encoding="utf-8"
+        )
     env = {**os.environ, "PYTHONPATH": str(site)}
 
     def dlm(*args):

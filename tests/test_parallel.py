@@ -54,7 +54,9 @@ SMALL = {
 
 def _config(folder, **changes):
     path = folder / "texts.txt"
-    path.write_text("".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)))
+    path.write_text(
+        "".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)), encoding="utf-8"
+    )
     config = smoke.get_config()
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict({**SMALL, "data.path": str(path), **dotted})
@@ -176,7 +178,9 @@ def test_all_hosts_name_their_devices_and_the_first_says_the_rest(layouts):
     assert "process 0 of 2, 2 local of 4 devices" in first
     said = [line for line in second.splitlines() if "peer ranks" not in line]
     assert said == ["process 1 of 2, 2 local of 4 devices (cpu)"]
-    lines = (workdirs["half"] / "metrics.jsonl").read_text().splitlines()
+    lines = (
+        (workdirs["half"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     steps = [(json.loads(line)["kind"], json.loads(line)["step"]) for line in lines]
     assert len(steps) == len(set(steps))
     assert (workdirs["half"] / "samples" / f"{HALF}.txt").is_file()
@@ -280,7 +284,7 @@ def test_the_mistake_of_a_host_ends_all(tmp_path, erring):
     """A file stands where its folder should; its name is no sign of a lost host."""
     folders = [tmp_path / "a", tmp_path / "b"]
     taken = tmp_path / "peer"
-    taken.write_text("a file, not a folder")
+    taken.write_text("a file, not a folder", encoding="utf-8")
     for host in erring:
         folders[host] = taken
     _both_say("peer", erring[0], _start(_config(tmp_path), "", 2, workdirs=folders))

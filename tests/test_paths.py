@@ -33,7 +33,7 @@ def _write(source, folder, texts=WORDS):
     """Writes the texts as a source; returns the path of what config.data.path names."""
     folder.mkdir()
     if source != "prepared":
-        (folder / "texts").write_text(WRITERS[source](texts))
+        (folder / "texts").write_text(WRITERS[source](texts), encoding="utf-8")
         return folder / "texts"
     raw = str(_write("text", folder / "raw", texts))
     prepare.prepare_data(_config(raw), str(folder))

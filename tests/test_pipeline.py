@@ -24,7 +24,9 @@ LENGTH, DIM, T = 6, 8, 20
 
 def _config(folder):
     path = folder / "texts.txt"
-    path.write_text("".join(f"w{i % 7} and w{i % 5}\n" for i in range(32)))
+    path.write_text(
+        "".join(f"w{i % 7} and w{i % 5}\n" for i in range(32)), encoding="utf-8"
+    )
     config = smoke.get_config()
     config.data.update(source="text", path=str(path), length=LENGTH)
     config.model.update(layers=1, hidden_dim=16, mlp_dim=16, dim=DIM, positions=LENGTH)
@@ -180,7 +182,7 @@ def test_tokenizer_of_another_run(tmp_path, workdir, lm):
         loading.from_parts(lm.cfg, lm.params, other, lm.config)
     copy = shutil.copytree(workdir, tmp_path / "run")
     path = checkpoint.folder(copy) / "7" / "tokenizer" / "metadata"
-    path.write_text(json.dumps(other.to_dict()))
+    path.write_text(json.dumps(other.to_dict()), encoding="utf-8")
     _fails("checkpoints/7: damaged", copy)
 
 

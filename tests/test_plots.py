@@ -56,7 +56,7 @@ def test_all_plots_are_png_files_of_a_sane_size(lm, tmp_path, capsys):
         for kind in ("train", "valid")
     ]
     lines = "\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "metrics.jsonl").write_text(lines + "\n")
+    (tmp_path / "metrics.jsonl").write_text(lines + "\n", encoding="utf-8")
     paths = plots.save_plots(lm, tmp_path)
     names = ["embedding.png", "film.png", "loss_over_t.png", "training.png"]
     assert [path.name for path in paths] == names
@@ -82,10 +82,10 @@ def test_what_cannot_be_drawn_is_left_out_with_a_line(lm, tmp_path, capsys):
     names = [path.name for path in plots.save_plots(lm, tmp_path)]
     assert names == ["embedding.png", "film.png"]
     assert f"no plot of the loss over t: {missing}" in capsys.readouterr().out
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ki', encoding="utf-8")
     assert plots.training(tmp_path / "metrics.jsonl") is None
     assert "has no complete row" in capsys.readouterr().out
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="file/plots"):
         plots.save_plots(lm, tmp_path / "file")
 

@@ -19,11 +19,11 @@ TEXTS = [f"w{i % 7} and w{i % 3} are {'very ' * (i % 4)}near" for i in range(97)
 
 
 def _config(folder, **changes):
-    (folder / "t.txt").write_text("\n\n".join(TEXTS))
+    (folder / "t.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     (folder / "t.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
+        "".join(json.dumps({"text": t}) + "\n" for t in TEXTS), encoding="utf-8"
     )
-    with (folder / "t.csv").open("w", newline="") as file:
+    with (folder / "t.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("label", "text"), *(("a\nb", t) for t in TEXTS)])
     config = smoke.get_config()
     options = {"data.source": "text", "data.path": str(folder / "t.txt")}

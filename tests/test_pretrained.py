@@ -61,7 +61,9 @@ def test_bfloat16_is_half_as_large_and_rounds(lm, folder, tmp_path):  # noqa: F8
 def test_no_path_of_this_machine_is_shared(lm, tmp_path):  # noqa: F811
     config = lm.config | {"data": lm.config["data"] | {"path": str(tmp_path)}}
     dataclasses.replace(lm, config=config).save_pretrained(tmp_path / "shared")
-    assert str(tmp_path) not in (tmp_path / "shared" / pretrained.CONFIG).read_text()
+    assert str(tmp_path) not in (tmp_path / "shared" / pretrained.CONFIG).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_nothing_is_overwritten(lm, folder):  # noqa: F811
@@ -80,9 +82,14 @@ def _flip(path):
     [
         (lambda d: _flip(d / pretrained.WEIGHTS), "not the file that was written"),
         (lambda d: (d / pretrained.TOKENIZER).unlink(), "No such file"),
-        (lambda d: (d / pretrained.CONFIG).write_text("{"), "damaged"),
         (
-            lambda d: (d / pretrained.CONFIG).write_text('{"format": 9}'),
+            lambda d: (d / pretrained.CONFIG).write_text("{", encoding="utf-8"),
+            "damaged",
+        ),
+        (
+            lambda d: (d / pretrained.CONFIG).write_text(
+                '{"format": 9}', encoding="utf-8"
+            ),
             "newer version",
         ),
     ],
@@ -95,9 +102,9 @@ def test_damage_is_named(folder, damage, message):
 
 def test_weights_of_another_size_are_refused(folder):
     path = folder / pretrained.CONFIG
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     record["config"]["model"]["hidden_dim"] *= 2
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UserError, match="has no ema/"):
         dlm_jax.load(folder)
 

@@ -100,8 +100,10 @@ def torch_stub(monkeypatch):
 def write(folder, weights=None, *, vocab=VOCAB, **flags):
     """A checkpoint folder for the stub; its older file holds other weights."""
     folder.mkdir(exist_ok=True)
-    (folder / "training_args.json").write_text(json.dumps(ARGS | flags, indent=2))
-    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "training_args.json").write_text(
+        json.dumps(ARGS | flags, indent=2), encoding="utf-8"
+    )
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     for name, seed in ((NEW, 0), (OLD, 1)):
         with (folder / name).open("wb") as file:
             np.savez(
@@ -298,10 +300,10 @@ def test_a_broken_folder_is_refused(tmp_path):
     folder = write(tmp_path)
     (folder / "vocab.json").unlink()
     assert "vocab.json: No such file" in one_line(folder)
-    (folder / "vocab.json").write_text('{"START": 0,')
+    (folder / "vocab.json").write_text('{"START": 0,', encoding="utf-8")
     assert "vocab.json: not JSON" in one_line(folder)
     write(tmp_path)
-    (folder / "training_args.json").write_text("[]")
+    (folder / "training_args.json").write_text("[]", encoding="utf-8")
     assert "training_args.json: not a JSON object" in one_line(folder)
     write(tmp_path)
     for name in (NEW, OLD):
@@ -341,7 +343,7 @@ def test_without_torch_the_line_says_so(tmp_path, monkeypatch):
 
 
 def test_a_run_of_our_own_is_not_taken_for_a_published_one(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert not published.is_reference(tmp_path)
     assert "no checkpoint" in one_line(tmp_path)
 

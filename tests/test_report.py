@@ -174,7 +174,7 @@ def _run(workdir, **options):
 
 def test_writes_what_it_prints(trained, ar_model, capsys):
     record = _run(trained, ar_model=ar_model)
-    saved = json.loads((trained / "evaluation.json").read_text())
+    saved = json.loads((trained / "evaluation.json").read_text(encoding="utf-8"))
     assert (trained / "plots" / "frontier.png").stat().st_size > 1000
     bound = saved["likelihood"]
     assert bound["nats/token"]["mean"] == record["likelihood"]["nats/token"]["mean"]
@@ -203,13 +203,13 @@ def test_autoregressive_model_comes_near_the_language(ar_model):
 
 def test_evaluates_a_file_of_texts(trained, tmp_path):
     path = tmp_path / "texts.txt"
-    path.write_text("\n".join(grammar.sample(3, 20)))
-    (trained / "evaluation.json").write_text("mine")
+    path.write_text("\n".join(grammar.sample(3, 20)), encoding="utf-8")
+    (trained / "evaluation.json").write_text("mine", encoding="utf-8")
     record = _run(trained, texts=str(path))
-    assert (trained / "evaluation.json").read_text() == "mine"
+    assert (trained / "evaluation.json").read_text(encoding="utf-8") == "mine"
     assert record["samples"] == "2 x 10"
     assert record["measures"]["accepted by the grammar"]["samples"].mean == 1.0
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="holds 0 texts"):
         _run(trained, texts=str(path))
     with pytest.raises(UserError, match="nothing"):

@@ -242,7 +242,7 @@ def test_hf_is_brought_along_only(tmp_path):
 
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "tok").write_text("{}")
+    (tmp_path / "tok").write_text("{}", encoding="utf-8")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'dlm_jax\[hf\]'"):
         tokenizer_files.load("hf", str(tmp_path / "tok"))

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
         a, b = rng.choice(ANIMALS[home], 2)
         rows.append({"text": f"a {a} sees the {b} now", "label": home})
     path = folder / "texts.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     loop.train(smoke_of(folder), str(folder / "model"))
     return folder
 
@@ -188,7 +188,10 @@ def test_bad_beginnings(folder, trained, tmp_path):
 
 def test_labels_of_other_text_than_the_model_was_trained_on(folder, tmp_path):
     path = tmp_path / "own.csv"
-    path.write_text("text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9)
+    path.write_text(
+        "text,label\n" + "a cat sees the dog now,x\na cod sees now,y\n" * 9,
+        encoding="utf-8",
+    )
     changes = {"data.source": "csv", "data.path": str(path), "train.total_steps": 2}
     command.train_classifier(config_of(folder, **changes), str(tmp_path / "run"))
     found = conditioning.load_classifier(

@@ -220,7 +220,9 @@ def test_validation_is_deterministic_and_without_dropout():
 
 def _run_config(folder, **changes):
     path = folder / "texts.txt"
-    path.write_text("".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)))
+    path.write_text(
+        "".join(f"w{i % 5} and w{i % 3}\n" for i in range(32)), encoding="utf-8"
+    )
     config = smoke.get_config()
     options = {"data.source": "text", "data.path": str(path)}
     options |= {"train.total_steps": STEPS, "train.ckpt_steps": 3}
@@ -288,7 +290,7 @@ def spoilt(tmp_path, monkeypatch):
         options |= {"optim__decay": "constant", "train__valid_steps": 100}
         config = _run_config(tmp_path, **options | changes)
         lines = [f"w{i % 5} and w{i % 3} w{i}" for i in range(32)]
-        (tmp_path / "texts.txt").write_text("\n".join(lines))
+        (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
         config.data.min_count = 0
         return config
 

@@ -89,7 +89,7 @@ def changed(config: Any, change: Iterable[str]) -> Any:
 
 def resident(field: str) -> float:
     """Returns this process's host memory in MB: now (VmRSS) or its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(float(x.split()[1]) for x in lines if x.startswith(field)) / 1024
 
 
@@ -359,13 +359,15 @@ def machine() -> dict[str, Any]:
 
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def write(path: str, record: dict[str, Any]) -> None:
     """Writes the record as JSON, with a description of the machine."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({**machine(), **record}, indent=1) + "\n")
+    Path(path).write_text(
+        json.dumps({**machine(), **record}, indent=1) + "\n", encoding="utf-8"
+    )
     print(path)
 
 

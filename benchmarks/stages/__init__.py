@@ -34,7 +34,9 @@ class Job(NamedTuple):
     def report(self, record: dict[str, Any]) -> None:
         """Replaces the stage's JSON file by this record, atomically."""
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1, default=float) + "\n")
+        part.write_text(
+            json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8"
+        )
         part.replace(self.path)
 
 

@@ -125,7 +125,7 @@ def _train(job: Job, config: Any, workdir: str) -> dict[str, Any]:
         print(error, flush=True)
     finally:
         stop.cancel()
-    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     curve = [(r["step"], r["loss"]) for r in rows if r["kind"] == "valid"]
     return {
