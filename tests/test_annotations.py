@@ -158,7 +158,7 @@ def test_records_of_e2e(tmp_path):
 def test_texts_are_drawn_from_all_of_a_sorted_file(tmp_path):
     path = tmp_path / "texts.jsonl"
     rows = [{"text": f"text {i}", "label": "abc"[i // 100]} for i in range(300)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     changes = {"data.source": "jsonl", "data.path": str(path), "classifier.texts": 60}
     config = config_of("label", **changes)
     texts, notes = annotations.load_annotated(config, "label", "train")
