@@ -82,6 +82,14 @@ def get_config() -> Any:
             "column": "label",  # label: the column of csv or jsonl that holds it
         }
     )
+    cfg.distill = ConfigDict(
+        {
+            "teacher": "",  # the model to distil: a run, a folder, a bundled name
+            "num_steps": (32, 16, 8, 4, 2, 1),  # of each student in turn
+            "teacher_steps": 64,  # of the chain that the students replace
+            "student": 0,  # number of steps of this student; --mode distill sets it
+        }
+    )
     cfg.evaluate = ConfigDict(
         {
             "n": 256,  # samples per seed

@@ -35,6 +35,7 @@ flags.DEFINE_enum(
         "prepare_data",
         "train",
         "train_classifier",
+        "distill",
         "sample",
         "evaluate",
         "control",
@@ -77,6 +78,13 @@ def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
     train_classifier.train_classifier(
         config, workdir, allow_fallback=FLAGS.allow_fallback
     )
+
+
+def _distill(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax.training import distill
+
+    config = _require_config(config, "--config distill")
+    distill.distill(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
 REPLACED = ("sample", "evaluate", "control", "classifier")  # sections of the config
@@ -195,6 +203,7 @@ MODES: dict[str, Callable] = {
     "prepare_data": _prepare_data,
     "train": _train,
     "train_classifier": _train_classifier,
+    "distill": _distill,
     "sample": _sample,
     "evaluate": _evaluate,
     "control": _control,
@@ -241,7 +250,7 @@ def _check_flags() -> None:
     """Raises UserError for a flag that the mode would ignore."""
     from dlm_jax.errors import UserError
 
-    trains = FLAGS.mode in ("train", "train_classifier")
+    trains = FLAGS.mode in ("train", "train_classifier", "distill")
     if FLAGS.allow_fallback and not trains:
         raise UserError(f"--allow_fallback: --mode {FLAGS.mode} does not take it")
     if FLAGS.step is not None and (trains or FLAGS.mode == "prepare_data"):

@@ -254,7 +254,7 @@ def end_to_end(
     if objective == "ar":
         t, x_t = jnp.zeros_like(t), clean
     t_cond = t
-    known, outside = _known(ids, draws, cfg)
+    known, outside = known_tokens(ids, draws, cfg)
     if known is not None:
         x_t, t_cond = model.insert_clean_tokens(clean, known, x_t, t, outside)
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t_cond, draws)
@@ -280,14 +280,14 @@ def end_to_end(
         head_fn=head_fn,
         head_args=head_args,
     )
-    mask, count = _mask(ids, known, cfg, mask_pad)
+    mask, count = scored_positions(ids, known, cfg, mask_pad)
     done = _ForwardPass(
         clean, x_0, x_t, x0_hat, raw, t, ids, draws, params, cfg, schedule, mask, count
     )
     return OBJECTIVES[objective](done, **options)
 
 
-def _known(ids: Ids, draws: NoiseDraws, cfg: DenoiserConfig) -> tuple[Any, Any]:
+def known_tokens(ids: Ids, draws: NoiseDraws, cfg: DenoiserConfig) -> tuple[Any, Any]:
     """Returns the masks [b l] of known tokens and of PAD outside the text, or None."""
     if not cfg.known_length:
         return draws.known, None
@@ -296,7 +296,7 @@ def _known(ids: Ids, draws: NoiseDraws, cfg: DenoiserConfig) -> tuple[Any, Any]:
     return known, jnp.asarray(ids) == PAD
 
 
-def _mask(
+def scored_positions(
     ids: Ids, known: Any, cfg: DenoiserConfig, mask_pad: bool
 ) -> tuple[Array, PerExample]:
     """Returns the mask [b l] of scored positions, and the number to divide by [b]."""

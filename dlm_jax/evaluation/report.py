@@ -267,7 +267,7 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
         if reference.on_grammar
         else "autoregressive nats/token"
     )
-    if lm.cfg.causal or options.texts:
+    if lm.cfg.causal or options.texts or lm.distilled_steps:
         return []
     if not reference.on_grammar and reference.ar_model is None:
         return []

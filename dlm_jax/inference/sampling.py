@@ -171,6 +171,11 @@ def check_support(
         if not isinstance(value, kind):
             raise UserError(f"{name}={value!r}: give a {kind.__name__}")
     s.check_schedule(lm.schedule)
+    if lm.distilled_steps not in (None, s.num_steps):
+        raise UserError(
+            f"num_steps={s.num_steps}: this model was distilled for "
+            f"{lm.distilled_steps} steps; leave num_steps out, or load another student"
+        )
     if lm.cfg.causal and jax.tree.leaves(constraints):
         raise UserError("an autoregressive model takes no constraints")
     if lm.cfg.causal and s.trajectory:

@@ -63,6 +63,12 @@ class TrainedModel:
         loss = self.config["loss"]
         return "conditioning_prob" in loss and loss["conditioning_prob"] > 0
 
+    @property
+    def distilled_steps(self) -> int | None:
+        """The number of steps that it was distilled for (--mode distill), or None."""
+        section = self.config.get("distill")  # earlier models have none
+        return (section["student"] or None) if section else None
+
     def schedule_from(self, schedule_state: PyTree) -> Schedule:
         """Returns the noise schedule, adapted to the statistics if there are any."""
         if not jax.tree.leaves(schedule_state):

@@ -11,7 +11,7 @@ from typing import Any
 DATA = ("data.path", "data.valid_path", "data.tfds_dir")
 TRAINING = (
     *(*DATA, "data.tokenizer_path", "embedding.path"),
-    *("classifier.model", "classifier.conllu"),
+    *("classifier.model", "classifier.conllu", "distill.teacher"),
 )
 LISTS = ("control.classifiers",)  # paths separated by spaces
 PATHS = (

@@ -41,11 +41,13 @@ class TrainingTask(NamedTuple):
 
     init(key, step_cfg, vocab): returns parameters. terms(key, params, rows, draws,
     step_cfg): returns a NamedTuple of loss terms by row, with `weight` and `total()`.
+    schedule_state: of an adaptive schedule that stays as it is; (): one is adapted.
     """
 
     init: Callable[..., Any]
     terms: Callable[..., Any]
     labels: int = 0
+    schedule_state: Any = ()
 
 
 def _init(key: PRNGKey, step_cfg: "StepConfig", vocab: int) -> Params:
@@ -111,7 +113,9 @@ def init_state(
     moments = ()
     if step_cfg.time_sampler == "importance":
         moments = time_sampling.init_moments(step_cfg.schedule.num_steps or 0)
-    adapted = adaptive.init(step_cfg.schedule) if step_cfg.adaptive else ()
+    adapted = step_cfg.task.schedule_state
+    if step_cfg.adaptive and not adapted:
+        adapted = adaptive.init(step_cfg.schedule)
     copy = jax.tree.map(jnp.copy, params)  # a donated buffer may not appear twice
     return TrainState(jnp.zeros((), jnp.int32), params, copy, opt, moments, adapted)
 
@@ -244,7 +248,7 @@ def _update_moments(moments, terms: Any, t, weight, axis):
 
 def _update_schedule_state(schedule_state, terms: Any, t, step_cfg: StepConfig, axis):
     """Updates the adaptive schedule's statistics with this batch's losses."""
-    if not step_cfg.adaptive:
+    if not step_cfg.adaptive or step_cfg.task.schedule_state:
         return schedule_state
     u, loss = -step_cfg.schedule.log_snr(t), terms.diffusion + terms.t0
     if axis is not None:

@@ -49,6 +49,15 @@ def language_job(config: Any) -> Job:
     # a mistake in config.sample is reported now, not at the first preview
     sampling = SamplingConfig.from_config(config.sample.to_dict())
     sampling.check_schedule(step_cfg.schedule)
+    kind = "autoregressive" if step_cfg.cfg.causal else "diffusion"
+    preview = make_preview(config, step_cfg)
+    return Job(config, step_cfg, kind, lambda tok: load_corpus(config, tok), preview)
+
+
+def make_preview(
+    config: Any, step_cfg: StepConfig
+) -> Callable[[Corpus, PyTree, PyTree], list[str]]:
+    """Returns the function that samples 16 texts for `Job.preview`."""
     record, compiled = _to_dict(config), {}
 
     def preview(corpus: Corpus, ema: PyTree, schedule_state: PyTree) -> list[str]:
@@ -58,8 +67,7 @@ def language_job(config: Any) -> Job:
         lm = loading.from_parts(step_cfg.cfg, ema, corpus.tokenizer, record, **parts)
         return dataclasses.replace(lm, compiled=compiled).sample(16)
 
-    kind = "autoregressive" if step_cfg.cfg.causal else "diffusion"
-    return Job(config, step_cfg, kind, lambda tok: load_corpus(config, tok), preview)
+    return preview
 
 
 def _to_dict(config: Any) -> dict:
@@ -297,6 +305,7 @@ def check_same_data(identity: dict, saved: dict, workdir: Any) -> None:
         ("valid", "config.data: its validation text"),
         ("embedding", "config.embedding.path: its table"),
         ("table", "config.classifier.model: its embedding"),
+        ("teacher", "config.distill.teacher: its weights"),
     ):
         if saved.get(name) not in (None, identity.get(name)):
             raise UserError(
