@@ -4,8 +4,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -16,7 +19,8 @@ from dlm_jax import main
 from dlm_jax.data import corpus, prepare, sources
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading
-from dlm_jax.runtime import checkpoint, paths
+from dlm_jax.runtime import checkpoint, paths, sharding
+from dlm_jax.training import loop
 from dlm_jax.training.trainer import Trainer, language_job
 
 WORDS = [f"word{i % 5} is not word{i % 3}" for i in range(32)]
@@ -211,6 +215,73 @@ def test_only_paths_that_exist_become_absolute(tmp_path, monkeypatch):
     assert record["data"]["path"] == "x"
     record["data"]["source"] = "tfds"
     assert paths.absolute(record)["data"]["path"] == "x"
+
+
+# --- names of folders
+
+NAMES = ("a b", "a%41b", "a#b", "a|b", "a:b", "\u00fc", "a{b}", "~", "a\nb", "'\"$x")
+UNSAFE = ("a[b]", "a*", "a?b", "a\\b")  # where what is saved may not be found again
+
+
+def _arrays(folder):
+    """Saves an array as a checkpoint in this folder, and reads it back."""
+    state = {"ema": jnp.arange(4.0)}
+    writer = checkpoint.manager(folder, keep=1)
+    checkpoint.save(writer, 1, state, checkpoint.Records({}, {}, {}))
+    checkpoint.wait(writer)
+    writer.close()
+    like = sharding.global_like(jax.eval_shape(lambda: state))
+    return checkpoint.restore(folder, 1, like)["ema"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_may_have_any_name(name, tmp_path):
+    checkpoint.check_name(tmp_path / name)
+    np.testing.assert_array_equal(_arrays(tmp_path / name), np.arange(4.0))
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_name_under_which_a_checkpoint_would_be_lost_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"choose another name"):
+        loop.train(_config("unread"), str(tmp_path / name / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [b"a\\b", b"\xff"])
+def test_a_run_that_was_renamed_is_not_called_damaged(name, tmp_path):
+    _arrays(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / os.fsdecode(name))
+    like = sharding.global_like(jax.eval_shape(lambda: {"ema": jnp.zeros(4)}))
+    with pytest.raises(UserError, match=r"rename the folder") as caught:
+        checkpoint.restore(moved, 1, like)
+    assert not isinstance(caught.value, checkpoint.CorruptCheckpointError)
+
+
+TRAINS_AND_LOADS = """
+import sys
+import dlm_jax
+from dlm_jax.configs import smoke
+from dlm_jax.training import loop
+folder = sys.argv[1]
+print(dlm_jax.load(folder + "/run").sample(1, seed=0, num_steps=1)[0].isascii())
+try:
+    loop.train(smoke.get_config(), folder + "/other")
+except dlm_jax.UserError as error:
+    print(error)
+"""
+
+
+def test_a_locale_without_the_characters_of_a_folder(tmp_path):
+    """A run in it is read; training is refused before anything is written."""
+    folder = tmp_path / "\u00fc"
+    _saved(str(_write("text", tmp_path / "data")), folder / "run", (1,))
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", TRAINS_AND_LOADS, str(folder)]
+    done = subprocess.run(command, env=os.environ | locale, capture_output=True)
+    loaded, refused = done.stdout.decode().splitlines()
+    assert loaded == "True", done.stderr
+    assert "LC_ALL=C.UTF-8" in refused
+    assert [path.name for path in folder.iterdir()] == ["run"]
 
 
 # --- flags of the modes that load a run

@@ -86,6 +86,27 @@ def check_reachable(workdir: PathLike) -> None:
         ) from error
 
 
+def check_name(workdir: PathLike) -> None:
+    """Raises UserError if what is saved in this folder could not be found again.
+
+    TensorStore takes names in UTF-8 and a backslash for a slash, whatever the system
+    does, and Orbax looks for the arrays that it wrote by a pattern.
+    """
+    name = str(folder(workdir))
+    if "://" not in name:
+        for character in "*?[\\".replace(os.sep, ""):
+            if character in name:
+                raise UserError(
+                    f"--workdir {name}: no checkpoint can be saved in a folder with "
+                    f"{character} in its name; choose another name"
+                )
+        if integrity.utf8(name) != name:
+            raise UserError(
+                f"--workdir {name!a}: the locale has no such character, so no checkpoint "
+                "can be saved here; set LC_ALL=C.UTF-8, or choose a name in ASCII"
+            )
+
+
 def folder(workdir: PathLike) -> Any:
     """Returns the folder of a run's checkpoints."""
     return resolve_workdir(workdir) / FOLDER
@@ -219,6 +240,7 @@ def restore_part(workdir: PathLike, step: int, like: dict[str, PyTree]) -> PyTre
 
 def _state(workdir: PathLike, step: int, like: PyTree, partial: bool) -> PyTree:
     path, sums = folder(workdir) / str(step), _read_json(workdir, step, "sums")
+    integrity.utf8(str(path))  # raises UserError
     try:
         state = integrity.read(path, like)
         found = integrity.state_sums(state)

@@ -8,6 +8,7 @@ permissions make a read fail, too.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-from dlm_jax.errors import environment_reason
+from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.types import PyTree
 
 WEIGHT = 2654435761  # odd multiples of it weigh the words of an array
@@ -139,13 +140,27 @@ def _described(folder: Any) -> tuple[set[str], str]:
     return names, "zarr3" if described["use_zarr3"] else "zarr"
 
 
+def utf8(path: str) -> str:
+    """Returns a local path as TensorStore wants it, whatever the locale.
+
+    Raises UserError for names that it cannot open.
+    """
+    try:
+        if os.sep == "/" and "\\" in path:
+            raise ValueError
+        return os.fsencode(path).decode("utf-8")
+    except ValueError as error:
+        raise UserError(
+            f"{path!a}: not in UTF-8, or with a backslash: rename the folder"
+        ) from error
+
+
 def _open(folder: Any, name: str, driver: str) -> Any:
     """Returns a future of the array of that name."""
     path = str(folder / "state")
-    base = path if "://" in path else f"file://{path}"
-    store = {
-        "driver": "ocdbt",
-        "base": f"{base}/",
-        "path": f"{name.replace('/', '.')}/",
-    }
+    if "://" in path:
+        base: Any = f"{path}/"
+    else:  # not as a URL, in which some characters of a name have a meaning
+        base = {"driver": "file", "path": utf8(path) + "/"}
+    store = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
     return tensorstore.open({"driver": driver, "kvstore": store}, open=True)

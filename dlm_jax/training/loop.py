@@ -36,6 +36,7 @@ def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
     the one before. Raises UserError, also if another process trains in workdir;
     PreemptedError after SIGTERM and KeyboardInterrupt after Ctrl-C, once all is saved.
     """
+    checkpoint.check_name(workdir)
     first = hosts.process_index_and_count()[0] == 0
     with ownership.claim(workdir) if first else contextlib.nullcontext() as check:
         _run(job, workdir, check or (lambda: None), allow_fallback=allow_fallback)
