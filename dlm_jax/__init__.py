@@ -6,6 +6,7 @@ the method are attributes of the package, each imported on first use.
 """
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,14 +63,23 @@ __all__ = ["DiffusionLM", "GuidanceConfig", "UserError", "__version__", "load"] 
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `dlm_jax.schedule` does not import Orbax."""
+    """Imports on first use, so that `dlm_jax.schedule` does not import the rest."""
     if name in _OBJECTS:
-        return getattr(importlib.import_module(f"dlm_jax.{_OBJECTS[name]}"), name)
+        return getattr(_import(_OBJECTS[name]), name)
     if name in _HOMES:
-        return importlib.import_module(f"dlm_jax.{_HOMES[name]}.{name}")
+        return _import(f"{_HOMES[name]}.{name}")
     if name in (*_PACKAGES, "errors", "types"):
-        return importlib.import_module(f"dlm_jax.{name}")
+        return _import(name)
     raise AttributeError(f"module 'dlm_jax' has no attribute {name!r}")
+
+
+def _import(name: str) -> Any:
+    """Imports a module of this package; one that Flax imports draws from `random`."""
+    state = random.getstate()
+    try:
+        return importlib.import_module(f"dlm_jax.{name}")
+    finally:
+        random.setstate(state)
 
 
 def __dir__() -> list[str]:

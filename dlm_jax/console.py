@@ -1,8 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines for the terminal, which may not know every character of a text."""
+"""Lines and progress bars for the terminal, which may not know every character of a text."""
 
 import re
 import sys
+import threading
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+
+class Bar(tqdm):
+    """A progress bar that is tqdm's without what outlives it.
+
+    tqdm's own lock fixes the process's start method of multiprocessing, and its monitor
+    is a thread.
+    """
+
+    _lock: ClassVar = threading.RLock()
+    monitor_interval = 0
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, miniters=1, **options)
 
 
 def printable(line: str) -> str:

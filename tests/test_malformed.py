@@ -122,6 +122,7 @@ FILES = {
     "CSV without its column": ("csv", b"a,b\n1,2\n"),
     "CSV of nothing": ("csv", b""),
     "CSV with an open quote": ("csv", b'text\n"' + b"x" * 200_000),
+    "CSV of one wide cell": ("csv", b"x" * 200_000 + b"\n1\n"),
     "JSON cut short": ("jsonl", b'{"text": "a'),
     "JSON of a list": ("jsonl", b'["a"]\n'),
     "JSON of a number": ("jsonl", b'{"text": 3}\n'),

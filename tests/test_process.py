@@ -99,6 +99,65 @@ def test_training_gives_the_process_back(texts, run, damaged, tmp_path):
     assert _process() == before
 
 
+FRESH = """
+import csv, json, logging, multiprocessing, os, random, signal, sys, threading
+import jax
+random.seed(0)
+def process():
+    import numpy as np
+    return {
+        "logging": [str(handler) for handler in logging.root.handlers],
+        "csv": csv.field_size_limit(),
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "random": [hash(random.getstate()), np.random.get_state()[1].sum()],
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "jax": {name: str(value) for name, value in jax.config.values.items()},
+        "environment": dict(os.environ),
+        "signals": [str(signal.getsignal(number)) for number in range(1, 32)],
+        "path": sys.path[:],
+    }
+before, calls = process(), {}
+import dlm_jax
+dlm_jax.load
+from dlm_jax.configs import smoke
+from dlm_jax.data import corpus
+from dlm_jax.training import loop
+run, other = sys.argv[1:]
+def load():
+    global lm
+    lm = dlm_jax.load(run)
+    assert "orbax" not in sys.modules
+def read():
+    config = smoke.get_config()
+    with open(other + ".csv", "w") as file:
+        file.write("text\\n" + "a b c\\n" * 40)
+    config.data.update(source="csv", path=other + ".csv")
+    corpus.load_corpus(config)
+def train():
+    config = smoke.get_config()
+    config.train.total_steps = 1
+    loop.train(config, other)
+for call in (
+    load,
+    lambda: lm.infill("word0 ___ not", n=1, num_steps=1),
+    lambda: lm.nll(lm.encode(["word0"]), draws=1),
+    read,
+    train,
+):
+    call()
+    after = process()
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, [(name, before[name], after[name]) for name in changed]
+"""
+
+
+def test_a_fresh_process_is_as_it_was(run, tmp_path):
+    """Imports of other packages change things, too, which pytest has imported before."""
+    command = [sys.executable, "-c", FRESH, str(run), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_many_threads_share_a_model(run):
     """Each gets the texts of its seed."""
     lm = dlm_jax.load(run)

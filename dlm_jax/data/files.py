@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -157,6 +158,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 DELIMITERS = ",\t;|"
 BREAK = re.compile(r"\r\n|\r|\n")
+_LIMIT = threading.Lock()  # held while csv's limit on the size of a cell is another
 
 
 def delimiter(path: Path, cfg: Any) -> str:
@@ -168,7 +170,9 @@ def delimiter(path: Path, cfg: Any) -> str:
             "\\t, or nothing, to tell it from the first line"
         )
     first = next((line for line in every_line(path) if line), "")
-    columns = {d: len(next(csv.reader([first], delimiter=d), ())) for d in DELIMITERS}
+    columns = {
+        d: len(_next(csv.reader([first], delimiter=d)) or ()) for d in DELIMITERS
+    }
     return given or max(DELIMITERS, key=lambda d: columns[d])
 
 
@@ -194,9 +198,18 @@ def csv_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
         yield f"{path} line {line}", dict(zip_longest(names, row[: len(names)]))
 
 
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    """Returns the next row, its cells of any length; None at the end."""
+    with _LIMIT:
+        before = csv.field_size_limit(2**31 - 1)  # of the process; 128 kB by default
+        try:
+            return next(rows, None)
+        finally:
+            csv.field_size_limit(before)
+
+
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields (number of its first line, row) of each row that is not blank."""
-    csv.field_size_limit(2**31 - 1)  # of the process; the default is 128 kB
     read: list[str] = []  # the lines of this row
 
     def pieces() -> Iterator[str]:
@@ -208,7 +221,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     rows = csv.reader(pieces(), delimiter=delimiter, strict=True)
     first = 1
     try:
-        for row in rows:
+        while (row := _next(rows)) is not None:
             if row:
                 yield first, row
             first = rows.line_num + 1

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dlm_jax import console
 from dlm_jax.data import array_record, encoding, sources
@@ -81,7 +80,9 @@ def prepare_data(config: Any, workdir: str) -> None:
 def _bar(cfg: Any, split: str, what: str, texts: int) -> Any:
     """Returns the texts of a split, with a progress bar on a terminal."""
     stream = sources.stream(cfg, split)
-    return tqdm(stream, f"{split}, {what}", total=texts, unit="text", disable=None)
+    return console.Bar(
+        stream, f"{split}, {what}", total=texts, unit="text", disable=None
+    )
 
 
 def _tokenizer(cfg: Any, texts: int) -> Tokenizer:

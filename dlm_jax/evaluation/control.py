@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from tqdm import tqdm
 
 from dlm_jax import console
 from dlm_jax.errors import UserError, choose
@@ -149,7 +148,7 @@ def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     pairs = [(name, steps) for name in names for steps in options.num_steps]
     # all hosts generate and score; the first one writes
     rows, main = [], hosts.process_index_and_count()[0] == 0
-    with tqdm(total=len(pairs) * options.seeds, disable=not main) as bar:
+    with console.Bar(total=len(pairs) * options.seeds, disable=not main) as bar:
         for name, num_steps in pairs:
             bar.set_description(f"{name}, {num_steps} steps")
             identity = _identity(lm, config, name, num_steps, ar_model)
@@ -234,7 +233,7 @@ def _row(
     targets = [t for t in targets if task is None or _can_ask(task, t, lm)]
     left_out = len(sentences) - len(targets)
     if left_out:
-        tqdm.write(
+        console.Bar.write(
             f"{name}: {left_out} of {len(sentences)} sentences cannot be used as targets"
         )
     if not targets:
@@ -254,7 +253,7 @@ def _can_ask(task: ControlTask, target: Any, lm: DiffusionLM) -> bool:
     try:
         task.constrain(target, lm)
     except UserError as error:
-        tqdm.write(f"{target}: {error}")
+        console.Bar.write(f"{target}: {error}")
         return False
     return True
 

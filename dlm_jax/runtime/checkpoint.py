@@ -8,6 +8,7 @@ everything saved, because Orbax's compression does not detect a flipped bit.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import zlib
@@ -17,8 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.runtime import integrity, paths
@@ -71,6 +70,8 @@ RESUMABLE_CHANGES = {
 def resolve_workdir(workdir: PathLike) -> Any:
     """Returns a run's directory as an absolute path or a bucket path (gs://...)."""
     if "://" in str(workdir):
+        from etils import epath
+
         return epath.Path(workdir)
     return Path(os.path.abspath(workdir))
 
@@ -128,8 +129,28 @@ def run_directory(
     return (str(place.parent) if place.name == FOLDER else path), step
 
 
-def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
-    """Returns the checkpoint writer of a run, which keeps the newest `keep` steps."""
+@contextlib.contextmanager
+def root_logger_kept() -> Iterator[None]:
+    """Removes what absl, by which Orbax logs, adds to a root logger without handlers.
+
+    It would make a later logging.basicConfig of the process do nothing.
+    """
+    bare = not logging.root.handlers
+    try:
+        yield
+    finally:
+        for handler in [*logging.root.handlers] if bare else ():
+            if type(handler) is logging.StreamHandler:
+                logging.root.removeHandler(handler)
+
+
+def manager(workdir: PathLike, *, keep: int) -> Any:
+    """Returns the checkpoint writer of a run, which keeps the newest `keep` steps.
+
+    It logs: use it under `root_logger_kept`.
+    """
+    import orbax.checkpoint as ocp  # late: reading does without it
+
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, cleanup_tmp_directories=True
     )
@@ -137,7 +158,7 @@ def manager(workdir: PathLike, *, keep: int) -> ocp.CheckpointManager:
 
 
 def save(
-    writer: ocp.CheckpointManager,
+    writer: Any,
     step: int,
     state: PyTree,
     records: Records,
@@ -146,6 +167,8 @@ def save(
 
     state: on several hosts, global arrays (`sharding.Layout.whole`).
     """
+    import orbax.checkpoint as ocp
+
     sums = integrity.state_sums(state) | integrity.json_sums(records._asdict())
     parts = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
@@ -161,14 +184,14 @@ def save(
         )
 
 
-def wait(writer: ocp.CheckpointManager) -> None:
+def wait(writer: Any) -> None:
     """Waits until the last save is complete. Raises UserError."""
     with _saving(writer, "the last step"):
         writer.wait_until_finished()
 
 
 @contextlib.contextmanager
-def _saving(writer: ocp.CheckpointManager, what: str) -> Iterator[None]:
+def _saving(writer: Any, what: str) -> Iterator[None]:
     """Turns an error of the storage, such as a full disk, into a UserError."""
     try:
         yield
@@ -192,7 +215,7 @@ def _reason(error: Exception) -> str:
     return known.group() if known else text[:200]
 
 
-def check_saves(writer: ocp.CheckpointManager) -> None:
+def check_saves(writer: Any) -> None:
     """Raises UserError if an asynchronous save has failed."""
     with _saving(writer, "the last step"):
         writer.check_for_errors()

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dlm_jax import console
 
 
@@ -20,7 +18,7 @@ class Progress:
     def __init__(self, path: Any, *, total: int, start: int, main: bool = True):
         self.path, self.main, self.total = path, main, total
         self.terminal = main and sys.stderr.isatty()
-        self.bar = tqdm(
+        self.bar = console.Bar(
             total=total, initial=start, unit="step", disable=not self.terminal
         )
         if main and path.exists():

@@ -38,7 +38,10 @@ def run(job: Job, workdir: str, *, allow_fallback: bool = False) -> None:
     """
     checkpoint.check_name(workdir)
     first = hosts.process_index_and_count()[0] == 0
-    with ownership.claim(workdir) if first else contextlib.nullcontext() as check:
+    with (
+        checkpoint.root_logger_kept(),
+        ownership.claim(workdir) if first else contextlib.nullcontext() as check,
+    ):
         _run(job, workdir, check or (lambda: None), allow_fallback=allow_fallback)
 
 
