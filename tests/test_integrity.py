@@ -28,6 +28,12 @@ SETTINGS = {
     "64 bits": {"jax_enable_x64": True},
     "strict types": {"jax_numpy_dtype_promotion": "strict"},
     "strict ranks": {"jax_numpy_rank_promotion": "raise"},
+    "other random bits": {"jax_default_prng_impl": "rbg"},
+    "another layout of them": {"jax_threefry_partitionable": False},
+    "other seeds": {"jax_random_seed_offset": 5},
+    "checked keys": {"jax_debug_key_reuse": True},
+    "no compilation": {"jax_disable_jit": True},
+    "no transfers": {"jax_transfer_guard": "disallow"},
     "all": {
         "jax_enable_x64": True,
         "jax_numpy_dtype_promotion": "strict",
@@ -80,19 +86,12 @@ def test_settings_of_jax_change_nothing(jax_settings, texts, start, ordinary, tm
     assert {name: getattr(jax.config, name) for name in jax_settings} == jax_settings
 
 
-RANDOM = {"jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False}
-
-
-@pytest.mark.parametrize(
-    "jax_settings",
-    [{k: v} for k, v in RANDOM.items()],
-    ids=RANDOM,
-    indirect=True,
-)
-def test_other_random_numbers_are_refused(jax_settings, texts, start, tmp_path):
+@pytest.mark.parametrize("name", backend.random_settings())
+def test_other_random_numbers_are_refused(name, texts, start, tmp_path, monkeypatch):
+    """As of a version that drew them as the process said."""
     workdir = shutil.copytree(start, tmp_path / "run")
     before = _digest(workdir)
-    (name,) = jax_settings
+    monkeypatch.setattr(backend, "random_settings", lambda: {name: "other"})
     with pytest.raises(UserError, match=rf"was begun under {name.upper()}="):
         loop.train(_config(texts, **MORE), str(workdir), allow_fallback=True)
     assert _digest(workdir) == before

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import jax
+from jax._src import config
 
 from dlm_jax.runtime import hosts
 
@@ -19,11 +20,20 @@ R = TypeVar("R")
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Computes in 32 bits, with JAX's standard promotion of types and ranks."""
+    """Computes in 32 bits, compiled, with JAX's standard promotion and random numbers.
+
+    So a seed means the same samples in every process.
+    """
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
+        jax.default_prng_impl("threefry2x32"),
+        jax.threefry_partitionable(True),
+        config.random_seed_offset(0),
+        jax.debug_key_reuse(False),
+        jax.disable_jit(False),
+        jax.transfer_guard("allow"),
     ):
         yield
 
@@ -44,6 +54,6 @@ def prepared(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def random_settings() -> dict[str, str | bool]:
-    """Returns the process's settings of JAX that decide its random numbers."""
+    """Returns the settings of JAX that decide its random numbers now."""
     names = ("jax_default_prng_impl", "jax_threefry_partitionable")
     return {name: getattr(jax.config, name) for name in names}
