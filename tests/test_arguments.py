@@ -103,7 +103,7 @@ SOLVER_OF = {
 }
 OUTSIDE = {
     "num_steps": (0, -1, 2.5), "temperature": (0, -1.0), "churn": (-0.5,),
-    "asymmetry": (-1e-9,), "eta": (-0.1, 1.5), "top_p": (1.5, -1), "clamp": (),
+    "asymmetry": (-1e-9,), "eta": (-0.1, 1.5), "top_p": (1.5, -1), "clamp": (2, -2),
 }  # fmt: skip
 
 
@@ -250,6 +250,8 @@ def test_names_that_are_no_options(lm):
         ({"contains": [3]}, "contains: 3 is no text"),
         ({"lacks": {"a": 1}}, "lacks={'a': 1}"),
         ({"semantic": {"food": 3}}, "semantic: 3 is no text"),
+        ({"semantic": {3: "cheap"}}, "semantic: 3 is no text"),
+        ({"template": True}, "template=True"),
         ({"pos": 3}, "pos=3"),
         ({"tree": 3}, "tree=3"),
         ({"tree": [3]}, "tree=3"),
@@ -271,6 +273,13 @@ def test_what_is_none_is_not_given(lm):
 
 def test_a_trajectory_may_be_asked_for_twice(lm):
     assert len(lm.denoising_trajectory(1, trajectory=True, **STEPS)[0]) == 2
+
+
+def test_what_is_no_folder(lm):
+    for folder in (None, 3, "", b""):
+        _one_line(lambda folder=folder: lm.save_pretrained(folder), "folder=")
+        _one_line(lambda folder=folder: lm.with_classifier(folder), "workdir=")
+    _one_line(lambda: lm.infill(None), "template=None")
 
 
 def test_load_of_what_is_no_folder():

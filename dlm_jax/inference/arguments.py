@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads what a caller passes: texts, ids and targets, in types of Python or NumPy."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,13 @@ def as_texts(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise UserError(f"{name}: {text!r} is no text; give strings")
     return [str(text) for text in texts]  # without the type of NumPy's strings
+
+
+def as_folder(name: str, value: Any) -> str:
+    """Returns a path to a folder as a string. Raises UserError."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise UserError(f"{name}={value!r}: give the folder of a run or of a model")
+    return str(os.fspath(value))
 
 
 def check_ids(ids: AnyIds, length: int, vocab: int) -> np.ndarray:

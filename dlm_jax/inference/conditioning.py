@@ -2,6 +2,7 @@
 """Constraints applied to a reverse chain, as wrappers of the denoiser and the step."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from dlm_jax.diffusion.model import Denoise, Params
 from dlm_jax.diffusion.samplers import Step
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
+from dlm_jax.inference import arguments
 from dlm_jax.inference.constraints import Constraints, GuidanceClassifier
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -20,8 +22,9 @@ from dlm_jax.types import Array, Table
 
 
 @backend.prepared
-def load_classifier(workdir: checkpoint.PathLike, table: Table) -> GuidanceClassifier:
+def load_classifier(workdir: Any, table: Table) -> GuidanceClassifier:
     """Loads a classifier's newest checkpoint; UserError if it is of another table."""
+    workdir = arguments.as_folder("workdir", workdir)
     workdir, step = checkpoint.run_directory(workdir)
     step = checkpoint.choose_step(workdir, step)
     record = checkpoint.read_records(workdir, step)

@@ -415,5 +415,5 @@ def _check(
 def _fields(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise UserError(f"semantic={value!r}: give {{field: value}}")
-    arguments.as_texts("semantic", value.values())
+    arguments.as_texts("semantic", [*value, *value.values()])
     return value

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model from a run's checkpoint, or from one of the published code."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from dlm_jax.diffusion import (
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
-from dlm_jax.inference import pretrained, published
+from dlm_jax.inference import arguments, pretrained, published
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.inference.trained_model import adapted_schedule
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -33,9 +32,7 @@ def load(workdir: Any, step: Integer | None = None) -> DiffusionLM:
     or that of a step inside it, stands for the run. A folder may also hold a checkpoint
     of the published code. Raises UserError if there is none, or if it is damaged.
     """
-    if not isinstance(workdir, str | os.PathLike) or not str(workdir):
-        raise UserError(f"workdir={workdir!r}: give the folder of a run or of a model")
-    workdir = os.fspath(workdir)
+    workdir = arguments.as_folder("workdir", workdir)
     step = None if step is None else integer("step", step)
     if folder := pretrained.find(workdir):
         if step is not None:

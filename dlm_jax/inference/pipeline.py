@@ -6,7 +6,6 @@ lm.sample(4, seed=0, num_steps=64)
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -50,19 +49,20 @@ class DiffusionLM(TrainedModel):
     Its fields, such as params, ema, cfg, schedule and tokenizer, are `TrainedModel`'s.
     """
 
-    def with_classifier(self, *workdirs: str | Path) -> "DiffusionLM":
+    def with_classifier(self, *workdirs: Any) -> "DiffusionLM":
         """Returns this model with the classifiers of runs of --mode train_classifier."""
         loaded = [conditioning.load_classifier(w, self.ema.table) for w in workdirs]
         by_task = dict(self.classifiers) | {c.vocab.task: c for c in loaded}
         return dataclasses.replace(self, classifiers=by_task, compiled={})
 
     @backend.prepared
-    def save_pretrained(self, folder: str | Path, *, dtype: str = "bfloat16") -> None:
+    def save_pretrained(self, folder: Any, *, dtype: Any = "bfloat16") -> None:
         """Saves the averaged weights and what sampling needs, for `dlm_jax.load`.
 
         dtype: bfloat16 or float32, of the weights. Classifiers are not saved. Raises
         UserError if the folder holds anything.
         """
+        folder = arguments.as_folder("folder", folder)
         parts = {"ema": self.ema, "schedule_state": self.schedule_state}
         arrays = pretrained.flatten(parts)
         saved = pretrained.Pretrained(
@@ -107,23 +107,21 @@ class DiffusionLM(TrainedModel):
         )
         return Samples(list(map(self.tokenizer.decode, ids)), ids, latents, trajectory)
 
-    def infill(self, template: str, n: Integer = 5, **options: Any) -> list[str]:
+    def infill(self, template: Any, n: Integer = 5, **options: Any) -> list[str]:
         """Generates n texts from a template such as "The ___ is a pub [...]".
 
         ___ stands for one word, [...] for 1 to 10, drawn per text as room allows; at the
         end, or if the length is given or drawn, 1 or more. The other words come back
         exactly. options: those of `control`.
         """
-        if not isinstance(template, str):
-            raise UserError(f"template={template!r}: give a text with ___ or [...]")
-        return self.control(n, template=template, **options)
+        return self.control(n, template=_template(template), **options)
 
     @backend.prepared
     def control(
         self,
         n: Integer = 5,
         *,
-        template: str | None = None,
+        template: Any = None,
         guidance: GuidanceConfig | None = None,
         **options: Any,
     ) -> list[str]:
@@ -134,6 +132,7 @@ class DiffusionLM(TrainedModel):
         check_names(options, {*CONSTRAINTS, *OPTIONS, "seed", "batch"})
         named = {name: options.pop(name, None) for name in CONSTRAINTS}
         wanted = arguments.plain(named)
+        template = None if template is None else _template(template)
         n, seed = _count("n", n), _seed(self._default("seed", options.get("seed")))
         rows = _constraints(self, n, template, seed, wanted)
         return self.generate(n, constraints=rows, guidance=guidance, **options).texts
@@ -230,6 +229,12 @@ def _constraints(
         parts, lm.length, tok.vocab_size, n, seed, words, lm.lengths
     )
     return rows._replace(ids=filled.ids, known=filled.known, allowed=filled.allowed)
+
+
+def _template(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"template={value!r}: give a text with ___ or [...]")
+    return value
 
 
 def _count(name: str, value: Integer) -> int:

@@ -35,7 +35,7 @@ class SamplingConfig(Settings):
     """How to sample. Without solver_options ddim has eta 0. Raises UserError.
 
     num_steps: denoiser calls. clamp: x0_hat is moved to the nearest embeddings at times
-    t <= clamp; -1 turns it off. rounding: how the last x0_hat becomes ids, by the
+    t <= clamp, from -1 to 1; -1 turns it off. rounding: how the last x0_hat becomes ids, by the
     largest logit or the nearest embedding. churn, temperature: see `samplers`;
     asymmetry: the gap of `samplers.shift_timesteps`. solver_options: keyword arguments
     of the solver. trajectory: also return the ids of every step. sharpness: of
@@ -71,7 +71,7 @@ class SamplingConfig(Settings):
         }
         checked = {
             "num_steps": integer("num_steps", self.num_steps, 1),
-            "clamp": max(-1.0, real("clamp", self.clamp)),
+            "clamp": real("clamp", self.clamp, -1, 1),
             "churn": real("churn", self.churn, 0),
             "temperature": real("temperature", self.temperature, over=0),
             "asymmetry": real("asymmetry", self.asymmetry, 0),
