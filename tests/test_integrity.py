@@ -30,7 +30,6 @@ SETTINGS = {
     "strict ranks": {"jax_numpy_rank_promotion": "raise"},
     "other random bits": {"jax_default_prng_impl": "rbg"},
     "another layout of them": {"jax_threefry_partitionable": False},
-    "other seeds": {"jax_random_seed_offset": 5},
     "checked keys": {"jax_debug_key_reuse": True},
     "no compilation": {"jax_disable_jit": True},
     "no transfers": {"jax_transfer_guard": "disallow"},
@@ -88,7 +87,7 @@ def test_settings_of_jax_change_nothing(jax_settings, texts, start, ordinary, tm
 
 @pytest.mark.parametrize("name", backend.random_settings())
 def test_other_random_numbers_are_refused(name, texts, start, tmp_path, monkeypatch):
-    """As of a version that drew them as the process said."""
+    """As of JAX_RANDOM_SEED_OFFSET, or of a version that drew as the process said."""
     workdir = shutil.copytree(start, tmp_path / "run")
     before = _digest(workdir)
     monkeypatch.setattr(backend, "random_settings", lambda: {name: "other"})

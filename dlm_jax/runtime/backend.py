@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import jax
-from jax._src import config
 
 from dlm_jax.runtime import hosts
 
@@ -22,7 +21,7 @@ R = TypeVar("R")
 def settings() -> Iterator[None]:
     """Computes in 32 bits, compiled, with JAX's standard promotion and random numbers.
 
-    So a seed means the same samples in every process.
+    So a seed means the same samples in every process without JAX_RANDOM_SEED_OFFSET.
     """
     with (
         jax.enable_x64(False),
@@ -30,7 +29,6 @@ def settings() -> Iterator[None]:
         jax.numpy_rank_promotion("allow"),
         jax.default_prng_impl("threefry2x32"),
         jax.threefry_partitionable(True),
-        config.random_seed_offset(0),
         jax.debug_key_reuse(False),
         jax.disable_jit(False),
         jax.transfer_guard("allow"),
@@ -56,4 +54,5 @@ def prepared(function: Callable[P, R]) -> Callable[P, R]:
 def random_settings() -> dict[str, str | bool]:
     """Returns the settings of JAX that decide its random numbers now."""
     names = ("jax_default_prng_impl", "jax_threefry_partitionable")
+    names += ("jax_random_seed_offset",)
     return {name: getattr(jax.config, name) for name in names}

@@ -271,8 +271,9 @@ def _check_random_settings(saved: dict, workdir: Any) -> None:
         before = (saved.get("jax") or {}).get(name)
         if before not in (None, value):
             raise UserError(
-                f"--workdir {workdir} was begun under {name.upper()}={before}, by another "
-                f"version of dlm_jax; this one uses {value}: choose another --workdir"
+                f"--workdir {workdir} was begun under {name.upper()}={before}, not "
+                f"{value}: set this environment variable as it was, or choose another "
+                "--workdir"
             )
 
 
