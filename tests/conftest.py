@@ -27,7 +27,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jax.extend.core import jaxprs_in_params  # noqa: E402
 
-
 # a shell lets its background jobs ignore Ctrl-C, which some tests press
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
