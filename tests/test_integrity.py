@@ -28,11 +28,15 @@ SETTINGS = {
     "64 bits": {"jax_enable_x64": True},
     "strict types": {"jax_numpy_dtype_promotion": "strict"},
     "strict ranks": {"jax_numpy_rank_promotion": "raise"},
-    "other random bits": {"jax_default_prng_impl": "rbg"},
-    "another layout of them": {"jax_threefry_partitionable": False},
-    "checked keys": {"jax_debug_key_reuse": True},
-    "no compilation": {"jax_disable_jit": True},
-    "no transfers": {"jax_transfer_guard": "disallow"},
+    "other random numbers": {
+        "jax_default_prng_impl": "rbg",
+        "jax_threefry_partitionable": False,
+    },
+    "debugging": {
+        "jax_debug_key_reuse": True,
+        "jax_disable_jit": True,
+        "jax_transfer_guard": "disallow",
+    },
     "all": {
         "jax_enable_x64": True,
         "jax_numpy_dtype_promotion": "strict",
