@@ -273,7 +273,15 @@ def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
             "/dev/null is a device or a pipe.*: set config.data.path",
         ),
         ({"source": "e2e", "path": "."}, "src1_train.txt does not exist"),
-        ({"source": "grammar", "size": 0}, "grammar holds no text|size"),
+        ({"source": "grammar", "path": "", "size": 0}, "grammar holds no text|size"),
+        (
+            {"source": "grammar", "path": "x.txt"},
+            "config.data.path=.* has no effect on the built-in",
+        ),
+        (
+            {"source": "grammar", "path": "", "valid_path": "x.txt"},
+            "config.data.valid_path='x.txt' has no effect on the built-in",
+        ),
     ],
 )
 def test_bad_settings_name_the_flag(changes, says):

@@ -41,7 +41,7 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
 
     tokenizer: a saved one to use instead of training one. Prepared data has its own.
     """
-    sources.check_delimiter(config.data)
+    sources.check_options(config.data)
     if config.data.source == "prepared":
         return _load_prepared(config.data)
     texts = sources.load_texts(config.data, "train")

@@ -43,12 +43,18 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     if split not in ("train", "valid"):
         raise UserError(f"unknown split {split!r}: choose train or valid")
     source = choose("config.data.source", SOURCES, cfg.source)
-    check_delimiter(cfg)
+    check_options(cfg)
     return _non_empty(source(cfg, split), f"{split} split of {describe(cfg)}")
 
 
-def check_delimiter(cfg: Any) -> None:
-    """Raises UserError if a delimiter is given to a source without one."""
+def check_options(cfg: Any) -> None:
+    """Raises UserError for a path or a delimiter that the source would ignore."""
+    for name in ("path", "valid_path"):
+        if cfg[name] and cfg.source == "grammar":
+            raise UserError(
+                f"config.data.{name}={cfg[name]!r} has no effect on the built-in grammar: "
+                "set config.data.source to text, csv, jsonl or e2e, or leave it out"
+            )
     if cfg.delimiter and cfg.source != "csv":
         raise UserError(
             f"config.data.delimiter={cfg.delimiter!r} has no effect on "
@@ -131,7 +137,7 @@ def stream(cfg: Any, split: str) -> Iterator[str]:
 
 def count(cfg: Any, split: str) -> int:
     """Returns the number of texts that `stream` yields. Raises UserError."""
-    check_delimiter(cfg)
+    check_options(cfg)
     if cfg.source not in FILES:
         return len(load_texts(cfg, split))
     first, last = _part_of(_path(cfg, split), cfg, split)
