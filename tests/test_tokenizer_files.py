@@ -267,6 +267,17 @@ def test_what_it_leaves_out_is_unknown(tmp_path):
         assert UNK not in [i for w in ("cat", "the") for i in ours.encode(w)]
 
 
+def test_a_text_that_a_unigram_without_unknown_token_cannot_encode_is_one_line():
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = [(c, -9.0) for c in "theca\u2581"] + [("\u2581the", -1.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, None))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tok = from_dict({"kind": "hf", "model": made.to_str()})
+    assert tok.encode("the cat")
+    with pytest.raises(UserError, match=r"cannot encode 'the dog'.*an unknown token"):
+        tok.encode("the dog")
+
+
 def test_an_unknown_token_that_it_lacks_is_one_line(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     tok = tokenizers.Tokenizer(tokenizers.models.WordLevel({"cat": 0}, "[UNK]"))

@@ -181,9 +181,18 @@ class HFTokenizer:
         return [*SPECIALS, *self._strings.values()]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of the tokens of `text`, without START and END."""
+        """Returns the ids of the tokens of `text`, without START and END.
+
+        Raises UserError where a model without an unknown token needs one.
+        """
         text = normalize(text, "the text")
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the package has no class of its own
+            raise UserError(
+                f"the tokenizer.json cannot encode {text[:60]!r} ({error}): give its model "
+                "an unknown token"
+            ) from error
         ids = [self._ids.get(i, UNK) for i in encoding.ids]
         return ids if self._unknown is not None else _with_gaps(ids, encoding, text)
 
