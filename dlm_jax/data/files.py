@@ -260,6 +260,7 @@ def cell(record: dict, column: str, where: str) -> str:
     """Returns the text (str or UTF-8 bytes) of a column, stripped. Raises UserError."""
     if column not in record:
         names = ", ".join(str(name) for name in record if name is not None)
+        names = names if len(names) < 300 else f"{names[:300]} ..."
         raise UserError(
             f"{where} has no column {column!r}: set config.data.column to one of {names}"
         )
