@@ -234,7 +234,9 @@ def test_ids_that_cannot_be_scored(lm):
 def test_names_that_are_no_options(lm):
     calls = (lm.sample, lm.generate, lm.control, lm.denoising_trajectory)
     for call in calls:
-        _one_line(lambda call=call: call(1, nosuch=1), "nosuch", "choose one of")
+        for value in (1, None):
+            options = {"nosuch": value}
+            _one_line(lambda call=call, o=options: call(1, **o), "nosuch", "choose one")
     _one_line(lambda: lm.infill("the ___", nosuch=1), "nosuch", "choose one of")
     _one_line(lambda: lm.sampling_config(nosuch=1), "nosuch", "choose one of")
     for name in ("length", "contains", "pos"):

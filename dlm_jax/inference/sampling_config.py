@@ -117,7 +117,7 @@ class SamplingConfig(Settings):
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         values, wanted = dict(section) | given, FIELDS
-        check_names(given, {*FIELDS, *_OPTIONS})
+        check_names(overrides, {*FIELDS, *_OPTIONS})
         for name in sorted(wanted - values.keys()):
             raise UserError(f"{name}: the saved config does not set it; pass it")
         solver = values["solver"]
