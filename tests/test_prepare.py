@@ -31,6 +31,8 @@ def _config(folder, **changes):
     options |= {name.replace("__", "."): value for name, value in changes.items()}
     if options["data.source"] in ("csv", "jsonl"):
         options["data.path"] = str(folder / f"t.{options['data.source']}")
+    if options["data.source"] == "grammar":
+        options["data.path"] = ""
     config.update_from_flattened_dict(options)
     return config
 
