@@ -16,6 +16,7 @@ from dlm_jax.diffusion import distillation, model, samplers, schedule, time_samp
 from dlm_jax.errors import UserError
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.training import distill, loop
+from dlm_jax.training.trainer import language_job
 
 SCHEDULES = {
     "logistic": schedule.make_schedule("logistic", num_steps=0, mean=2.0, scale=1.2),
@@ -237,6 +238,13 @@ def test_another_teacher_is_refused_on_resume(teacher, tmp_path):
     loop.train(other, str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"config\.distill\.teacher: its weights"):
         distill.distill(config_of(tmp_path / "other"), str(tmp_path / "run"))
+
+
+def test_an_ordinary_run_is_no_student():
+    config = _teacher_config()
+    config.distill.student = 4
+    with pytest.raises(UserError, match=r"config\.distill\.student=4: only --mode"):
+        language_job(config)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,11 @@ class Job(NamedTuple):
 def language_job(config: Any) -> Job:
     """Returns the job of a config: a diffusion or an autoregressive model."""
     step_cfg = resolve_config(config)
+    if config.distill.student:
+        raise UserError(
+            f"config.distill.student={config.distill.student}: only --mode distill sets "
+            "it; leave it out"
+        )
     # a mistake in config.sample is reported now, not at the first preview
     sampling = SamplingConfig.from_config(config.sample.to_dict())
     sampling.check_schedule(step_cfg.schedule)
