@@ -50,6 +50,7 @@ def get_config() -> Any:
             "time_sampler": "uniform",
             "mask_pad": False,  # leave PAD positions out of the loss
             "truncate_prob": 0.0,  # share of rows cut at a random length, then padded
+            "source_drop_prob": 0.0,  # pairs: share of rows without source, for cfg_weight
             "conditioning_prob": 0.0,  # share of rows given some tokens, for infilling
             "self_cond_prob": 0.0,  # share of batches with self-conditioning
         }
@@ -126,6 +127,8 @@ def _data() -> ConfigDict:
             "valid_path": "",  # "": src1_valid.txt of E2E, or the end of path
             "valid_fraction": 0.05,
             "column": "text",  # csv, jsonl and tfds: the column of texts
+            # pairs: csv, jsonl and tfds: the column of sources; e2e, grammar: "fields"
+            "source_column": "",
             "delimiter": "",  # csv: between columns; "": told from the first line
             "size": 200_000,  # grammar: number of training texts
             "valid_size": 2000,  # grammar: number of validation texts

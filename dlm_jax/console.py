@@ -4,9 +4,13 @@
 import re
 import sys
 import threading
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tqdm import tqdm
+
+from dlm_jax.errors import UserError
 
 
 class Bar(tqdm):
@@ -37,3 +41,21 @@ def say(line: object) -> None:
 def one_line(text: str) -> str:
     r"""Returns a text on one line of a file: its line breaks become \n and \r."""
     return re.sub(r"[\n\r]", lambda found: repr(found[0])[1:-1], text)
+
+
+def write_lines(texts: Iterable[str], path: str) -> None:
+    """Prints texts, a line each; with a path, writes them to a new file instead.
+
+    Raises UserError if the file exists.
+    """
+    lines = map(one_line, texts)
+    if not path:
+        for line in lines:
+            say(line)
+        return
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except FileExistsError as error:
+        raise UserError(f"{path} exists: remove it, or name another file") from error
+    say(path)

@@ -160,12 +160,18 @@ def _require_one_host() -> None:
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     lm = _load(config, workdir, step)
     from dlm_jax import console
+    from dlm_jax.inference import translation
     from dlm_jax.runtime import hosts
 
-    texts = lm.sample(lm.config["sample"]["n"])
+    options = lm.config["sample"]
+    if options["out"] and Path(options["out"]).exists():  # before the work, too
+        console.write_lines((), options["out"])
+    if options["sources"] or lm.cfg.known_source:
+        texts = translation.translate_file(lm, options["sources"])
+    else:
+        texts = lm.sample(options["n"])
     if hosts.process_index_and_count()[0] == 0:
-        for text in texts:
-            console.say(console.one_line(text))
+        console.write_lines(texts, options["out"])
 
 
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:

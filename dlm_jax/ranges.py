@@ -32,6 +32,7 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "loss": {
         "self_cond_prob": PROBABILITY,
         "truncate_prob": PROBABILITY,
+        "source_drop_prob": PROBABILITY,
         "conditioning_prob": PROBABILITY,
     },
     "data": {"seed": ZERO_OR_MORE, "valid_fraction": PROBABILITY},

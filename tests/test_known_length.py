@@ -107,9 +107,9 @@ def test_a_template_of_the_length_is_the_frame_of_the_text(lm):
     x_t = jax.random.normal(jax.random.key(2), (3, LENGTH, lm.cfg.dim))
     x_t = x_t.at[0, 1].set(0.3)
     a, b = (
-        guidance.condition_on_tokens(denoise, lm.ema.table, i, mask, known_length=True)(
-            x_t, jnp.full(3, 0.5), 0 * x_t
-        )
+        guidance.condition_on_tokens(
+            denoise, lm.ema.table, i, mask, outside=(i == PAD) & mask
+        )(x_t, jnp.full(3, 0.5), 0 * x_t)
         for i in (ids, template)
     )
     np.testing.assert_array_equal(a, b)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlm_jax.data import array_record, encoding, reading, sources
+from dlm_jax.data import array_record, encoding, pairs, reading, sources
 from dlm_jax.data.array_record import ArrayRecordDataset
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.errors import UserError
@@ -44,6 +44,8 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     sources.check_options(config.data)
     if config.data.source == "prepared":
         return _load_prepared(config.data)
+    if config.data.source_column:
+        return _load_pairs(config.data, tokenizer)
     texts = sources.load_texts(config.data, "train")
     held_out = sources.load_texts(config.data, "valid")
     tokenizer = tokenizer or sources.train_tokenizer(config.data, texts)
@@ -52,6 +54,21 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     splits = {"train": (texts, train), "valid": (held_out, valid)}
     read = reading.describe(config.data, tokenizer, splits)
     return Corpus(train, valid, tokenizer, read=read)
+
+
+def _load_pairs(cfg: Any, tokenizer: Tokenizer | None) -> Corpus:
+    """Loads pairs; sources and targets share the tokenizer."""
+    loaded = {split: pairs.load_pairs(cfg, split) for split in ("train", "valid")}
+    texts = {split: list(map(" ".join, found)) for split, found in loaded.items()}
+    tokenizer = tokenizer or sources.train_tokenizer(cfg, texts["train"])
+    layout = {"length": cfg.length, "too_long": cfg.too_long}
+    rows = {
+        split: pairs.encode_pairs(found, tokenizer, **layout)
+        for split, found in loaded.items()
+    }
+    splits = {split: (texts[split], rows[split]) for split in rows}
+    read = reading.describe(cfg, tokenizer, splits)
+    return Corpus(rows["train"], rows["valid"], tokenizer, read=read)
 
 
 def _load_prepared(cfg: Any) -> Corpus:

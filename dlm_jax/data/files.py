@@ -53,16 +53,18 @@ def part(texts: int, cfg: Any, split: str) -> tuple[int, int]:
     return kept
 
 
-def existing(path: str, flag: str, what: str = "a file of texts") -> Path:
+def existing(
+    path: str, flag: str, what: str = "a file of texts", section: str = "data"
+) -> Path:
     """Returns the path of a file; raises UserError if it is not a file."""
     if not path:
-        raise UserError(f"config.data.{flag} is empty: set it to {what}")
+        raise UserError(f"config.{section}.{flag} is empty: set it to {what}")
     place = Path(path)
     if not place.is_file():
         problem = "is a folder" if place.is_dir() else "does not exist"
         if place.exists() and not place.is_dir():
             problem = "is a device or a pipe, and files are read several times"
-        raise UserError(f"{path} {problem}: set config.data.{flag} to {what}")
+        raise UserError(f"{path} {problem}: set config.{section}.{flag} to {what}")
     return place
 
 

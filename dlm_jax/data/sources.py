@@ -96,7 +96,7 @@ def _grammar(cfg: Any, split: str) -> list[str]:
     return grammar.sample(cfg.seed + VALID_SHIFT, cfg.valid_size)
 
 
-def _file(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
+def read_split(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
     """Reads a split: validation comes from `valid_path`, or is held out of `path`."""
     path = _path(cfg, split)
     records = _non_empty(list(filter(None, read(path, cfg))), str(path))
@@ -122,7 +122,7 @@ def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
         path = Path(cfg.path) / f"src1_{split}.txt"
         pairs = _non_empty(read_e2e(existing(str(path), "path"), cfg), str(path))
     else:
-        pairs = _file(read_e2e, cfg, split)
+        pairs = read_split(read_e2e, cfg, split)
     return [text for text, _ in pairs], [record for _, record in pairs]
 
 
@@ -221,7 +221,7 @@ def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
                 pairs.append((text, label))
         return pairs
 
-    pairs = _file(read, cfg, split)
+    pairs = read_split(read, cfg, split)
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
@@ -240,7 +240,7 @@ FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
 SOURCES: dict[str, Callable[[Any, str], list[str]]] = {
     "grammar": _grammar,
     "e2e": _e2e,
-    **{name: partial(_file, read) for name, read in FILES.items()},
+    **{name: partial(read_split, read) for name, read in FILES.items()},
     "tfds": tfds.load_tfds,
     "prepared": _prepared,
 }

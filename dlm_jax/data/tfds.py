@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads TensorFlow Datasets (TFDS) without TensorFlow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,26 +17,37 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
 
     cfg.path: its TFDS name, such as "e2e_cleaned" or "name/config:1.0.0".
     """
+    texts = load_records(
+        cfg, split, lambda r, cfg, where: cell(r, cfg.column, where), (cfg.column,)
+    )
+    return list(filter(None, texts))
+
+
+def load_records(
+    cfg: Any,
+    split: str,
+    read: Callable[[dict, Any, str], Any],
+    columns: tuple[str, ...],
+) -> list:
+    """Returns read(record, cfg, place) of each record of a split. Raises UserError."""
     part = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:
         builder = _prepared(cfg)
-        if cfg.column not in (builder.info.features or {}):
-            names = ", ".join(builder.info.features or {})
-            raise UserError(
-                f"TFDS {cfg.path} has no column {cfg.column!r}: "
-                f"set config.data.column to one of {names}"
-            )
+        for column in columns:
+            if column not in (builder.info.features or {}):
+                names = ", ".join(builder.info.features or {})
+                raise UserError(
+                    f"TFDS {cfg.path} has no column {column!r}: "
+                    f"set config.data.column to one of {names}"
+                )
         records = builder.as_data_source(split=part)
-        numbered = (
-            (r, f"TFDS {cfg.path} record {i}") for i, r in enumerate(records, 1)
-        )
-        cells = (cell(r, cfg.column, where) for r, where in numbered)
-        texts = [text for text in cells if text]
+        numbered = enumerate(records, 1)
+        found = [read(r, cfg, f"TFDS {cfg.path} record {i}") for i, r in numbered]
     except UserError:
         raise
     except Exception as error:
         raise UserError(_tfds_failure(error, cfg, part)) from error
-    return texts if cfg.tfds_valid else hold_out(texts, cfg, split)
+    return found if cfg.tfds_valid else hold_out(found, cfg, split)
 
 
 def _prepared(cfg: Any) -> Any:

@@ -74,15 +74,14 @@ def condition_on_tokens(
     ids: Ids,
     known: Known,
     *,
-    known_length: bool = False,
+    outside: Known | None = None,
 ) -> Any:
     """Gives the network the known tokens as clean embeddings at time 0.
 
-    For models trained so, by config.loss.conditioning_prob. known_length: the model's
-    cfg.known_length, whose network gets marks instead of times.
+    For models trained so, by config.loss.conditioning_prob. outside: positions outside
+    the text, for a model with cfg.marks_known, which gets marks instead of times.
     """
     clean = embed(table, ids)
-    outside = (jnp.asarray(ids) == PAD) & known if known_length else None
     return lambda x_t, t, x0_prev: denoise(
         *insert_clean_tokens(clean, known, x_t, t, outside), x0_prev
     )

@@ -30,7 +30,6 @@ from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule, expand_to
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.types import (
-    PAD,
     Array,
     Ids,
     Latent,
@@ -76,7 +75,7 @@ class LatentPredictor(NamedTuple):
 
     estimate(x_t [b l d], t) -> e_hat [b l d], the estimate of EMB(w). decode(x, t) ->
     logits [b l v] of the least noisy latent: x_0 if sigma_0 > 0, else x at t = 0. t is
-    [b], or with known_length [b l] with the marks of `model.insert_clean_tokens`.
+    [b], or with given tokens [b l] with the marks of `model.insert_clean_tokens`.
     """
 
     estimate: Callable[[Latent, Time], Latent]
@@ -164,22 +163,20 @@ def bound(
     schedule: Schedule,
     *,
     draws: int = 8,
-    known_length: bool = False,
+    given: model.Masks | None = None,
 ) -> tuple[Bound, Profile]:
     """Estimates each example's bound without bias, from `draws` noise levels.
 
-    The times of an example are stratified: (u + k / draws) mod 1. known_length: the
-    bound is that of the words given the length.
+    The times of an example are stratified: (u + k / draws) mod 1. given: the masks of
+    `model.given_tokens`; the bound is that of the other tokens given these.
     """
     x, sigma_0 = embed(table, ids), predict.sigma_0
-    known = model.frame(ids) if known_length else jnp.zeros(ids.shape, bool)
-    outside = jnp.asarray(ids) == PAD if known_length else None
-    unknown = 1.0 - known
+    unknown = jnp.ones(ids.shape) if given is None else 1.0 - given[0]
 
-    def given(x_t: Latent, t: Time) -> tuple[Latent, Time]:
-        if not known_length:
+    def with_given(x_t: Latent, t: Time) -> tuple[Latent, Time]:
+        if given is None:
             return x_t, t
-        return model.insert_clean_tokens(x, known, x_t, t, outside)
+        return model.insert_clean_tokens(x, given[0], x_t, t, given[1])
 
     k_time, k_noise, k_first, k_last = jax.random.split(key, 4)
     u = jax.random.uniform(k_time, ids.shape[:1])
@@ -187,7 +184,7 @@ def bound(
     def error(key: PRNGKey, t: Time) -> PerExample:
         eps = jax.random.normal(key, x.shape)
         x_t = _noisy(x, t, eps, schedule, sigma_0)
-        e_hat = predict.estimate(*given(x_t, t))
+        e_hat = predict.estimate(*with_given(x_t, t))
         return 0.5 * jnp.sum((x - e_hat) ** 2 * unknown[..., None], (-2, -1))
 
     def at(k: Array) -> tuple[Time, PerExample]:
@@ -202,7 +199,7 @@ def bound(
         diffusion += gap * error(k_first, zero)
     eps = jax.random.normal(k_last, x.shape)
     last = _noisy(x, zero - 1.0 if sigma_0 else zero, eps, schedule, sigma_0)
-    word = rounding.nll(predict.decode(*given(last, zero)), ids)
+    word = rounding.nll(predict.decode(*with_given(last, zero)), ids)
     word, prior = jnp.sum(word * unknown, -1), _prior(x, unknown, schedule, sigma_0)
     return Bound(prior, diffusion, word, jnp.zeros_like(word)), profile
 

@@ -255,7 +255,7 @@ def end_to_end(
         t, x_t = jnp.zeros_like(t), clean
     t_cond = t
     known, outside = known_tokens(ids, draws, cfg)
-    if known is not None:
+    if known is not None and not cfg.causal:
         x_t, t_cond = model.insert_clean_tokens(clean, known, x_t, t, outside)
     x0_prev = _first_estimate(params, cfg, schedule, x_t, t_cond, draws)
     scored = jnp.asarray(ids)
@@ -289,11 +289,11 @@ def end_to_end(
 
 def known_tokens(ids: Ids, draws: NoiseDraws, cfg: DenoiserConfig) -> tuple[Any, Any]:
     """Returns the masks [b l] of known tokens and of PAD outside the text, or None."""
-    if not cfg.known_length:
+    given = model.given_tokens(ids, cfg)
+    if given is None:
         return draws.known, None
-    frame = model.frame(ids)
-    known = frame if draws.known is None else frame | draws.known
-    return known, jnp.asarray(ids) == PAD
+    known, outside = given
+    return (known if draws.known is None else known | draws.known), outside
 
 
 def scored_positions(
@@ -325,6 +325,11 @@ def check_compatible(objective: str, cfg: DenoiserConfig, schedule: Schedule) ->
         raise UserError(
             f"config.model.known_length=True needs objective 'ce', not {objective!r}: "
             "change one of them"
+        )
+    if cfg.known_source and (cfg.known_length or objective not in ("ce", "ar")):
+        raise UserError(
+            "config.model.known_source=True needs objective 'ce' or 'ar', and "
+            "known_length=False, as a target's length follows from its source"
         )
     if cfg.causal != (objective == "ar"):
         raise UserError(

@@ -36,6 +36,7 @@ from dlm_jax.types import (
 AT_KNOWN, AT_OUTSIDE = -0.5, -1.0  # times of what a given length makes known
 MAX_DENSE_VOCAB = 2048  # above it, logits are computed one example at a time
 
+Masks = tuple[Bool[Array, "b l"], Bool[Array, "b l"]]
 Denoise = Callable[[Latent, Time, Latent], Latent]
 DenoiseLogits = Callable[[Latent, Time, Latent], tuple[Latent, Logits]]
 
@@ -85,7 +86,7 @@ def apply(
     backward, so that a batch's logits are never stored.
     """
     given = None
-    if cfg.known_length and jnp.ndim(t) == 2:  # one time per text, and marks
+    if cfg.marks_known and jnp.ndim(t) == 2:  # one time per text, and marks
         given = jnp.where(t >= 0, 0, jnp.where(t > AT_OUTSIDE, 1, transformer.OUTSIDE))
         t = jnp.maximum(jnp.max(t, -1), 0.0)
     vocab, posterior_x0, t_cond = params.table.shape[0], None, t
@@ -103,6 +104,12 @@ def apply(
             lambda *x: expected_embedding(params.table, start(*x)),
             (x_t, t),
             large=large,
+        )
+    if cfg.known_source and given is not None:  # the best estimate of a known token
+        known = (given > 0)[..., None]
+        x0_prev = jnp.where(known, x_t, x0_prev)
+        posterior_x0 = (
+            None if posterior_x0 is None else jnp.where(known, x_t, posterior_x0)
         )
     y = transformer.apply(
         params.denoiser,
@@ -147,7 +154,7 @@ def insert_clean_tokens(
 ) -> tuple[Latent, Float[Array, "b l"]]:
     """Returns (x_t, times [b l]) with the known tokens clean and at time 0.
 
-    outside: positions outside the text, for cfg.known_length, which reads negative
+    outside: positions outside the text, for cfg.marks_known, which reads negative
     times as marks: AT_KNOWN and AT_OUTSIDE.
     """
     known, t = jnp.asarray(known), jnp.asarray(t)
@@ -162,6 +169,30 @@ def frame(ids: Ids) -> Bool[Array, "b l"]:
     """Returns where START, END and PAD are: what a given length makes known."""
     ids = jnp.asarray(ids)
     return (ids == START) | (ids == END) | (ids == PAD)
+
+
+def source(ids: Ids) -> Bool[Array, "b l"]:
+    """Returns where a pair's source is, from the first START to the second, included."""
+    ids = jnp.asarray(ids)
+    return (jnp.cumsum(ids == START, -1) < 2) | (ids == START)
+
+
+def empty_source(ids: Ids) -> Ids:
+    """Returns pairs whose source has PAD for each word: what is known without a source."""
+    ids = jnp.asarray(ids)
+    return jnp.where(source(ids) & (ids != START), PAD, ids)
+
+
+def given_tokens(ids: Ids, cfg: DenoiserConfig) -> Masks | None:
+    """Returns the masks of what a model is always given: known tokens, PAD outside.
+
+    None if it is given nothing.
+    """
+    if cfg.known_length:
+        return frame(ids), jnp.asarray(ids) == PAD
+    if cfg.known_source:
+        return source(ids), jnp.zeros(ids.shape, bool)
+    return None
 
 
 def log_snr_time(schedule: Schedule, t: Time) -> Time:

@@ -22,7 +22,7 @@ from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.diffusion.model import Denoise
 from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.inference.trained_model import TrainedModel
-from dlm_jax.types import PAD, Array, Ids, Latent, Logits, Table, Time
+from dlm_jax.types import Array, Ids, Latent, Logits, Table, Time
 
 EDGES = (-1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 8.0)  # of u, the levels that are told apart
 
@@ -101,15 +101,15 @@ def gap_by_level(
     exact = exact_predictor(table, lm.schedule, lm.tokenizer)
     x = embed(table, ids)
 
-    known = model.frame(ids) if lm.cfg.known_length else np.zeros(np.shape(ids), bool)
-    outside = jnp.asarray(ids) == PAD if lm.cfg.known_length else None
+    given = model.given_tokens(ids, lm.cfg)
+    known = np.zeros(np.shape(ids), bool) if given is None else given[0]
 
     @jax.jit
     def errors(key: Array, t: Time) -> tuple[Array, Array]:
         x_t = schedule.add_noise(x, t, jax.random.normal(key, x.shape), lm.schedule)
         scale = 0.5 * jnp.exp(lm.schedule.log_snr(t))
-        if lm.cfg.known_length:
-            x_t, t = model.insert_clean_tokens(x, known, x_t, t, outside)
+        if given is not None:
+            x_t, t = model.insert_clean_tokens(x, known, x_t, t, given[1])
         best = exact.estimate(x_t, t)
 
         def nats(a: Latent, b: Latent) -> Array:

@@ -18,7 +18,7 @@ from dlm_jax.inference.constraints import Constraints, GuidanceClassifier
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.runtime import backend, checkpoint, sharding
-from dlm_jax.types import Array, Table
+from dlm_jax.types import Array, Ids, Logits, Table
 
 
 @backend.prepared
@@ -117,7 +117,11 @@ def _constrain_tokens(
     conditions = [(guidance.contains_phrase(ids), 1.0) for ids in constraints.phrases]
     if constraints.excluded is not None:
         conditions.append((guidance.excludes_tokens(constraints.excluded), 1.0))
-    conditioned = supports_conditioning or cfg.known_length
+    if conditions and cfg.known_source:
+        conditions = [
+            (_in_target(condition, constraints.ids), w) for condition, w in conditions
+        ]
+    conditioned = supports_conditioning or cfg.marks_known
     condition_on_known = conditioned and constraints.known is not None
     if not (condition_on_known or constraints.allowed is not None or conditions):
         return model.bind(params, cfg, schedule=schedule)
@@ -128,7 +132,7 @@ def _constrain_tokens(
             params.table,
             constraints,
             config,
-            known_length=cfg.known_length,
+            cfg=cfg,
             words=supports_conditioning,
         )
     if constraints.allowed is not None:
@@ -145,30 +149,46 @@ def _constrain_tokens(
     )
 
 
+def _in_target(condition: guidance.TokenLogProb, ids: Ids) -> guidance.TokenLogProb:
+    """Returns the condition on the tokens of a pair's target alone."""
+    source = model.source(ids)[..., None]
+
+    def inside(log_p: Logits) -> Array:
+        return condition(jnp.where(source, -1e9, log_p))
+
+    return inside
+
+
 def _condition_on_known(
     denoise_logits: model.DenoiseLogits,
     table: Table,
     constraints: Constraints,
     config: GuidanceConfig,
     *,
-    known_length: bool,
+    cfg: DenoiserConfig,
     words: bool,
 ) -> model.DenoiseLogits:
     """Conditions on known tokens, with classifier-free guidance of weight cfg_weight.
 
-    words: the model was trained with known words, not only with the frame of a length.
+    words: the model was trained with known words, besides what it is always given.
     """
+    ids, fixed = constraints.ids, constraints.known
+    given = model.given_tokens(ids, cfg)
+    outside = None if given is None else given[1] & fixed
+    always = None if given is None else given[0] & fixed
 
-    def condition(known: Array) -> model.DenoiseLogits:
+    def condition(ids: Ids, known: Any) -> model.DenoiseLogits:
         return guidance.condition_on_tokens(
-            denoise_logits, table, constraints.ids, known, known_length=known_length
+            denoise_logits, table, ids, known, outside=outside
         )
 
-    frame = model.frame(constraints.ids) & constraints.known
-    conditional = condition(constraints.known if words else frame)
+    conditional = condition(ids, fixed if words else always)
     if not config.uses("cfg_weight"):
         return conditional
-    free = condition(frame) if known_length else denoise_logits
+    if cfg.known_source:  # the template stays
+        free = condition(model.empty_source(ids), fixed if words else always)
+    else:
+        free = denoise_logits if always is None else condition(ids, always)
     return guidance.classifier_free_guidance(
         conditional, free, weight=config.cfg_weight
     )

@@ -17,6 +17,7 @@ from dlm_jax.diffusion.schedule import Schedule
 from dlm_jax.errors import UserError
 from dlm_jax.inference import arguments, pretrained, published
 from dlm_jax.inference.pipeline import DiffusionLM
+from dlm_jax.inference.sampling_config import TRANSLATION
 from dlm_jax.inference.trained_model import adapted_schedule
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.ranges import integer
@@ -138,7 +139,12 @@ def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, Py
 
 
 # options of config.data that the configs of older runs lack
-LATER = {"delimiter": "", "tokenizer_path": "", "byte_fallback": False}
+LATER = {
+    "source_column": "",
+    "delimiter": "",
+    "tokenizer_path": "",
+    "byte_fallback": False,
+}
 
 
 def from_parts(
@@ -162,6 +168,8 @@ def from_parts(
             f"{params.table.shape[0]}: they are not of one checkpoint"
         )
     config = config | {"data": LATER | config["data"]}
+    if "sample" in config:
+        config["sample"] = TRANSLATION | config["sample"]
     noise_schedule = schedule.make_schedule(**config["schedule"])
     if jax.tree.leaves(schedule_state):
         noise_schedule = jax.device_get(adapted_schedule(config, schedule_state))

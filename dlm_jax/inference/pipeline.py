@@ -8,25 +8,24 @@ lm.sample(4, seed=0, num_steps=64)
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from dlm_jax.data import encoding
-from dlm_jax.diffusion import guidance
+from dlm_jax.data import encoding, pairs
 from dlm_jax.errors import UserError
 from dlm_jax.inference import (
     arguments,
     conditioning,
-    constraints,
     pretrained,
+    request,
     sampling,
     scoring,
+    translation,
 )
 from dlm_jax.inference.constraints import CONSTRAINTS, UNCONSTRAINED, Constraints
 from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE, GuidanceConfig
-from dlm_jax.inference.sampling_config import OPTIONS, SamplingConfig, check_names
+from dlm_jax.inference.sampling_config import SamplingConfig
 from dlm_jax.inference.trained_model import TrainedModel
-from dlm_jax.ranges import integer, real
+from dlm_jax.ranges import real
 from dlm_jax.runtime import backend
 from dlm_jax.types import AnyIds, Integer, Real
 
@@ -95,13 +94,16 @@ class DiffusionLM(TrainedModel):
         if asked := sorted(options.keys() & set(CONSTRAINTS)):
             raise UserError(f"{asked[0]}: a constraint; use lm.control({asked[0]}=...)")
         s = SamplingConfig.from_config(self.config["sample"], **options)
-        n, batch = _count("n", n), _count("batch", self._default("batch", batch))
-        seed = _seed(self._default("seed", seed))
+        n, batch = (
+            request.check_count("n", n),
+            request.check_count("batch", self.default("batch", batch)),
+        )
+        seed = request.check_seed(self.default("seed", seed))
         constraints = UNCONSTRAINED if constraints is None else constraints
         guidance = DEFAULT_GUIDANCE if guidance is None else guidance
         sampling.check_support(self, constraints, s, guidance)
         if self.cfg.known_length and constraints.known is None:
-            constraints = _draw_lengths(self, constraints, n, seed)
+            constraints = request.draw_lengths(self, constraints, n, seed)
         latents, ids, trajectory = sampling.run_chain(
             self, n, seed, batch, constraints, s, guidance
         )
@@ -114,7 +116,7 @@ class DiffusionLM(TrainedModel):
         end, or if the length is given or drawn, 1 or more. The other words come back
         exactly. options: those of `control`.
         """
-        return self.control(n, template=_template(template), **options)
+        return self.control(n, template=request.check_template(template), **options)
 
     @backend.prepared
     def control(
@@ -129,13 +131,14 @@ class DiffusionLM(TrainedModel):
 
         options: those of `constraints.parse_constraints` and of `generate`.
         """
-        check_names(options, {*CONSTRAINTS, *OPTIONS, "seed", "batch"})
-        named = {name: options.pop(name, None) for name in CONSTRAINTS}
-        wanted = arguments.plain(named)
-        template = None if template is None else _template(template)
-        n, seed = _count("n", n), _seed(self._default("seed", options.get("seed")))
-        rows = _constraints(self, n, template, seed, wanted)
+        n = request.check_count("n", n)
+        rows = request.take_constraints(self, n, template, options)
         return self.generate(n, constraints=rows, guidance=guidance, **options).texts
+
+    @backend.prepared
+    def translate(self, sources: Any, **options: Any) -> Any:
+        """Generates the target of each source, for a model of pairs; see `translation`."""
+        return translation.translate(self, sources, **options)
 
     @backend.prepared
     def nll(
@@ -151,12 +154,17 @@ class DiffusionLM(TrainedModel):
         Its field stderr [n] is the standard error of `total()`. draws: noise levels per
         row. tolerance: nats; repeats the estimate of each row until its standard error
         is at most this, or until `scoring.MAX_DRAWS`. For an autoregressive model
-        -log p is exact, stored whole in the field `rounding`. Raises UserError.
+        -log p is exact, stored whole in the field `rounding`. Of a pair it is that of
+        the target given the source. Raises UserError.
         """
         ids = arguments.check_ids(ids, self.length, self.tokenizer.vocab_size)
+        if self.cfg.known_source and not pairs.are_pairs(ids):
+            raise UserError("ids: not pairs; give lm.encode(targets, sources=...)")
         tolerance = None if tolerance is None else real("tolerance", tolerance, over=0)
-        key = sampling.key_of_seed(_seed(seed))
-        return scoring.nll(key, self, ids, _count("draws", draws), tolerance)
+        key = sampling.key_of_seed(request.check_seed(seed))
+        return scoring.nll(
+            key, self, ids, request.check_count("draws", draws), tolerance
+        )
 
     @backend.prepared
     def features(self, ids: AnyIds) -> np.ndarray:
@@ -166,80 +174,20 @@ class DiffusionLM(TrainedModel):
         ids = arguments.check_ids(ids, self.length, self.tokenizer.vocab_size)
         return scoring.features(self, ids)
 
-    def encode(self, texts: Any) -> np.ndarray:
+    def encode(self, texts: Any, sources: Any = None) -> np.ndarray:
         """Encodes texts as ids [n l] with START and END, padded or packed as in training.
 
         In pad mode a text that is too long is truncated. A single string is one text.
-        Raises UserError.
+        sources: of these targets, for a model of pairs. Raises UserError.
         """
         texts = arguments.as_texts("texts", texts)
+        if self.cfg.known_source or sources is not None:
+            return translation.encode_pairs(self, sources, texts)
         layout = {"length": self.length, "mode": self.config["data"]["mode"]}
         return encoding.encode(texts, self.tokenizer, **layout, too_long="truncate")
 
     def denoising_trajectory(self, n: Integer, **options: Any) -> list[list[str]]:
         """Returns, for each of n samples, the text that x0_hat rounds to at every step."""
         options["trajectory"] = True
-        ids = self.generate(n, **options).trajectory
-        assert ids is not None
+        ids: Any = self.generate(n, **options).trajectory
         return [[self.tokenizer.decode(row) for row in rows] for rows in ids]
-
-    def sampling_config(self, **options: Any) -> SamplingConfig:
-        """Returns the run's sampling settings with these options. Raises UserError."""
-        s = SamplingConfig.from_config(self.config["sample"], **options)
-        s.check_schedule(self.schedule)
-        return s
-
-    def _default(self, name: str, value: Integer | None) -> Integer:
-        if value is None and name not in self.config["sample"]:
-            raise UserError(f"{name}: the saved config does not set it; pass it")
-        return self.config["sample"][name] if value is None else value
-
-
-def _draw_lengths(
-    lm: TrainedModel, rows: Constraints, n: int, seed: int
-) -> Constraints:
-    """Fixes START, END and PAD of n texts whose lengths are drawn as in training."""
-    counts = range(1, lm.length - 1)
-    least = constraints.least_words(rows, n)
-    words = constraints.draw_word_counts(lm.lengths, n, seed, counts, least)
-    template = guidance.length_template(np.array(words), lm.length)
-    ids, known = map(np.asarray, template)
-    allowed = constraints.any_word(ids.shape, lm.tokenizer.vocab_size)
-    return rows._replace(ids=ids, known=known, allowed=allowed)
-
-
-def _constraints(
-    lm: TrainedModel, n: int, template: str | None, seed: int, wanted: dict[str, Any]
-) -> Constraints:
-    """Builds the constraints of n texts; gaps of a template get random widths."""
-    positional = template is not None or wanted.keys() & constraints.POSITIONAL
-    if positional and lm.config["data"].get("mode") == "block":
-        raise UserError(
-            "this model was trained on texts packed end to end (data.mode=block): it "
-            "takes no constraint on lengths or positions"
-        )
-    tok, wanted = lm.tokenizer, constraints.give_length(wanted, lm.cfg)
-    one = constraints.parse_constraints(tok, lm.length, lm.classifiers, **wanted)
-    rows = jax.tree.map(lambda x: np.repeat(x, n, 0), one)
-    if template is None:
-        return rows
-    parts = constraints.parse_template(tok, template, one.excluded)
-    words = constraints.num_words(wanted)
-    filled = constraints.template_constraints(
-        parts, lm.length, tok.vocab_size, n, seed, words, lm.lengths
-    )
-    return rows._replace(ids=filled.ids, known=filled.known, allowed=filled.allowed)
-
-
-def _template(value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"template={value!r}: give a text with ___ or [...]")
-    return value
-
-
-def _count(name: str, value: Integer) -> int:
-    return integer(name, value, 1, 2**31 - 1)
-
-
-def _seed(value: Integer) -> int:
-    return integer("seed", value, 0, 2**64 - 1)

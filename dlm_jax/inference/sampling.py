@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from dlm_jax.data import pairs
 from dlm_jax.diffusion import autoregressive, guidance, samplers
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.model import Params
@@ -92,11 +93,14 @@ def make_chain(
 
 
 def _autoregressive_chain(cfg: DenoiserConfig, length: int) -> Chain:
-    """Returns ancestral sampling token by token; it has no steps and no trajectory."""
+    """Returns ancestral sampling token by token; it has no steps and no trajectory.
 
-    def chain(key: jax.Array, params: Params, schedule_state: PyTree, index, *_):
-        keys = _keys_by_index(key, index)
-        ids = autoregressive.sample(keys, params, cfg, length)
+    A pair's source, with PAD after it, is the prefix.
+    """
+
+    def chain(key: jax.Array, params: Params, schedule_state: PyTree, index, rows, _):
+        keys, prefix = _keys_by_index(key, index), rows.ids
+        ids = autoregressive.sample(keys, params, cfg, length, prefix=prefix)
         return embed(params.table, ids), ids, None
 
     return chain
@@ -176,16 +180,23 @@ def check_support(
             f"num_steps={s.num_steps}: this model was distilled for "
             f"{lm.distilled_steps} steps; leave num_steps out, or load another student"
         )
-    if lm.cfg.causal and jax.tree.leaves(constraints):
+    beyond = constraints
+    if lm.cfg.known_source:
+        beyond = constraints._replace(ids=None, known=None)
+        if constraints.known is None or not pairs.are_pairs(constraints.ids):
+            raise UserError(
+                "this model was trained on pairs: give it sources, lm.translate(sources)"
+            )
+    if lm.cfg.causal and jax.tree.leaves(beyond):
         raise UserError("an autoregressive model takes no constraints")
     if lm.cfg.causal and s.trajectory:
         raise UserError("trajectory: an autoregressive model has no denoising steps")
-    if g.token_time_floor < 1 and lm.cfg.known_length:
+    if g.token_time_floor < 1 and lm.cfg.marks_known:
         raise UserError(
             f"guidance.token_time_floor={g.token_time_floor}: a model with known_length "
-            "has one time per text; leave it at 1"
+            "or known_source has one time per text; leave it at 1"
         )
-    if g.cfg_weight != 1 and not lm.supports_conditioning:
+    if g.cfg_weight != 1 and not lm.supports_guidance:
         raise UserError(
             f"guidance.cfg_weight={g.cfg_weight}: this model was not trained with given "
             "tokens; train one with config.loss.conditioning_prob > 0"

@@ -181,13 +181,18 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
         )
 
 
+# options of --mode sample, which the configs of older runs lack
+TRANSLATION = {"sources": "", "out": "", "mbr": 1, "cfg_weight": 1.0}
+
+
 def default_section() -> dict[str, Any]:
     """Returns the defaults of a run's `sample` section, the published ones.
 
     n: texts that --mode sample prints; batch: texts generated at once; seed: of the
-    samples. The rest are the fields of `SamplingConfig` and the options of all solvers.
+    samples. sources: a file of sources, one a line, for a model of pairs; mbr, cfg_weight:
+    of `lm.translate`; out: a file for the texts. The rest are the fields of `SamplingConfig` and the options of all solvers.
     """
-    section = {"n": 50, "batch": 50, "seed": 101}
+    section: dict[str, Any] = {"n": 50, "batch": 50, "seed": 101} | TRANSLATION
     section |= dataclasses.asdict(SamplingConfig())
     for name in ("solver_options", "trajectory", "sharpness"):
         del section[name]

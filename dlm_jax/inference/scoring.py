@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.data import batching
-from dlm_jax.diffusion import autoregressive, likelihood, losses
+from dlm_jax.diffusion import autoregressive, likelihood, losses, model
 from dlm_jax.diffusion.model import Params
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.runtime import sharding
@@ -43,11 +43,15 @@ class EstimatedBound(likelihood.Bound):
 def make_nll(lm: TrainedModel, draws: int) -> Score:
     """Returns (Bound, stderr): the bound on -log p of each row and its standard error.
 
-    In nats. An autoregressive model's is exact.
+    In nats. An autoregressive model's is exact. Of a pair it is that of the target given
+    the source.
     """
 
     def exact(key: jax.Array, params: Params, ids: Ids) -> PyTree:
-        nats = jnp.sum(autoregressive.nll(params, lm.cfg, ids), -1)
+        nats = autoregressive.nll(params, lm.cfg, ids)
+        if lm.cfg.known_source:
+            nats = jnp.where(model.source(ids), 0.0, nats)
+        nats = jnp.sum(nats, -1)
         return likelihood.Bound(0.0 * nats, 0.0 * nats, nats, 0.0 * nats), 0.0 * nats
 
     def bound(key: jax.Array, params: Params, ids: Ids) -> PyTree:
@@ -55,13 +59,12 @@ def make_nll(lm: TrainedModel, draws: int) -> Score:
         predict = likelihood.latent_predictor(
             params, lm.cfg, lm.schedule, sigma_0=sigma_0
         )
-        known = lm.cfg.known_length
-        options = {"draws": draws, "known_length": known}
+        options = {"draws": draws, "given": model.given_tokens(ids, lm.cfg)}
         terms, profile = likelihood.bound(
             key, ids, params.table, predict, lm.schedule, **options
         )
         stderr = likelihood.profile_stderr(profile)
-        if not known:
+        if not lm.cfg.known_length:
             return terms, stderr
         counts = jnp.asarray(lm.lengths + (0,) * (lm.length + 1 - len(lm.lengths)))
         share = (counts + 0.01) / jnp.sum(counts + 0.01)  # unseen lengths are possible

@@ -12,9 +12,11 @@ from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.diffusion import adaptive, model
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
+from dlm_jax.errors import UserError
 from dlm_jax.inference.constraints import GuidanceClassifier
+from dlm_jax.inference.sampling_config import SamplingConfig
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import PyTree
+from dlm_jax.types import Integer, PyTree
 
 MAX_PROGRAMS = 16  # compiled functions per model, some 14 MB each
 _LOCK = threading.Lock()
@@ -64,10 +66,29 @@ class TrainedModel:
         return "conditioning_prob" in loss and loss["conditioning_prob"] > 0
 
     @property
+    def supports_guidance(self) -> bool:
+        """Whether it was trained with and without what is known, for cfg_weight."""
+        loss = self.config["loss"]
+        drops = "source_drop_prob" in loss and loss["source_drop_prob"] > 0
+        return drops or self.supports_conditioning
+
+    @property
     def distilled_steps(self) -> int | None:
         """The number of steps that it was distilled for (--mode distill), or None."""
         section = self.config.get("distill")  # earlier models have none
         return (section["student"] or None) if section else None
+
+    def default(self, name: str, value: Integer | None) -> Integer:
+        """Returns the value, or the run's own of config.sample. Raises UserError."""
+        if value is None and name not in self.config["sample"]:
+            raise UserError(f"{name}: the saved config does not set it; pass it")
+        return self.config["sample"][name] if value is None else value
+
+    def sampling_config(self, **options: Any) -> SamplingConfig:
+        """Returns the run's sampling settings with these options. Raises UserError."""
+        s = SamplingConfig.from_config(self.config["sample"], **options)
+        s.check_schedule(self.schedule)
+        return s
 
     def schedule_from(self, schedule_state: PyTree) -> Schedule:
         """Returns the noise schedule, adapted to the statistics if there are any."""

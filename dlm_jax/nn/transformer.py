@@ -65,12 +65,18 @@ class DenoiserConfig:
         False  # E[x_0 | x_t] of each position alone is an input
     )
     known_length: bool = False  # a text's length is given; attention skips its PAD
+    known_source: bool = False  # a pair's source is given; only its target is learned
     causal: bool = False  # no attention to later positions, for objective "ar"
     time_input: str = "t"  # t | log_snr, which keeps its meaning as schedules adapt
     dropout: float = 0.1
     attention_dropout: float = 0.1
     dtype: str = "float32"  # float32 | mixed, for CPUs | bfloat16, for GPUs and TPUs
     remat: bool = False  # recompute layers in the backward pass: less memory
+
+    @property
+    def marks_known(self) -> bool:
+        """Whether known tokens are marked, with one time per text, not given a time each."""
+        return (self.known_length or self.known_source) and not self.causal
 
     @property
     def dtypes(self) -> tuple[str, str]:
@@ -333,10 +339,10 @@ class Denoiser(nn.Module):
         x = jnp.concatenate([x_t, x0_prev], -1) if cfg.self_cond else x_t
         x = x if posterior_x0 is None else jnp.concatenate([x, posterior_x0], -1)
         inside = None
-        if cfg.known_length:
+        if cfg.marks_known:
             given = jnp.zeros(x.shape[:2], int) if given is None else given
             x = jnp.concatenate([x, (given > 0)[..., None].astype(x.dtype)], -1)
-            inside = given < OUTSIDE
+            inside = given < OUTSIDE if cfg.known_length else None
         y = Trunk(cfg, name="trunk")(x, time, deterministic, inside)
         y = y.astype(jnp.float32)
         return Dense(self.out, "float32", name="head")(y) if head else y
@@ -391,7 +397,7 @@ def apply(
 ) -> Float[Array, "b l out"]:
     """Computes the raw output, or without head the trunk's output [b l h].
 
-    A key turns dropout on. given: for cfg.known_length, which tokens are known.
+    A key turns dropout on. given: for cfg.marks_known, which tokens are known.
     """
     module = Denoiser(cfg, output_width(cfg, vocab))
     rngs = None if key is None else {"dropout": key}

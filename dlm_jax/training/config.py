@@ -51,6 +51,7 @@ def resolve_config(config: Any) -> StepConfig:
             "config.model.known_length=True needs config.data.mode=pad: change one of "
             "them"
         )
+    _check_pairs(config, cfg)
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
     return StepConfig(
@@ -66,6 +67,25 @@ def resolve_config(config: Any) -> StepConfig:
         skip=config.train.on_nonfinite == "skip",
         **config.loss,
     )
+
+
+def _check_pairs(config: Any, cfg: DenoiserConfig) -> None:
+    """Raises UserError if the options of pairs do not fit together."""
+    column = config.data.source_column
+    if bool(column) != cfg.known_source:
+        raise UserError(
+            f"config.data.source_column={column!r} and config.model.known_source="
+            f"{cfg.known_source}: set both to train on pairs, or neither"
+        )
+    if config.loss.source_drop_prob and not cfg.known_source:
+        raise UserError(
+            "config.loss.source_drop_prob > 0 needs config.model.known_source=True"
+        )
+    if cfg.known_source and (config.data.mode != "pad" or config.loss.truncate_prob):
+        raise UserError(
+            "config.model.known_source=True needs config.data.mode=pad and "
+            "config.loss.truncate_prob=0"
+        )
 
 
 ON_NONFINITE: dict[str, Any] = dict.fromkeys(("stop", "skip", "rollback"))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dlm_jax import console
-from dlm_jax.data import batching, sources, tokenizer_files
+from dlm_jax.data import batching, pairs, sources, tokenizer_files
 from dlm_jax.data.corpus import Corpus, load_corpus
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.errors import UserError, choose
@@ -70,7 +70,14 @@ def make_preview(
         if step_cfg.cfg.known_length:
             parts["lengths"] = batching.count_lengths(corpus.train)
         lm = loading.from_parts(step_cfg.cfg, ema, corpus.tokenizer, record, **parts)
-        return dataclasses.replace(lm, compiled=compiled).sample(16)
+        lm = dataclasses.replace(lm, compiled=compiled)
+        if not step_cfg.cfg.known_source:
+            return lm.sample(16)
+        rows = (pairs.source_and_target(row)[0] for row in corpus.valid[:16])
+        sources = list(map(corpus.tokenizer.decode, rows))
+        return [
+            f"{a} || {b}" for a, b in zip(sources, lm.translate(sources), strict=True)
+        ]
 
     return preview
 

@@ -26,7 +26,10 @@ class Validation:
     ):
         size = min(step_cfg.batch, len(ids))
         self.step_cfg = step_cfg._replace(
-            batch=size, time_sampler="low_discrepancy", conditioning_prob=0.0
+            batch=size,
+            time_sampler="low_discrepancy",
+            conditioning_prob=0.0,
+            source_drop_prob=0.0,
         )
         rows = itertools.islice(batching.batches(ids, size), batches)
         self.batches = [sharding.shard_rows(row) for row in rows]

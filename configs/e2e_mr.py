@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""E2E's records to text: sequence to sequence on two CPU cores.
+
+    python -m dlm_jax.main --config configs/e2e_mr.py --workdir runs/e2e_mr \\
+        --config.data.path=FOLDER_OF_src1_train.txt
+
+`:autoregressive` is its baseline, of the same blocks and compute.
+"""
+
+from typing import Any
+
+from dlm_jax.configs import e2e_small
+
+
+def get_config(variant: str = "modern") -> Any:
+    """Returns a variant of configs/e2e_small.py on pairs of up to 80 tokens."""
+    cfg = e2e_small.get_config(variant)
+    cfg.data.update(source_column="fields", length=80, min_count=2, too_long="drop")
+    cfg.model.update(positions=80, known_length=False, known_source=True)
+    cfg.loss.source_drop_prob = 0.1
+    cfg.train.update(total_steps=10_000, batch=32, ckpt_steps=500, sample_steps=2000)
+    return cfg

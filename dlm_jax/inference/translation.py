@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a source to its target: the constraints of pairs, and their targets as texts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlm_jax.data import files, pairs
+from dlm_jax.data.normalization import normalize
+from dlm_jax.data.tokenizer import Tokenizer
+from dlm_jax.errors import UserError
+from dlm_jax.inference import arguments, request
+from dlm_jax.inference import mbr as bayes_risk
+from dlm_jax.inference.constraints import Constraints
+from dlm_jax.inference.guidance_config import GuidanceConfig
+from dlm_jax.inference.trained_model import TrainedModel
+from dlm_jax.types import PAD, Integer, Real
+
+CONSTRAINTS = ("length", "contains", "lacks")  # on targets
+
+
+def as_sources(value: Any) -> list[str]:
+    """Returns sources as texts; a record {field: value} is linearized. Raises UserError."""
+    if isinstance(value, str | Mapping):
+        value = [value]
+    try:
+        given = list(value)
+    except TypeError as error:
+        raise UserError(f"sources={value!r}: give texts, or records") from error
+    texts = [
+        pairs.linearize(_record(one)) if isinstance(one, Mapping) else one
+        for one in given
+    ]
+    texts = arguments.as_texts("sources", texts)
+    if not texts:
+        raise UserError("sources: give one or more")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UserError(f"sources: text {number} is empty")
+    return [
+        normalize(text.strip(), f"sources: text {i}") for i, text in enumerate(texts, 1)
+    ]
+
+
+def _record(value: Mapping) -> dict[str, str]:
+    arguments.as_texts("sources", [*value, *value.values()])
+    return dict(value)
+
+
+def encode_sources(tok: Tokenizer, sources: Sequence[str], length: int) -> np.ndarray:
+    """Returns rows [n l] of START, source, START and PAD, l = `length`.
+
+    Raises UserError for a source that leaves no room for a token and END.
+    """
+    rows = np.full((len(sources), length), PAD, np.int32)
+    for number, (row, source) in enumerate(zip(rows, sources, strict=True), 1):
+        ids = pairs.encode_source(tok, source)
+        if len(ids) + 2 > length:
+            raise UserError(
+                f"sources: text {number} has {len(ids) - 2} tokens, and the model has "
+                f"room for {length - 4}: {source[:60]!r}"
+            )
+        row[: len(ids)] = ids
+    return rows
+
+
+def encode_pairs(lm: TrainedModel, sources: Any, targets: list[str]) -> np.ndarray:
+    """Encodes pairs as rows [n l]; a long target is truncated. Raises UserError."""
+    if (sources is not None) != lm.cfg.known_source:
+        raise UserError(
+            "encode: a model of pairs needs sources, and another takes none"
+        )
+    sources = as_sources(sources)
+    if len(sources) != len(targets):
+        raise UserError(
+            f"{len(sources)} sources and {len(targets)} texts: give as many"
+        )
+    encode_sources(lm.tokenizer, sources, lm.length)  # each leaves room
+    both = map(pairs.Pair, sources, targets)
+    options = {"length": lm.length, "too_long": "truncate"}
+    return pairs.encode_pairs(both, lm.tokenizer, **options)
+
+
+def with_targets(rows: np.ndarray, targets: Constraints) -> Constraints:
+    """Returns the constraints of whole pairs: the sources, then these targets.
+
+    rows [n l]: as of `encode_sources`; targets: of texts that begin with START, which is
+    here the second one. Raises UserError for a template that does not fit.
+    """
+    sizes = np.sum(rows != PAD, -1)
+    ids, known = rows.copy(), np.arange(rows.shape[1]) < sizes[:, None]
+    if targets.known is None:
+        return targets._replace(ids=ids, known=known)
+    allowed = np.array(targets.allowed)
+    for i, size in enumerate(sizes):
+        shift, room = size - 1, rows.shape[1] - size + 1
+        if np.any(targets.known[i, room:] & (targets.ids[i, room:] != PAD)):
+            raise UserError(
+                f"sources: text {i + 1} leaves {room - 2} tokens for its target, fewer "
+                "than the template or the length asks for"
+            )
+        ids[i, shift:] = targets.ids[i, :room]
+        known[i, shift:] = targets.known[i, :room]
+        allowed[i, shift:] = targets.allowed[i, :room]
+        allowed[i, :shift] = np.arange(allowed.shape[-1]) == rows[i, :shift, None]
+    return targets._replace(ids=ids, known=known, allowed=allowed)
+
+
+def target_texts(tok: Tokenizer, ids: np.ndarray) -> list[str]:
+    """Returns the targets of rows [n l]."""
+    return [tok.decode(pairs.source_and_target(row)[1]) for row in ids]
+
+
+def translate(
+    lm: Any,
+    sources: Any,
+    *,
+    n: Integer = 1,
+    mbr: Integer = 1,
+    cfg_weight: Real = 1.0,
+    template: Any = None,
+    **options: Any,
+) -> list[str] | list[list[str]]:
+    """Generates the target of each source: texts, or for n > 1 lists of n texts.
+
+    lm: a `DiffusionLM` of pairs (config.model.known_source). sources: texts, or records
+    {field: value}. mbr: candidates per target, of which minimum Bayes risk selects one.
+    cfg_weight: of classifier-free guidance by the source; 1 is none. template, length,
+    contains, lacks: constraints on the target, as of `lm.control`; the other options are
+    those of `lm.generate`. Raises UserError.
+    """
+    if not lm.cfg.known_source:
+        raise UserError(
+            "translate: this model was not trained on pairs; train one with "
+            "config.model.known_source=True, as configs/e2e_mr.py does"
+        )
+    n, mbr = request.check_count("n", n), request.check_count("mbr", mbr)
+    rows = encode_sources(lm.tokenizer, as_sources(sources), lm.length)
+    rows = np.repeat(rows, n * mbr, 0)
+    targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
+    guidance = GuidanceConfig(cfg_weight=cfg_weight)
+    given = with_targets(rows, targets)
+    made = lm.generate(len(rows), constraints=given, guidance=guidance, **options)
+    texts = target_texts(lm.tokenizer, made.ids)
+    if mbr > 1:
+        texts = [
+            bayes_risk.select(texts[i : i + mbr]) for i in range(0, len(texts), mbr)
+        ]
+    return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def translate_file(lm: Any, path: str) -> list[str]:
+    """Generates the target of each line of a file of sources, as config.sample says.
+
+    In E2E's files what follows `||` is no part of the source. Raises UserError.
+    """
+    lines = files.lines(files.existing(path, "sources", "a file of sources", "sample"))
+    sources = [line.partition("||")[0].strip() for _, line in lines]
+    options = {name: lm.config["sample"][name] for name in ("mbr", "cfg_weight")}
+    return lm.translate(sources, **options)
