@@ -32,6 +32,7 @@ FIELDS = (
     "near",
 )
 NAMES = {field.lower().replace(" ", ""): field for field in FIELDS}
+OFFICIAL = r"([^,\[\]]+)\[([^\[\]]*)\]"
 NAMES |= {"type": "eatType", "price": "priceRange", "rating": "customer rating"}
 
 
@@ -53,8 +54,9 @@ def parse_record(line: str) -> Record:
     as `detokenize` leaves them. Raises UserError for a line that is no record, and for
     a field that is unknown or stands there twice.
     """
-    official = re.findall(r"([^,\[\]]+)\[([^\[\]]*)\](?:,|$)", line.strip())
-    pairs = official or [part.partition(":")[::2] for part in line.split("|")]
+    pairs = [part.partition(":")[::2] for part in line.split("|")]
+    if re.fullmatch(rf"(?:{OFFICIAL}(?:, *|$))+", line.strip()):
+        pairs = re.findall(OFFICIAL, line)
     record: Record = {}
     for name, value in pairs:
         field = NAMES.get(re.sub(r"\s", "", name).lower())
@@ -92,10 +94,15 @@ def read_references(path: str | Path) -> tuple[list[Record], list[list[str]]]:
 
 
 def grouped(pairs: Iterable[tuple[str, str]]) -> tuple[list[Record], list[list[str]]]:
-    """Groups (record's line, text) by record, in order of first occurrence."""
+    """Groups (record's line, text) by record, in order of first occurrence.
+
+    Raises UserError as `parse_record`, and for a record without text.
+    """
     groups: dict[frozenset, tuple[Record, list[str]]] = {}
     for line, text in pairs:
         record = parse_record(line)
+        if not text:
+            raise UserError(f"{line!r} has no text: give a reference in every line")
         groups.setdefault(frozenset(record.items()), (record, []))[1].append(text)
     return [record for record, _ in groups.values()], [x for _, x in groups.values()]
 
@@ -118,7 +125,9 @@ def slot_errors(record: Mapping[str, str], text: str) -> SlotErrors:
 
     A field of the record is missing if the text states nothing of it, and wrong if only
     other values. Added: values beside the right one, and of fields that the record
-    lacks. "restaurant" is no value beside another, nor where the record has no type.
+    lacks. "restaurant" is no value beside another, nor where the record has no type. A
+    number where the record has a word ("low", "cheap") is wrong: it is invented. Which
+    venue is near which is not checked. Raises UserError for a record that is not E2E's.
     """
     _refuse_unknown(record)
     names = {record[field] for field in ("name", "near") if field in record}
@@ -144,6 +153,10 @@ def _refuse_unknown(record: Mapping[str, str]) -> None:
     if unknown or not record:
         what = f"the field {unknown[0]!r} is unknown" if unknown else "an empty record"
         raise UserError(f"{what}: give fields of {', '.join(FIELDS)}")
+    for field, known in slot_patterns.VALUES.items():
+        if field in record and record[field] not in known:
+            values = ", ".join(known)
+            raise UserError(f"{field}={record[field]!r}: choose one of {values}")
 
 
 def scores(

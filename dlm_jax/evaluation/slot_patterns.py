@@ -51,18 +51,18 @@ PATTERNS = {
 # ---- prices and ratings: numbers, and words of a level beside a noun -----------------
 
 POUNDS = r"(?:£|l|e|\$|euros? )? ?"
-MORE = r"(?:more|higher|over|above|exceed\w*|upwards?|greater|from|start\w*)"
+MORE = r"(?:more|higher|over|above|exceed\w*|upwards?|greater|from|start\w*|minimum)"
 LESS = r"(?:less|lower|cheaper|under|below|within|up to)"
 PRICES = {
     "£20-25": rf"\b{POUNDS}20 ?£?(?:pounds )?(?:-|to|and|through) ?{POUNDS}25\b",
     "less than £20": rf"\b{LESS}(?: then| than)?(?: \w+)? ?{POUNDS}20\b(?!-)|"
     rf"\b{POUNDS}20 (?:or|and) (?:less|under|below)",
     "more than £30": rf"\b{MORE}(?: then| than| of| at| from)? ?{POUNDS}30\b|"
-    rf"30 ?(?:or|and|\+) ?(?:more|over|above|up|higher)?",
+    rf"\b30 ?(?:(?:pounds )?(?:or|and) (?:more|over|above|up|higher)|\+)",
 }
 DIGITS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 DIGIT = r"(?<![£\d.])\b([1-5]|one|two|three|four|five)"
-OUT_OF = rf"{DIGIT} ?(?:stars?)? ?(?:out of|of|/) ?(?:a possible )?(?:5|five)\b"
+OUT_OF = rf"{DIGIT} ?(?:stars?)? ?(?:out of|out|of|/) ?(?:a possible )?(?:5|five)\b"
 STARS = (
     rf"{DIGIT} ?stars?\b",
     rf"\brat(?:ings?|ed)(?: of| at| is| as)?(?: a)? {DIGIT}\b",
@@ -75,20 +75,21 @@ WORDS = {
     "high": "high higher highly good great excellent top well best perfect upper "
     "highest outstanding",
 }
+PRAISE = "poor poorly bad badly terrible good great excellent top well best perfect"
 LEVELS = {word: level for level, words in WORDS.items() for word in words.split()}
 NOUNS = {
     "priceRange": "price prices priced pricing cost costs costing range ranges",
     "customer rating": "rating ratings rated rate rates review reviews reviewed score "
-    "scores scored recommended regarded satisfaction",
+    "scores scored recommended regarded satisfaction reputation",
 }
 KINDS = {word: kind for kind, words in NOUNS.items() for word in words.split()}
-BEFORE = "customer customers consumer user overall food end level service"
+BEFORE = "customer customers consumer user overall food end level service ranged"
 BETWEEN = (
     "range ranges is are in of a an the as at from being it very has have been was quite "
     "customer customers by its just only their them this place level which that"
 )
 LEVEL_WORDS = {
-    "low": r"cheap\w*|inexpensive(?:ly)?|affordabl[ey]|low ?cost|budget|economical",
+    "low": r"cheap(?:ly|er)?|inexpensive(?:ly)?|affordabl[ey]|low ?cost|budget|economical",
     "average": r"mid ?range|mid ?pric\w+",
     "high": r"expensive|pricey|pricy|costly|high ?end|up ?scale|over ?priced",
 }
@@ -110,15 +111,32 @@ LEVEL_OF = {
 
 KIN = r"\b(?:famil\w+|kids?|child\w*)\b"
 NOT = (
-    r"(?:\b(?:not|no|non|isnt|doesnt|never|unsuitable|without|nor|neither|prohibit\w*|"
-    r"discourage\w*|inappropriate|isn't|aren't)\b|n't\b)"
+    r"(?:\b(?:not|no|non|none|isnt|doesnt|never|unsuitable|without|nor|neither|prohibit\w*|"
+    r"discourage\w*|inappropriate)\b|n't\b)"
+)
+WELCOME = (
+    "(?:welcom|allow|recommend|friendly|permit|suit|appropriate|cater|encourag|accept)"
 )
 NO = (
-    rf"{NOT}(?: (?!but\b)\w+){{0,6}} {KIN}",
-    rf"{KIN}(?: \w+){{0,3}} (?:not|isn't|aren't|unfriendly|free)\b",
-    r"\badults?\b",
-    rf"{KIN} ?: ?no\b",
+    rf"{NOT}(?: (?!(?:but|and|is|it|has|with)\b)\w+){{0,6}} {KIN}",
+    rf"{KIN}(?: \w+){{0,3}}(?: not|n't)(?: \w+)? {WELCOME}",
+    rf"{KIN}(?: \w+)? un(?:friendly|welcome)|\b(?:child|kid) ?free",
+    r"\b(?<!and )(?<!or )adults?\b(?! (?:and|or|as)\b)",
+    rf"{KIN}(?: friendly)? ?[:?]? no\b",
 )
+
+
+VALUES = {
+    **{field: tuple(patterns) for field, patterns in PATTERNS.items()},
+    "priceRange": ("cheap", "moderate", "high", *PRICES),
+    "customer rating": (
+        "low",
+        "average",
+        "high",
+        *(f"{n} out of 5" for n in (1, 3, 5)),
+    ),
+    "familyFriendly": ("yes", "no"),
+}
 
 
 def plain(text: str) -> str:
@@ -164,17 +182,21 @@ def _levels(text: str) -> dict[str, set[str]]:
             left -= 1
         after = KINDS.get(tokens[right]) if right < len(tokens) else None
         kind = after or (KINDS.get(tokens[left]) if left >= 0 else None)
-        if kind:
+        praised = kind == "priceRange" and token in PRAISE.split()  # "good prices"
+        if kind and not praised:
             found[kind].add(LEVELS[token])
     return found
 
 
 def _prices(text: str, levels: set[str]) -> set[str]:
-    found = {value for value, pattern in PRICES.items() if re.search(pattern, text)}
+    found = set(levels)
+    for value, pattern in PRICES.items():
+        text, count = re.subn(pattern, "", text)
+        found |= {value} if count else set()
     for level, pattern in LEVEL_WORDS.items():
-        if re.search(rf"\b(?:{pattern})\b", text):
-            levels = levels | {level}
-    return found | levels
+        if re.search(rf"\b(?<!not )(?<!too )(?:{pattern})\b", text):
+            found.add(level)
+    return found | set(re.findall(r"£\d+", text))  # other sums are values of their own
 
 
 def _ratings(text: str, levels: set[str]) -> set[str]:
