@@ -93,10 +93,12 @@ def get_config() -> Any:
     )
     cfg.evaluate = ConfigDict(
         {
-            "n": 256,  # samples per seed
+            "n": 256,  # samples per seed; pairs: the number of sources, at most
             "seeds": 3,
             "texts": "",  # a file of texts to measure instead of samples
             "ar_model": "",  # workdir of an autoregressive run, for fluency
+            "references": "",  # pairs of E2E: testset_w_refs.csv; "": held-out pairs
+            "mbr": 10,  # pairs: candidates of minimum Bayes risk; 1: not measured
             "nll_texts": 512,  # held-out texts for the likelihood bound
             "draws": 16,  # noise levels per text for the bound
             "num_steps": (8, 16, 32, 64),  # sampling steps of the quality plot

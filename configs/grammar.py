@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in grammar: the cross-entropy recipe, the paper's, and autoregression.
+"""The built-in grammar: the cross-entropy recipe, the paper's, autoregression, and pairs.
 
     python -m dlm_jax.main --config configs/grammar.py --workdir runs/quickstart
     python -m dlm_jax.main --config configs/grammar.py:faithful --workdir runs/faithful
     python -m dlm_jax.main --config configs/grammar.py:autoregressive --workdir runs/ar
+    python -m dlm_jax.main --config configs/grammar.py:fields --workdir runs/fields
 
 docs/results.md and docs/study.md hold the numbers, each with its command. The quickstart's
 weights (263 s on two cores, seed 1) are the bundled model `grammar`, whose
@@ -62,7 +63,20 @@ def _autoregressive(cfg: Any) -> None:
     cfg.loss.update(objective="ar", self_cond_prob=0.0)
 
 
-VARIANTS = {"modern": _modern, "faithful": _faithful, "autoregressive": _autoregressive}
+def _fields(cfg: Any) -> None:
+    """Sets the quickstart's recipe on pairs: from the fields of a text to the text."""
+    _modern(cfg)
+    cfg.data.update(source_column="fields", length=64, too_long="drop")
+    cfg.model.update(known_length=False, known_source=True, positions=64)
+    cfg.loss.source_drop_prob = 0.1
+
+
+VARIANTS = {
+    "modern": _modern,
+    "faithful": _faithful,
+    "autoregressive": _autoregressive,
+    "fields": _fields,
+}
 
 
 def get_config(variant: str = "modern") -> Any:

@@ -175,15 +175,23 @@ def _sample(config: Any, workdir: str, step: int | None) -> None:
 
 
 def _evaluate(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax.evaluation import report
+    from dlm_jax.evaluation import conditional, report
 
-    report.evaluate(_load_with_data(config, workdir, step), workdir)
+    lm = _load_with_data(config, workdir, step)
+    (conditional if lm.cfg.known_source else report).evaluate(lm, workdir)
 
 
 def _control(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax.errors import UserError
     from dlm_jax.evaluation import control
 
-    control.evaluate_control(_load_with_data(config, workdir, step), workdir)
+    lm = _load_with_data(config, workdir, step)
+    if lm.cfg.known_source:
+        raise UserError(
+            "--mode control measures models of texts, and this one is of pairs: use "
+            "--mode evaluate, or lm.translate(sources, template=...)"
+        )
+    control.evaluate_control(lm, workdir)
 
 
 def _plot(config: Any, workdir: str, step: int | None) -> None:

@@ -2,18 +2,20 @@
 """Sequence to sequence: pairs of a source and a target."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import dlm_jax
 from dlm_jax.configs import grammar as grammar_config
 from dlm_jax.data import corpus, grammar, pairs, sources
 from dlm_jax.diffusion import losses, model, time_sampling
 from dlm_jax.errors import UserError
+from dlm_jax.evaluation import conditional
 from dlm_jax.inference import loading, translation
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.training import loop
@@ -418,6 +420,79 @@ def test_a_run_learns_to_read_its_source(file, tmp_path):
     assert all(" || " in line for line in preview.splitlines())
 
 
-def test_a_distilled_config_keeps_pairs():
-    config = ConfigDict(_config().to_dict())
-    assert config.data.source_column == "source"
+# --- evaluation and the command
+
+
+def _evaluated(lm, tmp_path, **options):
+    lm.config["evaluate"] = lm.config["evaluate"] | {
+        "n": 6, "seeds": 2, "mbr": 3, "nll_texts": 8, "draws": 2, "num_steps": (2, 4),
+    } | options  # fmt: skip
+    return conditional.evaluate(lm, str(tmp_path))
+
+
+@pytest.mark.parametrize("variant", ["modern", "autoregressive"])
+def test_evaluate_measures_rows_and_baselines(file, tmp_path, variant):
+    lm, _ = _random_model(file, variant)
+    record = _evaluated(lm, tmp_path)
+    rows = record["measures"]
+    model_rows = {"modern": {"2 steps", "MBR-3, 2 steps", "4 steps"}}
+    expected = model_rows.get(variant, {"sampled", "MBR-3"})
+    assert rows.keys() == expected | {"copy of the source"}
+    assert record["nats/token"]["mean"] > 0.5
+    assert rows["copy of the source"]["BLEU"]["mean"] < 10
+    saved = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    assert saved["sources"] == record["sources"] > 2
+
+
+def test_evaluate_of_the_grammars_fields(tmp_path):
+    """The targets themselves are valid and exact, and a copy of the source is neither."""
+    config = _config()
+    config.data.update(source="grammar", source_column="fields", size=9, valid_size=9)
+    held_out = pairs.load_pairs(config.data, "valid")
+    task = conditional.TASKS["grammar"](config, held_out, 9)
+    score = task.score([pair.target for pair in held_out])
+    assert (score["valid"], score["exact"]) == (100, 100)
+    turned = [pair.target for pair in held_out][::-1]
+    assert task.score(turned)["exact"] < 50
+    assert task.score(task.baselines["copy of the source"])["valid"] == 0
+
+
+def test_evaluate_of_e2e_groups_references(tmp_path):
+    record = "name : Aromi | Type : pub | price : more than £ 30"
+    texts = ["Aromi is a pub for more than £ 30 .", "The pub Aromi is over £ 30 ."]
+    lines = "".join(f"{record}||{text}\n" for text in texts)
+    (tmp_path / "src1_valid.txt").write_text(lines, encoding="utf-8")
+    config = _config()
+    config.data.update(source="e2e", path=str(tmp_path), source_column="fields")
+    held_out = pairs.load_pairs(config.data, "valid")
+    task = conditional.TASKS["e2e"](config, held_out, 9)
+    assert task.sources == [record]
+    good, bad = task.score(texts[:1]), task.score(["Aromi is a coffee shop ."])
+    assert (good["slot error rate"], good["BLEU"]) == (0, pytest.approx(100))
+    assert bad["slot error rate"] > 50
+
+
+@pytest.mark.slow
+def test_the_command_translates_a_file(file, tmp_path):
+    """Train, then sample from a file of sources into a file, which is never replaced."""
+    run, sources_, out = (tmp_path / n for n in ("run", "sources.txt", "out.txt"))
+    config = _config()
+    config.data.path = str(file)
+    loop.train(config, str(run))
+    sources_.write_text("big cat\nbig dog || ignored\n", encoding="utf-8")
+    text = (
+        "from tests.test_translation import _config\n"
+        "def get_config():\n    return _config()\n"
+    )
+    (tmp_path / "config.py").write_text(text, encoding="utf-8")
+    command = [
+        sys.executable, "-m", "dlm_jax.main", "--mode", "sample", "--workdir", str(run),
+        "--config", str(tmp_path / "config.py"), f"--config.sample.sources={sources_}",
+        f"--config.sample.out={out}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_text("utf-8").splitlines()) == 2
+    again = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert again.returncode == 2
+    assert "out.txt exists: remove it" in again.stderr

@@ -32,6 +32,12 @@ def linearize(record: Mapping[str, str]) -> str:
     return " | ".join(f"{field} : {value}" for field, value in record.items())
 
 
+def parse_linearized(source: str) -> dict[str, str]:
+    """Returns the record of `linearize`."""
+    parts = (part.partition(" : ") for part in source.split(" | "))
+    return {field: value for field, _, value in parts}
+
+
 def load_pairs(cfg: Any, split: str) -> list[Pair]:
     """Loads the pairs of `split`, "train" or "valid". cfg: config.data. Raises UserError."""
     sources.check_options(cfg)

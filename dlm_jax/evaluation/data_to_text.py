@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlm_jax.data import files, grammar
+from dlm_jax.data import files, grammar, pairs
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import references as measured
 from dlm_jax.evaluation import slot_patterns
@@ -32,6 +32,11 @@ FIELDS = (
     "near",
 )
 NAMES = {field.lower().replace(" ", ""): field for field in FIELDS}
+TOKENIZED = {  # of src1_*.txt
+    "eatType": "Type",
+    "priceRange": "price",
+    "familyFriendly": "family friendly",
+}
 OFFICIAL = r"([^,\[\]]+)\[([^\[\]]*)\]"
 NAMES |= {"type": "eatType", "price": "priceRange", "rating": "customer rating"}
 
@@ -73,6 +78,17 @@ def parse_record(line: str) -> Record:
             )
         record[field] = detokenize(value)
     return record
+
+
+def to_source(record: Mapping[str, str]) -> str:
+    """Returns a record in the notation and the tokens of src1_*.txt, as models read it."""
+    spaced = {
+        TOKENIZED.get(field, field): re.sub(
+            r"(?<=\d)-(?=\d)", " - ", value.replace("£", "£ ")
+        )
+        for field, value in record.items()
+    }
+    return pairs.linearize(spaced)
 
 
 def read_references(path: str | Path) -> tuple[list[Record], list[list[str]]]:

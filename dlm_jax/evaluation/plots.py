@@ -14,7 +14,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from dlm_jax import console
-from dlm_jax.data import encoding, grammar, sources
+from dlm_jax.data import encoding, grammar, pairs, sources
 from dlm_jax.data.tokenizer import SPECIALS, WordTokenizer
 from dlm_jax.diffusion import losses, samplers, time_sampling
 from dlm_jax.errors import UserError
@@ -65,7 +65,7 @@ def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
     fonts.warn_of_missing(lm.tokenizer.tokens())
     drawn = {
         "embedding.png": embedding_map(lm, held_out),
-        "film.png": None if lm.cfg.causal else trajectory_figure(lm),
+        "film.png": trajectory_figure(lm) if _has_film(lm) else None,
         "loss_over_t.png": loss_plot(lm, held_out),
         "training.png": training(Path(workdir) / "metrics.jsonl"),
     }
@@ -77,6 +77,11 @@ def save_plots(lm: DiffusionLM, workdir: str | Path) -> list[Path]:
     return paths
 
 
+def _has_film(lm: DiffusionLM) -> bool:
+    """Whether it denoises texts of its own, not targets or word by word."""
+    return not (lm.cfg.causal or lm.cfg.known_source)
+
+
 def _held_out(lm: DiffusionLM) -> Ids | None:
     """Returns the validation ids [n l]; without them, prints why and returns None."""
     cfg: Any = ml_collections.ConfigDict(lm.config["data"])
@@ -86,8 +91,13 @@ def _held_out(lm: DiffusionLM) -> Ids | None:
         )
         return None
     try:
-        texts = sources.load_texts(cfg, "valid")
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
+        if lm.cfg.known_source:
+            del layout["mode"]
+            return pairs.encode_pairs(
+                pairs.load_pairs(cfg, "valid"), lm.tokenizer, **layout
+            )
+        texts = sources.load_texts(cfg, "valid")
         return encoding.encode(texts, lm.tokenizer, **layout)
     except UserError as error:
         console.say(f"no plot of the loss over t: {error}")

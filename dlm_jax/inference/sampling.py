@@ -189,6 +189,8 @@ def check_support(
             )
     if lm.cfg.causal and jax.tree.leaves(beyond):
         raise UserError("an autoregressive model takes no constraints")
+    if lm.cfg.causal and g.cfg_weight != 1:
+        raise UserError("cfg_weight: an autoregressive model does not take it")
     if lm.cfg.causal and s.trajectory:
         raise UserError("trajectory: an autoregressive model has no denoising steps")
     if g.token_time_floor < 1 and lm.cfg.marks_known:
