@@ -33,7 +33,7 @@ OFFICIAL = (
     '"mr","ref"\n'
     '"name[Aromi], eatType[pub], near[The Bakers]","Aromi, a pub, is near The Bakers."\n'
     '"name[The Mill], priceRange[£20-25]","The Mill costs £20-25."\n'
-    '"name[Aromi], eatType[pub], near[The Bakers]","Aromi is a pub by The Bakers."\n'
+    '"name[Aromi], near[The Bakers], eatType[pub]","Aromi is a pub by The Bakers."\n'
 )
 
 
@@ -174,11 +174,26 @@ def test_words_of_a_level_express_its_numbers(value, said, right):
         ("It isn't really a place for kids.", {"no"}),
         ("Children are not allowed.", {"no"}),
         ("An adults-only pub.", {"no"}),
+        ("A pub for adults.", {"no"}),
         ("A pub.", set()),
     ],
 )
 def test_family_friendly_or_not(text, answer):
     assert slot_patterns.stated(text)["familyFriendly"] == answer
+
+
+def test_numbers_that_nobody_gave_are_values_of_their_own():
+    said = slot_patterns.stated("It is cheap, £50, and rated 1 out of 5 stars.")
+    assert said["priceRange"] == {"low", "£50"}
+    assert said["customer rating"] == {"1 out of 5"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["It is rated as 'average'.", "An average, kid friendly pub.", "Rated average."],
+)
+def test_an_average_rating(text):
+    assert slot_patterns.stated(text)["customer rating"] == {"average"}
 
 
 def test_the_name_of_a_venue_states_no_food_or_type():
@@ -309,6 +324,8 @@ def test_grammar_outputs_are_exact_or_not():
     assert (shifted["valid"], shifted["exact"]) == (100, 0)
     more = [{**wanted[0], "price": "cheap", "food": "French", "near": "Avalon"}]
     assert data_to_text.grammar_scores(more, texts[:1])["exact"] == 0  # one is missing
+    fewer = [{"name": wanted[0]["name"]}]
+    assert data_to_text.grammar_scores(fewer, texts[:1])["exact"] == 0  # others added
     same = data_to_text.grammar_scores(wanted, texts[:1] * 20)
     assert same["exact"] == same["distinct"] == 5
     junk = data_to_text.grammar_scores(wanted, [text + " pub" for text in texts])

@@ -4,6 +4,11 @@
 `stated` returns the values of each field. Prices and ratings have three levels, and a
 word of a level ("cheap") also expresses a number in it ("less than £20"), but no number
 expresses another value: it would be invented.
+
+How often the patterns err, by reading: of 62 published systems' outputs in which they
+found errors, all had them (7 are matters of taste, such as "It is moderate ."); of 50
+without, 2 had one (a contradiction; names that changed places). Of 75 human texts in
+which they found errors, 8 had none, before the last mending; of 71 without, none had one.
 """
 
 import re
@@ -43,7 +48,7 @@ PATTERNS = {
     },
     "area": {
         "city centre": r"(city|town|cities|city's) ?cent(re|er)|cent(re|er) of (the )?"
-        r"(city|town|cambridge)|(in|at|near) the cent(re|er)|down ?town|city|central",
+        r"(city|town|cambridge)|(middle|heart) of (the )?(city|town)|(in|at|near) the cent(re|er)|down ?town|city|central",
         "riverside": r"river ?sides?|rivers?|river ?(bank|front)|water(side|front)",
     },
 }
@@ -62,6 +67,10 @@ PRICES = {
 }
 DIGITS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 DIGIT = r"(?<![£\d.])\b([1-5]|one|two|three|four|five)"
+SO_SO = (
+    r"\baverage,? (?:(?:famil\w+|kids?|child\w*) friendly )?"
+    r"(?:coffee|pub|restaurant|place|venue)\b"
+)
 OUT_OF = rf"{DIGIT} ?(?:stars?)? ?(?:out of|out|of|/) ?(?:a possible )?(?:5|five)\b"
 STARS = (
     rf"{DIGIT} ?stars?\b",
@@ -75,7 +84,7 @@ WORDS = {
     "high": "high higher highly good great excellent top well best perfect upper "
     "highest outstanding",
 }
-PRAISE = "poor poorly bad badly terrible good great excellent top well best perfect"
+PRAISE = "poor poorly bad badly terrible good great excellent well best perfect"
 LEVELS = {word: level for level, words in WORDS.items() for word in words.split()}
 NOUNS = {
     "priceRange": "price prices priced pricing cost costs costing range ranges",
@@ -121,7 +130,7 @@ NO = (
     rf"{NOT}(?: (?!(?:but|and|is|it|has|with)\b)\w+){{0,6}} {KIN}",
     rf"{KIN}(?: \w+){{0,3}}(?: not|n't)(?: \w+)? {WELCOME}",
     rf"{KIN}(?: \w+)? un(?:friendly|welcome)|\b(?:child|kid) ?free",
-    r"\b(?<!and )(?<!or )adults?\b(?! (?:and|or|as)\b)",
+    r"\b(?<!\band )(?<!\bor )adults?\b(?! (?:and|or|as)\b)",
     rf"{KIN}(?: friendly)? ?[:?]? no\b",
 )
 
@@ -170,7 +179,7 @@ def venues(text: str, others: Iterable[str]) -> tuple[set[str], str]:
 
 def _levels(text: str) -> dict[str, set[str]]:
     """Returns the levels of price and rating that words beside their nouns express."""
-    tokens = re.findall(r"[\w£'@]+|[^\w\s]", text)
+    tokens = re.findall(r"[\w£@]+(?:'\w+)?|[^\w\s']", text)
     found: dict[str, set[str]] = {kind: set() for kind in NOUNS}
     for i, token in enumerate(tokens):
         if token not in LEVELS:
@@ -200,6 +209,8 @@ def _prices(text: str, levels: set[str]) -> set[str]:
 
 
 def _ratings(text: str, levels: set[str]) -> set[str]:
+    if re.search(SO_SO, text):
+        levels = levels | {"average"}
     digits = re.findall(OUT_OF, text)
     text = re.sub(OUT_OF, "", text)  # or its second number looks like a rating, too
     digits += [digit for pattern in STARS for digit in re.findall(pattern, text)]
