@@ -131,6 +131,7 @@ def _data() -> ConfigDict:
             "column": "text",  # csv, jsonl and tfds: the column of texts
             # pairs: csv, jsonl and tfds: the column of sources; e2e, grammar: "fields"
             "source_column": "",
+            "delexicalize": (),  # pairs: fields whose values become placeholders
             "delimiter": "",  # csv: between columns; "": told from the first line
             "size": 200_000,  # grammar: number of training texts
             "valid_size": 2000,  # grammar: number of validation texts

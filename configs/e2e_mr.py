@@ -13,10 +13,11 @@ from dlm_jax.configs import e2e_small
 
 
 def get_config(variant: str = "modern") -> Any:
-    """Returns a variant of configs/e2e_small.py on pairs of up to 80 tokens."""
+    """Returns a variant of configs/e2e_small.py on pairs of up to 72 tokens."""
     cfg = e2e_small.get_config(variant)
-    cfg.data.update(source_column="fields", length=80, min_count=2, too_long="drop")
-    cfg.model.update(positions=80, known_length=False, known_source=True)
+    cfg.data.update(source_column="fields", length=72, min_count=2, too_long="drop")
+    cfg.data.delexicalize = ("name", "near")
+    cfg.model.update(positions=72, known_length=False, known_source=True)
     cfg.loss.source_drop_prob = 0.1
-    cfg.train.update(total_steps=10_000, batch=32, ckpt_steps=500, sample_steps=2000)
+    cfg.train.update(total_steps=12_000, batch=32, ckpt_steps=500, sample_steps=2000)
     return cfg

@@ -181,6 +181,62 @@ def test_a_source_without_room(file, too_long):
             corpus.load_corpus(config)
 
 
+# --- placeholders
+
+
+def test_delexicalize_replaces_whole_values_on_both_sides():
+    pair = pairs.Pair(
+        "name : The Eagle | food : French | near : Eagle",
+        "Near Eagle , The Eagle serves French food , as The Eagles .",
+    )
+    made = pairs.delexicalize(pair, ("name", "near"))
+    assert made.source == "name : X-name | food : French | near : X-near"
+    assert made.target == "Near X-near , X-name serves French food , as The Eagles ."
+    assert pairs.delexicalize(pair, ()) == pair
+    plain = pairs.Pair("no record at all", "a text")
+    assert pairs.delexicalize(plain, ("name",)) == plain
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A random model of E2E's records whose names are placeholders."""
+    folder = tmp_path_factory.mktemp("named")
+    names = ["Aromi", "Zizzi", "The Eagle", "Cocum"]
+    lines = "".join(f"name : {n} | food : Thai||{n} has Thai food .\n" for n in names)
+    for split in ("train", "valid"):
+        (folder / f"src1_{split}.txt").write_text(lines, encoding="utf-8")
+    config = _config()
+    config.data.update(
+        source="e2e", path=str(folder), source_column="fields", min_count=0,
+        delexicalize=("name",),
+    )  # fmt: skip
+    loaded = corpus.load_corpus(config)
+    step_cfg = resolve_config(config)
+    state = init_state(jax.random.key(0), step_cfg, loaded.tokenizer.vocab_size)
+    record = json.loads(config.to_json_best_effort())
+    return loading.from_parts(step_cfg.cfg, state.params, loaded.tokenizer, record)
+
+
+def test_names_are_placeholders_within_and_names_outside(named):
+    words = set(named.tokenizer.tokens())
+    assert "X-name" in words
+    assert not words & {"Aromi", "Zizzi", "Eagle"}
+    # a name that no training text holds comes back in the text
+    new = {"name": "Café Neu", "food": "Thai"}
+    template = "Café Neu has [...]"
+    assert named.translate(new, template=template)[0].startswith("Café Neu has")
+    for source in (new, "name : Aromi | food : Thai"):
+        assert "X-name" not in " ".join(named.translate(source, n=20, seed=1)[0])
+
+
+def test_the_likelihood_is_of_the_placeholders(named):
+    ids = [
+        named.encode([f"{n} has Thai food ."], sources=[f"name : {n} | food : Thai"])
+        for n in ("Aromi", "Zizzi")
+    ]
+    np.testing.assert_array_equal(*ids)
+
+
 # --- training
 
 

@@ -58,7 +58,10 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _load_pairs(cfg: Any, tokenizer: Tokenizer | None) -> Corpus:
     """Loads pairs; sources and targets share the tokenizer."""
-    loaded = {split: pairs.load_pairs(cfg, split) for split in ("train", "valid")}
+    loaded = {
+        split: list(pairs.delexicalized(pairs.load_pairs(cfg, split), cfg.delexicalize))
+        for split in ("train", "valid")
+    }
     texts = {split: list(map(" ".join, found)) for split, found in loaded.items()}
     tokenizer = tokenizer or sources.train_tokenizer(cfg, texts["train"])
     layout = {"length": cfg.length, "too_long": cfg.too_long}

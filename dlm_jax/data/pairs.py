@@ -6,6 +6,7 @@ every tokenizer will do. E2E and the grammar give records: `linearize` turns one
 text, `name : The Eagle | food : French`.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,35 @@ class Pair(NamedTuple):
 def linearize(record: Mapping[str, str]) -> str:
     """Returns a record as text, in E2E's notation: `field : value | field : value`."""
     return " | ".join(f"{field} : {value}" for field, value in record.items())
+
+
+def placeholders(source: str, fields: Iterable[str]) -> dict[str, str]:
+    """Returns {value: its placeholder} of a record's fields, such as Aromi: X-name."""
+    record = parse_linearized(source)
+    found = {record[f]: f"X-{f.replace(' ', '-')}" for f in fields if record.get(f)}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def replace_words(text: str, new: Mapping[str, str]) -> str:
+    """Replaces whole words, or several in a row, in the order of `new`."""
+    for value, word in new.items():
+        text = re.sub(rf"(?<!\S){re.escape(value)}(?!\S)", lambda _, w=word: w, text)
+    return text
+
+
+def delexicalize(pair: Pair, fields: Iterable[str]) -> Pair:
+    """Replaces the values of these fields by placeholders in source and target.
+
+    What a name is then does not matter to the model, which cannot confuse it with one
+    that it saw beside the same values. Source: arXiv:1508.01745, as E2E's baseline.
+    """
+    new = placeholders(pair.source, fields)
+    return Pair(*(replace_words(text, new) for text in pair))
+
+
+def delexicalized(pairs: Iterable[Pair], fields: Iterable[str]) -> Iterable[Pair]:
+    """Applies `delexicalize` to pairs, if there are fields."""
+    return (delexicalize(pair, fields) for pair in pairs) if fields else pairs
 
 
 def parse_linearized(source: str) -> dict[str, str]:
@@ -108,16 +138,22 @@ SOURCES: dict[str, Any] = {
 
 
 def encode_pairs(
-    pairs: Iterable[Pair], tok: Tokenizer, *, length: int, too_long: str
+    pairs: Iterable[Pair],
+    tok: Tokenizer,
+    *,
+    length: int,
+    too_long: str,
+    delexicalize: Iterable[str] = (),
 ) -> np.ndarray:
     """Encodes pairs as ids [n l], l = `length`. too_long: as in `encoding.encode`.
 
+    delexicalize: the fields for `delexicalize`.
     Raises UserError for a source that leaves no room for a token and END, unless its
     pair is dropped.
     """
     arrange, fit = encoding.arrangement(length, "pad", too_long)
     rows = []
-    for number, pair in enumerate(pairs, 1):
+    for number, pair in enumerate(delexicalized(pairs, delexicalize), 1):
         source = encode_source(tok, pair.source)
         if len(source) + 2 > length and too_long == "truncate":
             raise UserError(

@@ -94,6 +94,7 @@ def _held_out(lm: DiffusionLM) -> Ids | None:
         layout = {name: cfg[name] for name in ("length", "mode", "too_long")}
         if lm.cfg.known_source:
             del layout["mode"]
+            layout["delexicalize"] = cfg["delexicalize"]
             return pairs.encode_pairs(
                 pairs.load_pairs(cfg, "valid"), lm.tokenizer, **layout
             )

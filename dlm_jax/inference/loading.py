@@ -141,6 +141,7 @@ def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, Py
 # options of config.data that the configs of older runs lack
 LATER = {
     "source_column": "",
+    "delexicalize": (),
     "delimiter": "",
     "tokenizer_path": "",
     "byte_fallback": False,

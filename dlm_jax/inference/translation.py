@@ -76,9 +76,9 @@ def encode_pairs(lm: TrainedModel, sources: Any, targets: list[str]) -> np.ndarr
         raise UserError(
             f"{len(sources)} sources and {len(targets)} texts: give as many"
         )
-    encode_sources(lm.tokenizer, sources, lm.length)  # each leaves room
     both = map(pairs.Pair, sources, targets)
     options = {"length": lm.length, "too_long": "truncate"}
+    options["delexicalize"] = lm.config["data"]["delexicalize"]
     return pairs.encode_pairs(both, lm.tokenizer, **options)
 
 
@@ -136,13 +136,22 @@ def translate(
             "config.model.known_source=True, as configs/e2e_mr.py does"
         )
     n, mbr = request.check_count("n", n), request.check_count("mbr", mbr)
-    rows = encode_sources(lm.tokenizer, as_sources(sources), lm.length)
+    fields, texts = lm.config["data"]["delexicalize"], as_sources(sources)
+    hidden = [pairs.placeholders(text, fields) for text in texts]
+    if template is not None and len(texts) == 1:
+        template = pairs.replace_words(request.check_template(template), hidden[0])
+    read = map(pairs.replace_words, texts, hidden)
+    rows = encode_sources(lm.tokenizer, list(read), lm.length)
     rows = np.repeat(rows, n * mbr, 0)
     targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
     guidance = GuidanceConfig(cfg_weight=cfg_weight)
     given = with_targets(rows, targets)
     made = lm.generate(len(rows), constraints=given, guidance=guidance, **options)
     texts = target_texts(lm.tokenizer, made.ids)
+    shown = [{word: v for v, word in new.items()} for new in hidden]
+    texts = [
+        pairs.replace_words(text, shown[i // (n * mbr)]) for i, text in enumerate(texts)
+    ]
     if mbr > 1:
         texts = [
             bayes_risk.select(texts[i : i + mbr]) for i in range(0, len(texts), mbr)

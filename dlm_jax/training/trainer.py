@@ -73,7 +73,7 @@ def make_preview(
         lm = dataclasses.replace(lm, compiled=compiled)
         if not step_cfg.cfg.known_source:
             return lm.sample(16)
-        rows = (pairs.source_and_target(row)[0] for row in corpus.valid[:16])
+        rows = (pairs.source_and_target(row)[0] for row in corpus.valid[::97][:16])
         sources = list(map(corpus.tokenizer.decode, rows))
         return [
             f"{a} || {b}" for a, b in zip(sources, lm.translate(sources), strict=True)
