@@ -105,14 +105,11 @@ def large(size: float, scratch: Path) -> dict[str, Any]:
         text = scratch / f"{name}.txt"
         if not text.exists():
             write_text(text, number)
-        common = [
-            "--config",
-            "configs/e2e_small.py",
-            "--config.data.valid_fraction=0.001",
-        ]
+        common = ["--config", "configs/e2e_small.py"]
         common += ["--config.data.mode=block", "--config.model.known_length=False"]
         out = scratch / f"{name}_prepared"
         source = ["--config.data.source=text", f"--config.data.path={text}"]
+        source += ["--config.data.valid_fraction=0.001"]
         steps = [f"--config.train.{n}=1000" for n in ("sample_steps", "valid_steps")]
         steps += ["--config.train.total_steps=20", "--config.data.source=prepared"]
         record[name] = {

@@ -64,10 +64,22 @@ def _require_config(config: Any, example: str) -> Any:
     return config
 
 
+def _check_data_flags(config: Any) -> None:
+    """Raises UserError for a flag of config.data that its source would ignore."""
+    from dlm_jax.data import sources
+
+    given = config_flags.get_override_values(FLAGS["config"])
+    names = (name.partition(".") for name in given)
+    sources.check_options(
+        config.data, [rest for first, _, rest in names if first == "data"]
+    )
+
+
 def _train(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import loop
 
     config = _require_config(config, "--config grammar")
+    _check_data_flags(config)
     loop.train(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
@@ -209,6 +221,7 @@ def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
 
     _require_one_host()
     config = _require_config(config, "--config stories")
+    _check_data_flags(config)
     with ownership.claim(workdir):
         prepare.prepare_data(config, workdir)
 

@@ -57,6 +57,19 @@ COMMANDS = {
         "/no.txt does not exist",
         {},
     ),
+    "another tokenizer's option": (
+        (*SMOKE, "--workdir", "{}/run", "--config.data.vocab_size=2000"),
+        "vocab_size=2000 has no effect with config.data.tokenizer=word: leave it out",
+        {},
+    ),
+    "another source's option": (
+        (
+            *(*SMOKE, "--mode", "prepare_data", "--workdir", "{}/run"),
+            *("--config.data.source=text", "--config.data.size=3"),
+        ),
+        "size=3 has no effect with config.data.source=text: leave it out",
+        {},
+    ),
     "batch and devices": (
         (*SMOKE, "--workdir", "{}/run"),
         "config.train.batch=16 is not a multiple of 3",

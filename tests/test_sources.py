@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dlm_jax.configs import classifier, default, e2e, e2e_small, smoke, stories
 from dlm_jax.data import batching, encoding, sources, tfds
 from dlm_jax.data.tokenizer import END, PAD, START, WordTokenizer
 from dlm_jax.errors import UserError
@@ -265,7 +266,10 @@ def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
     [
         ({"source": "xml"}, "config.data.source='xml': .*grammar, e2e, text"),
         ({"path": ""}, "config.data.path is empty"),
-        ({"delimiter": ";"}, "delimiter=';' has no effect on config.data.source=text"),
+        (
+            {"delimiter": ";"},
+            "delimiter=';' has no effect with config.data.source=text",
+        ),
         ({"path": "nowhere.txt"}, r"nowhere.txt does not exist: set config.data.path"),
         ({"path": "."}, "is a folder: set config.data.path"),
         (
@@ -276,16 +280,109 @@ def test_bad_files_are_named_with_the_line(tmp_path, source, content, says):
         ({"source": "grammar", "path": "", "size": 0}, "grammar holds no text|size"),
         (
             {"source": "grammar", "path": "x.txt"},
-            "config.data.path=.* has no effect on the built-in",
+            "path='x.txt' has no effect with .*=grammar: .* set the source .text, e2e, csv",
         ),
         (
             {"source": "grammar", "path": "", "valid_path": "x.txt"},
-            "config.data.valid_path='x.txt' has no effect on the built-in",
+            "config.data.valid_path='x.txt' has no effect with config.data.source=grammar",
         ),
     ],
 )
 def test_bad_settings_name_the_flag(changes, says):
     _fails(says, sources.load_texts, _cfg(**changes), "train")
+
+
+# --- options that have no effect
+
+TRAINING = {"word": {"min_count"}, "sentencepiece": {"vocab_size", "byte_fallback"}}
+ENCODING = {"too_long", "tokenizer", "tokenizer_path"}
+
+
+class Watched(dict):
+    """A config.data that remembers which of its options were read."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg.items())
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    __getattr__ = __getitem__
+
+
+@pytest.mark.parametrize("source", [*CONTENT, "grammar", "tfds"])
+def test_the_options_that_a_source_reads(source, tmp_path, request):
+    path = _write(tmp_path / "a", CONTENT.get(source, ""))
+    if source == "tfds":
+        path, folder = request.getfixturevalue("tfds_set")
+        cfg = Watched(_cfg(source=source, path=path, tfds_dir=folder))
+    else:
+        cfg = Watched(_cfg(source=source, path=path))
+    for split in ("train", "valid"):
+        sources.SOURCES[source](cfg, split)
+    assert cfg.read == set(sources.READS[source])
+
+
+def _refused(cfg, name):
+    """Whether a flag of that name is refused with its remedy."""
+    try:
+        sources.check_options(cfg, [name])
+    except UserError as error:
+        return f"config.data.{name}=" in str(error) and "leave" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("tok", [*TRAINING, "hf"])
+@pytest.mark.parametrize("source", sources.READS)
+def test_a_flag_that_has_no_effect_is_refused(source, tok):
+    """A tokenizer, a column or a size that another source takes was ignored."""
+    options = dict(default.get_config().data.items())
+    on = {name: value or "x" for name, value in options.items()}
+    on["byte_fallback"] = True
+    takes = {"source", "length", "mode", *sources.READS[source]}
+    takes |= set() if source == "prepared" else ENCODING | TRAINING.get(tok, set())
+    takes -= {"valid_fraction"} if source == "tfds" else set()  # it has tfds_valid
+    for name in options:
+        changes = {"source": source, "tokenizer": tok, name: on[name]}
+        if name in ("source", "tokenizer"):
+            changes = {"source": source, "tokenizer": tok}
+        cfg = ConfigDict(options | changes)
+        assert _refused(cfg, name) == (name not in takes), name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("too_long", {"mode": "block"}),
+        ("valid_fraction", {"valid_path": "x"}),
+        ("valid_fraction", {"source": "tfds", "tfds_valid": "test"}),
+        ("valid_fraction", {"source": "e2e", "path": "."}),
+        ("min_count", {"tokenizer_path": "x"}),
+        ("vocab_size", {"tokenizer": "sentencepiece", "tokenizer_path": "x"}),
+    ],
+)
+def test_a_flag_that_another_option_replaces_is_refused(name, changes):
+    assert _refused(_cfg(**changes), name)
+    *most, _ = changes.items()
+    assert not _refused(_cfg(**({"tfds_valid": ""} | dict(most))), name)
+
+
+@pytest.mark.parametrize("source", sources.READS)
+@pytest.mark.parametrize(
+    "config", [default, classifier, e2e, e2e_small, smoke, stories]
+)
+def test_a_bundled_config_takes_every_source(config, source):
+    """What it sets for its own source does not stand in the way of a flag."""
+    cfg = config.get_config().data
+    cfg.update(source=source, path="" if source == "grammar" else "x")
+    sources.check_options(cfg, ["source", "path"])
+
+
+@pytest.mark.parametrize("name", ["path", "byte_fallback", "valid_path", "delimiter"])
+def test_an_option_may_be_switched_off(name):
+    sources.check_options(_cfg(source="grammar"), [name])
 
 
 def test_bad_validation_settings_name_the_flag(tmp_path):

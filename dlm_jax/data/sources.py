@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,26 +43,76 @@ def load_texts(cfg: Any, split: str) -> list[str]:
     if split not in ("train", "valid"):
         raise UserError(f"unknown split {split!r}: choose train or valid")
     source = choose("config.data.source", SOURCES, cfg.source)
-    check_options(cfg)
+    _refuse_unread(cfg, (name for name in SOURCE_OFF if cfg[name]))
     return _non_empty(source(cfg, split), f"{split} split of {describe(cfg)}")
 
 
-def check_options(cfg: Any) -> None:
-    """Raises UserError for a path or a delimiter that the source would ignore."""
-    for name in ("path", "valid_path"):
-        if cfg[name] and cfg.source == "grammar":
-            raise UserError(
-                f"config.data.{name}={cfg[name]!r} has no effect on the built-in grammar: "
-                "set config.data.source to text, csv, jsonl or e2e, or leave it out"
-            )
-    if cfg.delimiter and cfg.source != "csv":
+FILE = ("path", "valid_path", "valid_fraction")
+READS: dict[str, tuple[str, ...]] = {  # the options of config.data that a source reads
+    "grammar": ("size", "valid_size", "seed"),
+    "text": FILE,
+    "e2e": FILE,
+    "csv": (*FILE, "column", "delimiter"),
+    "jsonl": (*FILE, "column"),
+    "tfds": (
+        *("path", "valid_fraction", "column"),
+        *("tfds_train", "tfds_valid", "tfds_dir"),
+    ),
+    "prepared": ("path",),
+}
+TRAINED: dict[str, tuple[str, ...]] = {  # those that training a tokenizer reads
+    "word": ("min_count",),
+    "sentencepiece": ("vocab_size", "byte_fallback"),
+    "hf": (),
+}
+SOURCE_OFF = ("path", "valid_path", "delimiter")  # off by default
+OFF = (*SOURCE_OFF, "tfds_dir", "tokenizer_path", "byte_fallback")
+
+
+def check_options(cfg: Any, given: Iterable[str] = ()) -> None:
+    """Raises UserError for an option that the source or the tokenizer would ignore.
+
+    cfg: config.data. given: names of the options that flags set. Of the others those
+    that are off by default are checked: configs set the rest for several sources.
+    """
+    _refuse_unread(cfg, set(given) - set(OFF) | {name for name in OFF if cfg[name]})
+
+
+def _refuse_unread(cfg: Any, names: Iterable[str]) -> None:
+    unread = _unread(cfg)
+    for name in sorted(unread.keys() & set(names)):
         raise UserError(
-            f"config.data.delimiter={cfg.delimiter!r} has no effect on "
-            f"config.data.source={cfg.source}: leave it out, or set the source to csv"
+            f"config.data.{name}={cfg[name]!r} has no effect with {unread[name]}"
         )
 
 
-OPTIONS = {"word": ("min_count",), "sentencepiece": ("vocab_size", "byte_fallback")}
+def _unread(cfg: Any) -> dict[str, str]:
+    """Returns the options that have no effect: with what, and the remedy."""
+    read = choose("config.data.source", READS, cfg.source)
+    found = {}
+    for name in set(chain(*READS.values())) - set(read):
+        others = ", ".join(other for other, names in READS.items() if name in names)
+        found[name] = (
+            f"config.data.source={cfg.source}: leave it out, or set the source ({others})"
+        )
+    by = "tfds_valid" if cfg.source == "tfds" else "valid_path"
+    if "valid_fraction" in read and cfg[by]:
+        found["valid_fraction"] = f"config.data.{by}={cfg[by]!r}: leave one of them out"
+    elif cfg.source == "e2e" and cfg.path and Path(cfg.path).is_dir():
+        found["valid_fraction"] = "a folder, which has src1_valid.txt: leave it out"
+    trained = set(chain(*TRAINED.values()))
+    if cfg.source == "prepared":
+        kept = ("too_long", "tokenizer", "tokenizer_path", *trained)
+        what = "prepared data: leave it out; --mode prepare_data takes it"
+        return found | dict.fromkeys(kept, what)
+    if cfg.mode == "block":
+        found["too_long"] = "config.data.mode=block: leave it out"
+    name, mine = f"tokenizer={cfg.tokenizer}", TRAINED.get(cfg.tokenizer, trained)
+    if cfg.tokenizer_path:
+        name, mine = f"tokenizer_path={cfg.tokenizer_path}", ()
+    return found | dict.fromkeys(
+        trained - set(mine), f"config.data.{name}: leave it out"
+    )
 
 
 def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
@@ -78,7 +128,7 @@ def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
             "to its tokenizer.json"
         )
     train = choose("config.data.tokenizer", TRAINERS, cfg.tokenizer)
-    return train(texts, **{name: cfg[name] for name in OPTIONS[cfg.tokenizer]})
+    return train(texts, **{name: cfg[name] for name in TRAINED[cfg.tokenizer]})
 
 
 def _non_empty(texts: list, what: str) -> list:
