@@ -21,6 +21,7 @@ from dlm_jax.inference import arguments, sampling
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.sampling_config import SamplingConfig, default_section
 from dlm_jax.runtime import checkpoint
+from dlm_jax.types import PAD, START
 
 TOKENIZER = WordTokenizer(
     ("Aromi", "is", "a", "cheap", "pub", ".", "The", "Eagle", "restaurant")
@@ -225,6 +226,11 @@ def test_ids_that_cannot_be_scored(lm):
     }  # fmt: skip
     for rows in wrong.values():
         _one_line(lambda rows=rows: lm.nll(rows), "ids")
+    for count in (1, ids.shape[1]):  # the bound of no token at all was nan
+        blank = np.full((2, count), PAD)
+        blank[0, 0] = START
+        _one_line(lambda blank=blank: lm.nll(blank), "ids: row 1 holds nothing but PAD")
+    assert np.isfinite(lm.nll(lm.encode("")).total()).all()
     _one_line(lambda: lm.features(ids), "features", "autoregressive")
     np.testing.assert_array_equal(
         lm.nll(ids.tolist()).total(), lm.nll(ids.astype(np.uint8)).total()

@@ -9,7 +9,7 @@ import numpy as np
 
 from dlm_jax.errors import UserError
 from dlm_jax.ranges import integer
-from dlm_jax.types import AnyIds
+from dlm_jax.types import PAD, AnyIds
 
 
 def as_texts(name: str, value: Any) -> list[str]:
@@ -55,6 +55,11 @@ def check_ids(ids: AnyIds, length: int, vocab: int) -> np.ndarray:
     if rows.min() < 0 or rows.max() >= vocab:
         wrong = int(rows.min() if rows.min() < 0 else rows.max())
         raise UserError(f"ids: {wrong} is outside the vocabulary of {vocab} ids")
+    if len(empty := np.flatnonzero((rows == PAD).all(-1))):
+        raise UserError(
+            f"ids: row {empty[0]} holds nothing but PAD ({PAD}), which is no text: leave "
+            "it out; lm.encode('') gives the empty text"
+        )
     return rows.astype(np.int32)
 
 
