@@ -292,6 +292,40 @@ def test_bad_settings_name_the_flag(changes, says):
     _fails(says, sources.load_texts, _cfg(**changes), "train")
 
 
+FORMS = ("NFC", "NFD")
+NAMED = {
+    "csv": lambda name: f"id,{name}\n1,the cat\n",
+    "jsonl": lambda name: json.dumps({name: "the cat"}, ensure_ascii=False),
+    "jsonl with escapes": lambda name: json.dumps({name: "the cat"}),
+}
+
+
+@pytest.mark.parametrize("asked", FORMS)
+@pytest.mark.parametrize("written", FORMS)
+@pytest.mark.parametrize("kind", NAMED)
+def test_names_of_columns_are_compared_in_nfc(tmp_path, kind, written, asked):
+    """A file of a Mac has no column of the name that a keyboard types."""
+    name, column = (unicodedata.normalize(form, "légende") for form in (written, asked))
+    path = _write(tmp_path / "a", NAMED[kind](name))
+    source = kind.partition(" ")[0]
+    cfg = _cfg(source=source, path=path, column=column, valid_fraction=0.0)
+    assert sources.load_texts(cfg, "train") == ["the cat"]
+    assert sources.labelled(cfg, "train", column) == (["the cat"], ["the cat"])
+    assert sources.count(cfg, "train") == 1
+
+
+@pytest.mark.parametrize("source", ["csv", "jsonl"])
+def test_two_names_that_look_alike_are_one(tmp_path, source):
+    one, other = (unicodedata.normalize(form, "légende") for form in FORMS)
+    content = {
+        "csv": f"{one},{other}\na,b\n",
+        "jsonl": f'{{"{one}": "a", "le\\u0301gende": "b"}}',
+    }
+    path = _write(tmp_path / "a", content[source])
+    cfg = _cfg(source=source, path=path, column=other)
+    _fails("line 1 .*(several|twice)", sources.load_texts, cfg, "train")
+
+
 # --- options that have no effect
 
 TRAINING = {"word": {"min_count"}, "sentencepiece": {"vocab_size", "byte_fallback"}}

@@ -10,14 +10,12 @@ import io
 import json
 import re
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from dlm_jax.data.normalization import normalize, refuse_nul
+from dlm_jax.data.normalization import nfc, normalize, refuse_nul
 from dlm_jax.errors import UserError
 
 
@@ -84,7 +82,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the non-blank lines, stripped, with their numbers from 1. Raises UserError."""
-    nfc = partial(unicodedata.normalize, "NFC")  # of UTF-8: nothing is to be refused
+    # of UTF-8 and without NUL: nothing is to be refused
     return ((i, nfc(line)) for i, line in enumerate(every_line(path), 1) if line)
 
 
@@ -151,11 +149,11 @@ def jsonl_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    """Returns a JSON object; raises ValueError if a key occurs twice."""
-    names = [name for name, _ in pairs]
+    """Returns a JSON object, keys in NFC; raises ValueError if one occurs twice."""
+    names = [nfc(name) for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"the key {twice!r} occurs twice")
-    return dict(pairs)
+    return dict(zip(names, (value for _, value in pairs), strict=True))
 
 
 DELIMITERS = ",\t;|"
@@ -186,8 +184,8 @@ def csv_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
     names: list[str] = []
     for line, row in _csv_rows(path, delimiter(path, cfg)):
         if not names:
-            names = row
-            if row.count(cfg.column) > 1:
+            names = [nfc(name) for name in row]
+            if names.count(nfc(cfg.column)) > 1:
                 raise UserError(
                     f"{path} line {line} has several columns {cfg.column!r}: rename them"
                 )
@@ -259,7 +257,11 @@ def _open_quote(lines: list[str], delimiter: str) -> int:
 
 
 def cell(record: dict, column: str, where: str) -> str:
-    """Returns the text (str or UTF-8 bytes) of a column, stripped. Raises UserError."""
+    """Returns the text (str or UTF-8 bytes) of a column, stripped. Raises UserError.
+
+    The record's names are in NFC; column may be in any form.
+    """
+    column = nfc(column)
     if column not in record:
         names = ", ".join(str(name) for name in record if name is not None)
         names = names if len(names) < 300 else f"{names[:300]} ..."

@@ -7,6 +7,11 @@ from typing import NoReturn
 from dlm_jax.errors import UserError
 
 
+def nfc(name: str) -> str:
+    """Returns a name in NFC, to be compared with others; it may hold anything."""
+    return unicodedata.normalize("NFC", name)
+
+
 def normalize(text: str, where: str) -> str:
     """Returns the text in NFC (Unicode Standard Annex 15).
 

@@ -27,7 +27,7 @@ from dlm_jax.data.files import (
     read_records,
     read_text,
 )
-from dlm_jax.data.normalization import normalize
+from dlm_jax.data.normalization import nfc, normalize
 from dlm_jax.data.tokenizer import TRAINERS, Tokenizer
 from dlm_jax.errors import UserError, choose
 
@@ -260,7 +260,7 @@ def labelled(cfg: Any, split: str, column: str) -> tuple[list[str], list[str]]:
         for where, record in records(path, cfg):
             text = cell(record, cfg.column, where)
             if text:
-                value = record.get(column)
+                value = record.get(nfc(column))
                 label = "" if value is None else str(value).strip()
                 label = normalize(label, f"{where} column {column!r}")
                 if not label:

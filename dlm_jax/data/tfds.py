@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dlm_jax.data.files import cell, hold_out
+from dlm_jax.data.normalization import nfc
 from dlm_jax.errors import UserError
 
 CONNECT_SECONDS = 5.0  # without a network, TFDS itself retries for minutes
@@ -33,15 +34,16 @@ def load_records(
     part = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:
         builder = _prepared(cfg)
+        names = list(map(nfc, builder.info.features or {}))
         for column in columns:
-            if column not in (builder.info.features or {}):
-                names = ", ".join(builder.info.features or {})
+            if nfc(column) not in names:
                 raise UserError(
                     f"TFDS {cfg.path} has no column {column!r}: "
-                    f"set config.data.column to one of {names}"
+                    f"set config.data.column to one of {', '.join(names)}"
                 )
         records = builder.as_data_source(split=part)
-        numbered = enumerate(records, 1)
+        named = ({nfc(name): r[name] for name in r} for r in records)
+        numbered = enumerate(named, 1)
         found = [read(r, cfg, f"TFDS {cfg.path} record {i}") for i, r in numbered]
     except UserError:
         raise
