@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import unicodedata
 
 import nltk
 import numpy as np
@@ -194,6 +195,21 @@ def test_any_label_from_a_column(tmp_path):
     config.data.source = "text"
     with pytest.raises(UserError, match="has no columns"):
         annotations.load_annotated(config, "label", "train")
+
+
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_a_column_of_labels_is_known_in_any_form(written, asked, tmp_path):
+    column, field = (unicodedata.normalize(form, "goût") for form in (written, asked))
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": f"text {i}", column: "ab"[i % 2]} for i in range(10)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    changes = {"data.source": "jsonl", "data.path": str(path)}
+    config = config_of("label", **changes, **{"classifier.column": column})
+    _, notes = annotations.load_annotated(config, "label", "train")
+    vocab = annotations.build_label_vocab("label", notes, LENGTH)
+    target = annotations.TARGET_ENCODERS["label"]({field: "b"}, vocab)
+    assert target.tolist() == [1]
 
 
 def test_a_tagger_learns_from_a_treebank(tmp_path):

@@ -259,6 +259,10 @@ def test_names_that_are_no_options(lm):
         ({"lacks": {"a": 1}}, "lacks={'a': 1}"),
         ({"semantic": {"food": 3}}, "semantic: 3 is no text"),
         ({"semantic": {3: "cheap"}}, "semantic: 3 is no text"),
+        (
+            {"semantic": {"foood": "cheap"}},
+            "semantic 'foood': choose one of name, type",
+        ),
         ({"template": True}, "template=True"),
         ({"pos": 3}, "pos=3"),
         ({"tree": 3}, "tree=3"),

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from dlm_jax.data import grammar, sources
-from dlm_jax.data.normalization import normalize
+from dlm_jax.data.normalization import nfc, normalize
 from dlm_jax.errors import UserError, choose
 from dlm_jax.ranges import check_ranges
 from dlm_jax.types import HeadSpec
@@ -99,6 +99,7 @@ def _target_fields(note: Any, vocab: LabelVocab) -> Int[np.ndarray, " f"]:
     row = dict.fromkeys(vocab.classes, -1)
     for field, value in note.items():
         name = normalize(str(value), f"{field}={value!r}")
+        field = nfc(str(field))
         row[field] = vocab.class_index(field, name)
     return np.array(list(row.values()))
 
@@ -255,7 +256,7 @@ def _columns(config: Any, split: str) -> Annotated:
             f"config.classifier.task=label: config.data.source={config.data.source!r} "
             "has no columns: set it to csv or jsonl, and config.data.path to a file"
         )
-    column = config.classifier.column
+    column = nfc(config.classifier.column)
     texts, labels = sources.labelled(config.data, split, column)
     return texts, [{column: label} for label in labels]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dlm_jax.data import annotations
+from dlm_jax.data import annotations, grammar
 from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import guidance
@@ -305,7 +305,8 @@ def parse_constraints(
     lacks: words, each one token, that must not occur. semantic: {field: value}; label: {column: label};
     pos: the tag of each word; tree: (first, last, label) of each constituent, by word
     indices from 0, inclusive; span: one of these. label, pos, tree and span need a
-    classifier; semantic without one is treated as `contains`. Raises UserError.
+    classifier. Without one semantic asks for the words of each value, as `contains` does,
+    and a field may have any name (but see `check_fields`). Raises UserError.
     """
     if {"tree", "span"} <= wanted.keys():
         raise UserError(
@@ -341,6 +342,17 @@ def parse_constraints(
         pad_to_power_of_two(excluded) if excluded else None,
         by_task,
     )
+
+
+def check_fields(wanted: Mapping[str, Any], source: str) -> None:
+    """Raises UserError for a field that no text has, where the fields are known.
+
+    source: config.data.source. Only the grammar's fields are known without a classifier.
+    """
+    known = [field.lower() for field in grammar.FIELDS]
+    for field in _fields(wanted.get("semantic", {})):
+        if source == "grammar" and field not in known:
+            raise UserError(f"semantic {field!r}: choose one of {', '.join(known)}")
 
 
 def num_words(wanted: Mapping[str, Any]) -> int | None:

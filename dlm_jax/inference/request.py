@@ -38,6 +38,7 @@ def constraints_of(
             "this model was trained on texts packed end to end (data.mode=block): it "
             "takes no constraint on lengths or positions"
         )
+    constraints.check_fields(wanted, lm.config["data"].get("source") or "")
     tok, wanted = lm.tokenizer, constraints.give_length(wanted, lm.cfg)
     one = constraints.parse_constraints(tok, lm.length, lm.classifiers, **wanted)
     rows = jax.tree.map(lambda x: np.repeat(x, n, 0), one)
