@@ -391,8 +391,12 @@ _READERS = {
 }
 
 
-def _damaged(field: str, expected: str) -> UserError:
-    return UserError(
+class DamagedRecordError(UserError):
+    """A record that is none of `to_dict`."""
+
+
+def _damaged(field: str, expected: str) -> DamagedRecordError:
+    return DamagedRecordError(
         f"damaged tokenizer record: {field!r} is not {expected}; "
         "restore the file it came from or train again"
     )

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from dlm_jax.data import files
-from dlm_jax.data.tokenizer import PIECE_NAMES, Tokenizer, WordTokenizer, from_dict
+from dlm_jax.data.tokenizer import (
+    PIECE_NAMES,
+    DamagedRecordError,
+    Tokenizer,
+    WordTokenizer,
+    from_dict,
+)
 from dlm_jax.errors import UserError, choose
 from dlm_jax.types import END, PAD, START, UNK
 
@@ -78,6 +84,12 @@ def _hf(path: Path) -> Tokenizer:
     text = "\n".join(files.every_line(path))
     try:
         return from_dict({"kind": "hf", "model": text})
+    except DamagedRecordError as error:
+        reason = " ".join(str(error.__cause__).split())[:200]
+        raise UserError(
+            f"{path} is not a tokenizer.json of Hugging Face's tokenizers ({reason}): "
+            f"correct {FLAG}"
+        ) from error
     except UserError as error:
         raise UserError(f"{FLAG}={path}: {error}") from error
 
