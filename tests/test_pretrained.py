@@ -67,8 +67,13 @@ def test_no_path_of_this_machine_is_shared(lm, tmp_path):  # noqa: F811
 
 
 def test_nothing_is_overwritten(lm, folder):  # noqa: F811
-    with pytest.raises(UserError, match="exists already"):
-        lm.save_pretrained(folder)
+    (folder / "a_file").touch()
+    for place, says in (
+        (folder, r"holds a_file already: choose a new folder"),
+        (folder / "a_file", r"is a file: choose a new folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            lm.save_pretrained(place)
 
 
 def _flip(path):
@@ -90,7 +95,17 @@ def _flip(path):
             lambda d: (d / pretrained.CONFIG).write_text(
                 '{"format": 9}', encoding="utf-8"
             ),
-            "newer version",
+            "^[^:]*: written by a newer version",
+        ),
+        (
+            lambda d: (d / pretrained.TOKENIZER).write_text("[]", encoding="utf-8"),
+            r"tokenizer\.json: tokenizer record of unknown kind",
+        ),
+        (
+            lambda d: (d / pretrained.TOKENIZER).write_text(
+                '{"kind": "word", "words": 3}', encoding="utf-8"
+            ),
+            r"tokenizer\.json: damaged tokenizer record",
         ),
     ],
 )

@@ -65,8 +65,13 @@ def write(folder: str | Path, model: Pretrained, dtype: str) -> None:
     Raises UserError if the folder is not empty.
     """
     folder, kind = Path(folder), choose("dtype", DTYPES, dtype)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; choose another folder")
+    if folder.exists():
+        held = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else [""]
+        if held:
+            what = f"holds {held[0]} already" if held[0] else "is a file"
+            raise UserError(
+                f"{folder} {what}: choose a new folder, as nothing is overwritten"
+            )
     arrays: Any = {
         name: x.astype(kind) if name.startswith("ema/") else x
         for name, x in model.arrays.items()
@@ -126,6 +131,8 @@ def read(folder: Path) -> Pretrained:
             }
         config, step = record["config"], int(record["step"])
         lengths = tuple(map(int, record["lengths"]))
+    except UserError:
+        raise
     except (
         OSError,
         KeyError,
@@ -138,4 +145,8 @@ def read(folder: Path) -> Pretrained:
         raise UserError(
             f"{folder}: missing or damaged: {error}; copy it again"
         ) from error
-    return Pretrained(config, tokenizer.from_dict(words), arrays, step, lengths)
+    try:
+        tok = tokenizer.from_dict(words)
+    except UserError as error:
+        raise UserError(f"{folder / TOKENIZER}: {error}") from error
+    return Pretrained(config, tok, arrays, step, lengths)
