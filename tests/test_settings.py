@@ -122,14 +122,6 @@ def test_few_programs_for_any_number_of_texts(lm):
     assert _programs(lm) == 5  # 1, 2, 4, 8 and 16 rows
 
 
-def test_a_text_scores_the_same_beside_others(scored):
-    """Batches are filled up to a power of two; a row's noise depends on its place."""
-    lm, ids = scored
-    rows = np.concatenate([ids, ids[:1]])
-    three, two = lm.nll(rows).total(), lm.nll(ids).total()
-    np.testing.assert_allclose(three[:2], two, rtol=1e-4)
-
-
 @pytest.mark.parametrize("draws", [4, 16])
 def test_the_standard_error_is_that_over_seeds(scored, draws):
     lm, ids = scored
