@@ -87,7 +87,7 @@ def check_data(args: argparse.Namespace) -> None:
 def check_device() -> None:
     """Fails without an accelerator; a subprocess asks, so the device stays free."""
     program = "import jax; print(jax.default_backend())"
-    options: Any = {"capture_output": True, "text": True, "timeout": 180}
+    options: Any = {"capture_output": True, "encoding": "utf-8", "timeout": 180}
     try:
         done = subprocess.run([sys.executable, "-c", program], **options)
     except subprocess.TimeoutExpired:

@@ -139,7 +139,7 @@ finally:
 def _watched(flags: list[str], workdir: Path) -> dict[str, float]:
     command = [sys.executable, "-c", WATCH, *flags, "--workdir", str(workdir)]
     began = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     peak = float(done.stdout.rsplit("peak", 1)[1]) / 1024
     return {"seconds": time.monotonic() - began, "peak_mb": peak}
 

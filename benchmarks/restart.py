@@ -116,7 +116,11 @@ def main() -> None:
 
 def _apart(size: str, env: dict[str, str]) -> float:
     command = [sys.executable, __file__, "--only", size]
-    kinds: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "check": True}
+    kinds: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "encoding": "utf-8",
+        "check": True,
+    }
     done = subprocess.run(command, env=os.environ | env, **kinds)
     return float(done.stdout.split()[-1])
 

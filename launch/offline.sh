@@ -63,7 +63,7 @@ with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins, tempfile.Temporary
     pins.flush()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += ["--report=-", f"--target={away}", f"--constraint={pins.name}", *TARGET, *needed]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         sys.exit(f"error: {sys.argv[1]}: no wheels fit its versions ({last}); leave some out")

@@ -30,7 +30,7 @@ def command(*arguments, seconds=120):
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=seconds,
         env=env,
     )

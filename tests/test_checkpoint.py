@@ -200,7 +200,7 @@ def test_restores_under_another_number_of_devices(start):
     )
     command = [sys.executable, "-c", program, str(start)]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "3"}
-    kinds = {"capture_output": True, "text": True, "check": True, "timeout": 240}
+    kinds = {"capture_output": True, "encoding": "utf-8", "check": True, "timeout": 240}
     done = subprocess.run(command, cwd=ROOT, env=env, **kinds)
     mine = jax.tree.leaves(dlm_jax.load(start).ema)
     assert float(done.stdout) == sum(float(np.abs(x).sum()) for x in mine)
@@ -377,7 +377,7 @@ def test_in_a_bucket_a_step_is_complete_when_orbax_says_so(tmp_path, monkeypatch
 def test_modes_that_write_to_disks_say_so_of_a_bucket(mode):
     command = [sys.executable, "-m", "dlm_jax.main", "--workdir", "gs://bucket/run"]
     command += ["--config", "configs/smoke.py", "--mode", mode]
-    kinds = {"capture_output": True, "text": True, "timeout": 120}
+    kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 120}
     done = subprocess.run(command, **kinds)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: --mode {mode} needs a local folder")

@@ -147,6 +147,27 @@ def test_text_files_have_an_encoding():
                 )
 
 
+def test_output_of_commands_has_an_encoding():
+    """text=True means the locale's, and a command that prints UTF-8 ends the caller."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [getattr(node, "arg", None)]
+            if isinstance(node, ast.Dict):
+                named = [getattr(key, "value", None) for key in node.keys]
+                named = [
+                    n for n, v in zip(named, node.values, strict=True) if _is_true(v)
+                ]
+            elif not isinstance(node, ast.keyword) or not _is_true(node.value):
+                continue
+            assert not {"text", "universal_newlines"} & set(named), (
+                f"{path} line {node.lineno}: give encoding='utf-8' instead of text=True"
+            )
+
+
+def _is_true(node):
+    return isinstance(node, ast.Constant) and node.value is True
+
+
 def test_imports_point_left():
     for module in MODULES:
         package = module.partition(".")[0]
@@ -305,7 +326,7 @@ def test_importing_the_mathematics_loads_no_edge():
         f"print([n for n in {names} if n in sys.modules])"
     )
     command = [sys.executable, "-c", program]
-    kinds = {"capture_output": True, "text": True, "check": True, "timeout": 120}
+    kinds = {"capture_output": True, "encoding": "utf-8", "check": True, "timeout": 120}
     done = subprocess.run(command, cwd=ROOT, **kinds)
     loaded = set(ast.literal_eval(done.stdout))
     assert not loaded & {"orbax", "tensorflow_datasets", "sentencepiece"}

@@ -204,7 +204,7 @@ def test_a_backend_that_is_missing_is_one_line(mode, texts, start, tmp_path):
         program = f"import dlm_jax; dlm_jax.load({str(workdir)!r})"
         command = [sys.executable, "-c", program]
     env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
-    kinds = {"capture_output": True, "text": True, "timeout": 120}
+    kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 120}
     done = subprocess.run(command, env=env, cwd=Path(start).parent, **kinds)
     assert done.returncode == (1 if mode == "load" else 2)
     line = done.stderr.splitlines()[-1]

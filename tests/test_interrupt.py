@@ -90,7 +90,11 @@ def test_a_run_that_is_stopped_is_saved_and_resumes(
 
 def _start(texts, workdir, **changes):
     changes = {"train__total_steps": 10**6, "train__log_steps": 1} | changes
-    kinds = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    kinds = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "encoding": "utf-8",
+    }
     command = _command(texts, workdir, **changes)
     return subprocess.Popen(command, cwd=ROOT, preexec_fn=_listen, **kinds)
 
@@ -140,7 +144,7 @@ def _press(what, mode, presses):
     """(status, stderr) of the command in a mode, after some presses of Ctrl-C."""
     command = [sys.executable, "-c", PROGRAM.format(BUSY[what])]
     command += [f"--mode={mode}", "--workdir=nowhere", "--config=smoke"]
-    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     with subprocess.Popen(command, preexec_fn=_listen, **kinds) as process:
         try:
             assert process.stdout.readline() == "ready\n"

@@ -43,7 +43,7 @@ def gcloud(tmp_path):
     def run(script, *arguments, **more):
         calls.write_text("", encoding="utf-8")
         command = ["bash", str(LAUNCH / script), *arguments]
-        kinds = {"capture_output": True, "text": True, "timeout": 60}
+        kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 60}
         done = subprocess.run(command, env=env | more, cwd=tmp_path, **kinds)
         return (
             done.returncode,
@@ -66,7 +66,7 @@ def test_scripts_are_clean(path):
     assert "set -euo pipefail" in text or ". " in text
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the extra `test`
     command = [str(shellcheck), "-x", path.name]
-    kinds = {"capture_output": True, "text": True, "timeout": 60}
+    kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 60}
     done = subprocess.run(command, cwd=path.parent, **kinds)
     assert done.returncode == 0, done.stdout
 
@@ -177,7 +177,7 @@ def _again(tmp_path, script, **env):
         | env
     )
     command = ["bash", str(LAUNCH / "again.sh"), "bash", str(path)]
-    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     kinds["start_new_session"] = True
     with subprocess.Popen(command, env=env, cwd=tmp_path, **kinds) as process:
         try:
@@ -294,7 +294,7 @@ def test_slurm_goes_back_into_the_queue(tmp_path):
         "--workdir",
         "runs/x",
     ]
-    kinds = {"capture_output": True, "text": True, "timeout": 60}
+    kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 60}
     done = subprocess.run(command, env=env, cwd=tmp_path, **kinds)
     assert done.returncode == 75
     first, second = calls.read_text(encoding="utf-8").splitlines()
@@ -319,7 +319,7 @@ def test_slurm_goes_back_into_the_queue(tmp_path):
 
 def test_gpu_dry_run():
     command = ["bash", str(LAUNCH / "gpu.sh"), "--dry_run", "--config", "c.py"]
-    kinds = {"capture_output": True, "text": True, "check": True, "timeout": 60}
+    kinds = {"capture_output": True, "encoding": "utf-8", "check": True, "timeout": 60}
     done = subprocess.run(command, **kinds)
     assert (
         "launch/again.sh .venv/bin/python -m dlm_jax.main --config c.py" in done.stdout
@@ -372,7 +372,7 @@ def test_hosts_of_a_cluster_find_each_other(tool, tmp_path):
         slurm |= {"SLURM_STEP_NUM_TASKS": "2", **count}
         ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
         starts = [(command, slurm | rank) for rank in ranks]
-    kinds = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    kinds = {"stdout": subprocess.PIPE, "encoding": "utf-8", "cwd": ROOT}
     hosts = [subprocess.Popen(c, env=os.environ | e, **kinds) for c, e in starts]
     try:
         said = "".join(host.communicate(timeout=120)[0] for host in hosts)

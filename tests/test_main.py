@@ -113,7 +113,12 @@ def endings(tmp_path_factory):
         command = [sys.executable, "-m", "dlm_jax.main", *flags]
         env = os.environ | env
         done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+            command,
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
         )
         return name, (done, folder)
 
@@ -271,7 +276,7 @@ def test_the_command_has_its_environment_unless_told_otherwise(name, theirs):
         [sys.executable, "-m", "dlm_jax.main", "--config", "/dev/stdin", "--workdir=x"],
         input=f"import os\ndef get_config(): raise OSError('<%s>' % os.environ['{name}'])",
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=env,
         timeout=120,
     )

@@ -348,7 +348,7 @@ def endings(tmp_path_factory):
         cases.append((name, flags, str(outs[name])))
         outs[name] = (outs[name], here)
     command = [sys.executable, "-c", PROGRAM]
-    kinds = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 900}
+    kinds = {"capture_output": True, "encoding": "utf-8", "cwd": ROOT, "timeout": 900}
     done = subprocess.run(command, input=json.dumps(cases), **kinds)
     assert done.returncode == 0, done.stderr
     statuses = json.loads(done.stdout)

@@ -64,7 +64,7 @@ def test_wheel_trains_and_samples_beside_a_foreign_configs_folder(wheel, tmp_pat
     def dlm(*args):
         command = [sys.executable, "-m", "dlm_jax.main", "--workdir", "run", *args]
         done = subprocess.run(
-            command, cwd=away, env=env, capture_output=True, text=True
+            command, cwd=away, env=env, capture_output=True, encoding="utf-8"
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -77,7 +77,7 @@ def test_wheel_trains_and_samples_beside_a_foreign_configs_folder(wheel, tmp_pat
     assert dlm("--config=nothing")[0] == 2
     shown = "import dlm_jax; print(dlm_jax.__file__, dlm_jax.load('run'))"
     out = subprocess.check_output(
-        [sys.executable, "-c", shown], cwd=away, env=env, text=True
+        [sys.executable, "-c", shown], cwd=away, env=env, encoding="utf-8"
     )
     assert out.startswith(str(site))
     assert out.endswith("length 32, step 2, schedule 'logistic')\n")

@@ -94,7 +94,7 @@ def _start(
         command += ["--num_processes", str(processes)]
         command += ["--coordinator", f"127.0.0.1:{_free_port()}"]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     own = [
         ["--process_id", str(i), "--workdir", str(workdir)] for i in range(processes)
     ]
@@ -336,7 +336,7 @@ def test_errors_are_handled_without_a_backend():
         "hosts._linger(); hosts.fail_all_hosts('')"
     )
     command = [sys.executable, "-c", program]
-    kinds = {"capture_output": True, "text": True, "timeout": 120}
+    kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 120}
     done = subprocess.run(command, cwd=ROOT, **kinds)
     assert (done.returncode, done.stdout) == (2, "'peer closed'\n"), done.stderr
 

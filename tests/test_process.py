@@ -154,7 +154,7 @@ for call in (
 def test_a_fresh_process_is_as_it_was(run, tmp_path):
     """Imports of other packages change things, too, which pytest has imported before."""
     command = [sys.executable, "-c", FRESH, str(run), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -196,7 +196,7 @@ print(before, [child(call) for call in calls])
 def test_a_forked_process_says_that_jax_would_hang(run):
     """One that was forked before the first use of JAX works."""
     command = [sys.executable, "-c", FORKS, str(run)]
-    kinds = {"capture_output": True, "text": True, "timeout": 400}
+    kinds = {"capture_output": True, "encoding": "utf-8", "timeout": 400}
     done = subprocess.run(command, cwd=ROOT, **kinds)
     *lines, statuses = done.stdout.splitlines()
     assert statuses == "0 [7, 7, 7]", done.stderr

@@ -138,7 +138,12 @@ def device_memory() -> float | None:
 
 def _imported(alone: str) -> float:
     program = f"from lib import alternate; {alone}; print(alternate.resident('VmRSS'))"
-    options: Any = {"cwd": HERE, "capture_output": True, "text": True, "check": True}
+    options: Any = {
+        "cwd": HERE,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "check": True,
+    }
     done = subprocess.run([sys.executable, "-c", program], **options)
     return float(done.stdout)
 
@@ -178,7 +183,7 @@ class Contender:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
+            encoding="utf-8",
             env={**os.environ, **FAIR, "PYTHONPATH": path, **env},
         )
         longest = threading.TIMEOUT_MAX

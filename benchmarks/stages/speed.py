@@ -274,7 +274,7 @@ def profile(job: Job, plan: Plan) -> list[str]:
         json.dumps(case._replace(change=change)),
     ]
     limit = max(1.0, min(PROFILE, job.left() - GUARD))
-    options: Any = {"capture_output": True, "text": True, "timeout": limit}
+    options: Any = {"capture_output": True, "encoding": "utf-8", "timeout": limit}
     try:
         done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
