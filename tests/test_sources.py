@@ -143,6 +143,17 @@ def test_columns_are_told_apart(tmp_path, delimiter, ends, given):
     _fails("has no column .*to one of id, text, note", sources.load_texts, cfg, "train")
 
 
+@pytest.mark.parametrize("names", [["", "text"], ["text", ""], ["", "text", ""]])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_column_may_have_no_name(tmp_path, delimiter, names):
+    """pandas writes its index so: a header that begins with a tab was one column."""
+    row = ["the cat" if name else "0" for name in names]
+    lines = [delimiter.join(cells) for cells in (names, row, row)]
+    path = _write(tmp_path / "a", "\n\n".join(lines) + "\n")
+    cfg = _cfg(source="csv", path=path, valid_fraction=0.5)
+    assert sources.load_texts(cfg, "train") == ["the cat"]
+
+
 @pytest.mark.parametrize("delimiter", [",,", '"', "\n"])
 def test_a_delimiter_is_one_character(tmp_path, delimiter):
     path = _write(tmp_path / "a", "id,text\n1,x\n")

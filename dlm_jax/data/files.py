@@ -169,7 +169,8 @@ def delimiter(path: Path, cfg: Any) -> str:
             f"config.data.delimiter={cfg.delimiter!r}: give one character, such as ; or "
             "\\t, or nothing, to tell it from the first line"
         )
-    first = next((line for line in every_line(path) if line), "")
+    parts = (part for line in _raw_lines(path) for part in BREAK.split(line))
+    first = next(filter(str.strip, parts), "")  # not stripped: it may begin with a tab
     columns = {
         d: len(_next(csv.reader([first], delimiter=d)) or ()) for d in DELIMITERS
     }
