@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels: the grammar's own, records, tags and trees of files, as arrays."""
 
+import contextlib
 import importlib.util
 import json
+import random
 import unicodedata
 
 import nltk
@@ -210,6 +212,17 @@ def test_a_column_of_labels_is_known_in_any_form(written, asked, tmp_path):
     vocab = annotations.build_label_vocab("label", notes, LENGTH)
     target = annotations.TARGET_ENCODERS["label"]({field: "b"}, vocab)
     assert target.tolist() == [1]
+
+
+@pytest.mark.parametrize("content", [None, "no treebank", CONLLU])
+def test_a_tagger_leaves_the_random_numbers_of_the_process(content, tmp_path):
+    path = tmp_path / "bank.conllu"
+    if content:
+        path.write_text(content, encoding="utf-8")
+    before = random.getstate()
+    with pytest.raises(UserError) if content != CONLLU else contextlib.nullcontext():
+        annotations.train_tagger(path)
+    assert random.getstate() == before
 
 
 def test_a_tagger_learns_from_a_treebank(tmp_path):

@@ -292,10 +292,13 @@ def train_tagger(path: str | Path) -> Any:
     """
     from nltk.tag.perceptron import PerceptronTagger
 
-    tagger, random_state = PerceptronTagger(load=False), random.getstate()
-    random.seed(0)
-    tagger.train(read_conllu(path), nr_iter=5)
-    random.setstate(random_state)
+    sentences, tagger = read_conllu(path), PerceptronTagger(load=False)
+    before = random.getstate()
+    try:
+        random.seed(0)
+        tagger.train(sentences, nr_iter=5)
+    finally:
+        random.setstate(before)
     return tagger
 
 
