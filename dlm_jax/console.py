@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines and progress bars for the terminal, which may not know every character of a text."""
 
+import contextlib
 import re
 import sys
 import threading
@@ -24,7 +25,14 @@ class Bar(tqdm):
     monitor_interval = 0
 
     def __init__(self, *args: Any, **options: Any):
+        if sys.stderr is None:  # closed, as of a daemon
+            options["disable"] = True
         super().__init__(*args, miniters=1, **options)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar, as `say` does."""
+        with contextlib.suppress(BrokenPipeError):
+            self.write(printable(line))
 
 
 def printable(line: str) -> str:
@@ -34,8 +42,9 @@ def printable(line: str) -> str:
 
 
 def say(line: object) -> None:
-    """Prints a line, whatever its characters."""
-    print(printable(str(line)), flush=True)
+    """Prints a line, whatever its characters, also if nobody reads on, as after `| head`."""
+    with contextlib.suppress(BrokenPipeError):
+        print(printable(str(line)), flush=True)
 
 
 def one_line(text: str) -> str:

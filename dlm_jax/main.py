@@ -426,7 +426,7 @@ def _interrupted(error: KeyboardInterrupt) -> NoReturn:
     print(str(error) or "interrupted", file=sys.stderr, flush=True)
     if str(error):
         sys.exit(INTERRUPTED)
-    sys.stdout.flush()
+    _drop_unread_output()
     os._exit(INTERRUPTED)
 
 
@@ -442,6 +442,17 @@ def command() -> None:
         cli()
     except KeyboardInterrupt as error:
         _interrupted(error)
+    finally:
+        _drop_unread_output()
+
+
+def _drop_unread_output() -> None:
+    """Drops what a reader of the output that has ended, such as head, left unread."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # Python itself would report it and exit with status 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

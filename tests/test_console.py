@@ -40,6 +40,57 @@ def test_standard_output_takes_any_line(encoding, line):
         assert written == f"{line}\n"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_reader_that_ends_does_not_end_the_run(terminal, tmp_path, monkeypatch):
+    """`dlm ... | head` ended a training, and an evaluation before it wrote its file."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.FileIO(writer, "w") as raw:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=True))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        progress = Progress(tmp_path / "metrics.jsonl", total=2, start=0)
+        for step in (1, 2):
+            progress.record(step, {"loss": 1.0}, kind="train")
+        progress.close()
+        monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8").count("\n") == 2
+
+
+@pytest.mark.parametrize("disable", [None, False, True])
+def test_streams_may_be_closed(disable, tmp_path, monkeypatch):
+    """As those of a daemon, which Python shows as None."""
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        progress = Progress(tmp_path / "metrics.jsonl", total=1, start=0)
+        progress.record(1, {"loss": 1.0}, kind="train")
+        progress.close()
+        assert list(console.Bar([1, 2], disable=disable)) == [1, 2]
+        console.say("the end")
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8").count("\n") == 1
+
+
+PIPED = """
+from dlm_jax import console, main
+def talk(*args):
+    console.say("ready")
+    for _ in range(100):
+        console.say("x" * 10_000)
+main.MODES = dict.fromkeys(main.MODES, talk)
+main.command()
+"""
+
+
+def test_the_command_ends_in_order_if_nobody_reads_on():
+    command = [sys.executable, "-c", PIPED, "--workdir=nowhere", "--config=smoke"]
+    kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **kinds) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_samples_are_a_line_each_and_read_back(separator, tmp_path):
     """Empty ones, too; only line breaks are changed."""

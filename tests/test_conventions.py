@@ -164,6 +164,14 @@ def test_output_of_commands_has_an_encoding():
             )
 
 
+def test_lines_are_printed_by_the_console():
+    """print raises for a character that the locale lacks, and if nobody reads on."""
+    for module in set(MODULES) - {"console"}:
+        for call in _calls(TREES[module], "print"):
+            to_stderr = "file" in {keyword.arg for keyword in call.keywords}
+            assert to_stderr, f"{module} line {call.lineno}: call console.say"
+
+
 def _is_true(node):
     return isinstance(node, ast.Constant) and node.value is True
 

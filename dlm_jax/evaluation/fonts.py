@@ -8,6 +8,8 @@ from functools import lru_cache
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
+from dlm_jax import console
+
 BOX = "\u25a1"  # stands for a character without a glyph
 
 
@@ -30,7 +32,7 @@ def warn_of_missing(texts: Iterable[str]) -> None:
     """Prints a line if no installed font has some characters of the texts."""
     missing = sorted(c for c in set().union(*texts) if shown(c) != c)
     if missing:
-        print(
+        console.say(
             f"no installed font has {len(missing)} of the characters, such as "
             f"{', '.join(missing[:5])}: boxes stand for them in the plots; install a "
             "font that has them, such as Noto Sans CJK"

@@ -231,8 +231,9 @@ def broadcast_from_host0(number: int) -> int:
 def exit_process(status: int) -> NoReturn:
     """Ends this process; with several, without cleanup, so that the others notice."""
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):  # nobody reads on
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, path: Any, *, total: int, start: int, main: bool = True):
         self.path, self.main, self.total = path, main, total
-        self.terminal = main and sys.stderr.isatty()
+        self.terminal = main and sys.stderr is not None and sys.stderr.isatty()
         self.bar = console.Bar(
             total=total, initial=start, unit="step", disable=not self.terminal
         )
@@ -50,7 +50,7 @@ class Progress:
         if not self.main:
             return
         if self.terminal:
-            self.bar.write(console.printable(line))
+            self.bar.say(line)
         else:
             console.say(line)
 

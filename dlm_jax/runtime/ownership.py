@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dlm_jax import console
 from dlm_jax.errors import UserError
 from dlm_jax.runtime.checkpoint import PathLike, resolve_workdir
 
@@ -148,10 +149,9 @@ def _free_file(path: Any, workdir: PathLike) -> _File:
 
 def _watch(file: _File, before: bytes, workdir: PathLike) -> bytes:
     """Returns the content as soon as it changes, or after PATIENCE seconds."""
-    print(
+    console.say(
         f"{workdir}: waiting {PATIENCE:.0f} s for a sign of life from its owner, "
-        f"{_describe(before)}",
-        flush=True,
+        f"{_describe(before)}"
     )
     end, after = time.monotonic() + PATIENCE, before
     while after == before and time.monotonic() < end:
