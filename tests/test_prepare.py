@@ -105,6 +105,8 @@ def test_mistakes_are_one_line(tmp_path):
     _fails("prepared already", prepare.prepare_data, config, str(tmp_path / "p"))
     config.data.source, config.data.path = "prepared", str(tmp_path / "p")
     _fails("name the text", prepare.prepare_data, config, str(tmp_path / "q"))
+    pairs = _config(tmp_path, data__source="jsonl", data__source_column="source")
+    _fails("pairs are not prepared", prepare.prepare_data, pairs, str(tmp_path / "q"))
     config.data.length = 16
     _fails("length=16: .* prepared with 12", corpus.load_corpus, config)
     config.data.path = str(tmp_path)

@@ -32,6 +32,11 @@ def prepare_data(config: Any, workdir: str) -> None:
     folder, cfg = Path(workdir), config.data
     if cfg.source == "prepared":
         raise UserError("config.data.source=prepared: name the text to prepare")
+    if cfg.source_column:
+        raise UserError(
+            f"config.data.source_column={cfg.source_column!r}: pairs are not prepared; "
+            "train on the source itself"
+        )
     if (folder / array_record.MANIFEST).exists():
         raise UserError(f"--workdir {folder}: is prepared already; choose another")
     encoding.arrangement(cfg.length, cfg.mode, cfg.too_long)

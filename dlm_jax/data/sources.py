@@ -49,13 +49,13 @@ def load_texts(cfg: Any, split: str) -> list[str]:
 
 FILE = ("path", "valid_path", "valid_fraction")
 READS: dict[str, tuple[str, ...]] = {  # the options of config.data that a source reads
-    "grammar": ("size", "valid_size", "seed"),
+    "grammar": ("size", "valid_size", "seed", "source_column"),
     "text": FILE,
-    "e2e": FILE,
-    "csv": (*FILE, "column", "delimiter"),
-    "jsonl": (*FILE, "column"),
+    "e2e": (*FILE, "source_column"),
+    "csv": (*FILE, "column", "source_column", "delimiter"),
+    "jsonl": (*FILE, "column", "source_column"),
     "tfds": (
-        *("path", "valid_fraction", "column"),
+        *("path", "valid_fraction", "column", "source_column"),
         *("tfds_train", "tfds_valid", "tfds_dir"),
     ),
     "prepared": ("path",),
@@ -66,7 +66,10 @@ TRAINED: dict[str, tuple[str, ...]] = {  # those that training a tokenizer reads
     "hf": (),
 }
 SOURCE_OFF = ("path", "valid_path", "delimiter")  # off by default
-OFF = (*SOURCE_OFF, "tfds_dir", "tokenizer_path", "byte_fallback")
+OFF = (
+    *(*SOURCE_OFF, "source_column"),
+    *("tfds_dir", "tokenizer_path", "byte_fallback"),
+)
 
 
 def check_options(cfg: Any, given: Iterable[str] = ()) -> None:
