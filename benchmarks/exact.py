@@ -29,6 +29,7 @@ from dlm_jax.diffusion.samplers import Step
 from dlm_jax.evaluation import exact, report, text_metrics
 from dlm_jax.inference import constraints
 from dlm_jax.inference.pipeline import DiffusionLM
+from dlm_jax.types import PAD
 
 INFORMATION = schedule.logistic(3.4, 0.7)  # the language's rate, within a few percent
 LEVEL = 3.0  # of the swap
@@ -71,7 +72,7 @@ def given(denoise: Denoise, lm: DiffusionLM, n: int) -> Denoise:
         return denoise
     ids, known = frames(lm, n)
     return guidance.condition_on_tokens(
-        denoise, lm.ema.table, ids, known, known_length=True
+        denoise, lm.ema.table, ids, known, outside=(ids == PAD)
     )
 
 

@@ -175,6 +175,8 @@ def test_words_of_a_level_express_its_numbers(value, said, right):
         ("Children are not allowed.", {"no"}),
         ("An adults-only pub.", {"no"}),
         ("A pub for adults.", {"no"}),
+        ("It is for adults and is near a pub.", {"no"}),
+        ("A place for adults and their kids.", {"yes"}),
         ("A pub.", set()),
     ],
 )

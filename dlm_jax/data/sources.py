@@ -48,14 +48,15 @@ def load_texts(cfg: Any, split: str) -> list[str]:
 
 
 FILE = ("path", "valid_path", "valid_fraction")
+PAIRS = ("source_column", "delexicalize")
 READS: dict[str, tuple[str, ...]] = {  # the options of config.data that a source reads
-    "grammar": ("size", "valid_size", "seed", "source_column"),
+    "grammar": ("size", "valid_size", "seed", *PAIRS),
     "text": FILE,
-    "e2e": (*FILE, "source_column"),
-    "csv": (*FILE, "column", "source_column", "delimiter"),
-    "jsonl": (*FILE, "column", "source_column"),
+    "e2e": (*FILE, *PAIRS),
+    "csv": (*FILE, "column", *PAIRS, "delimiter"),
+    "jsonl": (*FILE, "column", *PAIRS),
     "tfds": (
-        *("path", "valid_fraction", "column", "source_column"),
+        *("path", "valid_fraction", "column", *PAIRS),
         *("tfds_train", "tfds_valid", "tfds_dir"),
     ),
     "prepared": ("path",),
@@ -67,7 +68,7 @@ TRAINED: dict[str, tuple[str, ...]] = {  # those that training a tokenizer reads
 }
 SOURCE_OFF = ("path", "valid_path", "delimiter")  # off by default
 OFF = (
-    *(*SOURCE_OFF, "source_column"),
+    *(*SOURCE_OFF, *PAIRS),
     *("tfds_dir", "tokenizer_path", "byte_fallback"),
 )
 

@@ -77,10 +77,14 @@ def _check_pairs(config: Any, cfg: DenoiserConfig) -> None:
             f"config.data.source_column={column!r} and config.model.known_source="
             f"{cfg.known_source}: set both to train on pairs, or neither"
         )
-    if config.loss.source_drop_prob and not cfg.known_source:
-        raise UserError(
-            "config.loss.source_drop_prob > 0 needs config.model.known_source=True"
-        )
+    for name, value in (
+        ("loss.source_drop_prob", config.loss.source_drop_prob),
+        ("data.delexicalize", config.data.delexicalize),
+    ):
+        if value and not cfg.known_source:
+            raise UserError(
+                f"config.{name}={value} needs config.model.known_source=True"
+            )
     if cfg.known_source and (config.data.mode != "pad" or config.loss.truncate_prob):
         raise UserError(
             "config.model.known_source=True needs config.data.mode=pad and "
