@@ -137,8 +137,8 @@ def test_a_pair_without_a_side_is_refused(tmp_path, source, empty):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "text"}, r"config\.data\.source of pairs"),
-        ({"source": "prepared"}, r"config\.data\.source of pairs"),
+        ({"source": "text"}, r"source_column=.* has no effect"),
+        ({"source": "prepared"}, r"source_column=.* has no effect"),
         ({"source": "grammar", "path": ""}, r"set it to 'fields'"),
         ({"source_column": "nosuch"}, r"has no column 'nosuch'"),
     ],
@@ -330,7 +330,7 @@ def test_a_network_is_shown_the_known_tokens_as_they_are():
 
 
 def test_translate_returns_a_text_per_source(lm):
-    found = ["big cat", "big big dog", {"animal": "cow"}]
+    found = ["big cat", "big big dog", {"eats": "cow"}]
     one = lm.translate(found, seed=1)
     assert len(one) == 3
     assert all(isinstance(text, str) for text in one)
@@ -406,6 +406,11 @@ def test_bad_input_is_one_line(lm, call, message):
     with pytest.raises(UserError, match=message) as caught:
         call(lm)
     assert "\n" not in str(caught.value)
+
+
+def test_unknown_words_of_a_source_are_said(lm):
+    with pytest.warns(UserWarning, match=r"1 of 2 sources .* first 'zebra' in text 2"):
+        lm.translate(["big cat", "big zebra"])
 
 
 def test_a_model_of_texts_takes_no_sources():

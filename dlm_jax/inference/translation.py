@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a source to its target: the constraints of pairs, and their targets as texts."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from dlm_jax.inference import mbr as bayes_risk
 from dlm_jax.inference.constraints import Constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.trained_model import TrainedModel
-from dlm_jax.types import PAD, Integer, Real
+from dlm_jax.types import PAD, UNK, Integer, Real
 
 CONSTRAINTS = ("length", "contains", "lacks")  # on targets
 
@@ -51,7 +52,8 @@ def _record(value: Mapping) -> dict[str, str]:
 def encode_sources(tok: Tokenizer, sources: Sequence[str], length: int) -> np.ndarray:
     """Returns rows [n l] of START, source, START and PAD, l = `length`.
 
-    Raises UserError for a source that leaves no room for a token and END.
+    Warns of unknown words. Raises UserError for a source that leaves no room for a token
+    and END.
     """
     rows = np.full((len(sources), length), PAD, np.int32)
     for number, (row, source) in enumerate(zip(rows, sources, strict=True), 1):
@@ -62,7 +64,21 @@ def encode_sources(tok: Tokenizer, sources: Sequence[str], length: int) -> np.nd
                 f"room for {length - 4}: {source[:60]!r}"
             )
         row[: len(ids)] = ids
+    _warn_of_unknown(tok, sources, rows)
     return rows
+
+
+def _warn_of_unknown(tok: Tokenizer, sources: Sequence[str], rows: np.ndarray) -> None:
+    """Warns of words of sources that the model reads as UNK."""
+    numbers = np.flatnonzero(np.any(rows == UNK, -1))
+    if len(numbers):
+        words = sources[numbers[0]].split()
+        word = next((w for w in words if UNK in tok.encode(w)), words[0])
+        warnings.warn(
+            f"{len(numbers)} of {len(sources)} sources hold what the model does not know, "
+            f"first {word[:40]!r} in text {numbers[0] + 1}: it reads UNK there",
+            stacklevel=2,
+        )
 
 
 def encode_pairs(lm: TrainedModel, sources: Any, targets: list[str]) -> np.ndarray:
