@@ -95,7 +95,6 @@ def outputs_by_row(
     lm: DiffusionLM, sources: list[str], options: Any
 ) -> dict[str, tuple[list[list[str]], float]]:
     """Generates the outputs of each row: (texts of each seed, seconds per 100 texts)."""
-    weight = lm.config["sample"]["cfg_weight"]
     default = lm.config["sample"]["num_steps"]
     rows = {f"{default} steps": ({}, options.seeds)}
     if options.mbr > 1:
@@ -108,7 +107,7 @@ def outputs_by_row(
         rows["sampled"] = rows.pop(f"{default} steps")
     made = {}
     for name, (changes, seeds) in rows.items():
-        call = {"cfg_weight": weight, **changes}
+        call = {"mbr": 1, **changes}
         lm.translate(
             sources[: lm.config["sample"]["batch"]], seed=0, **call
         )  # compiles

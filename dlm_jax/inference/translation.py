@@ -72,7 +72,7 @@ def _warn_of_unknown(tok: Tokenizer, sources: Sequence[str], rows: np.ndarray) -
     """Warns of words of sources that the model reads as UNK."""
     numbers = np.flatnonzero(np.any(rows == UNK, -1))
     if len(numbers):
-        words = sources[numbers[0]].split()
+        words = sources[int(numbers[0])].split()
         word = next((w for w in words if UNK in tok.encode(w)), words[0])
         warnings.warn(
             f"{len(numbers)} of {len(sources)} sources hold what the model does not know, "
@@ -133,8 +133,8 @@ def translate(
     sources: Any,
     *,
     n: Integer = 1,
-    mbr: Integer = 1,
-    cfg_weight: Real = 1.0,
+    mbr: Integer | None = None,
+    cfg_weight: Real | None = None,
     template: Any = None,
     **options: Any,
 ) -> list[str] | list[list[str]]:
@@ -142,25 +142,28 @@ def translate(
 
     lm: a `DiffusionLM` of pairs (config.model.known_source). sources: texts, or records
     {field: value}. mbr: candidates per target, of which minimum Bayes risk selects one.
-    cfg_weight: of classifier-free guidance by the source; 1 is none. template, length,
-    contains, lacks: constraints on the target, as of `lm.control`; the other options are
-    those of `lm.generate`. Raises UserError.
+    cfg_weight: of classifier-free guidance by the source; 1 is none. What is not given
+    comes from the run's config. template, length, contains, lacks: constraints on the
+    target, as of `lm.control`; the other options are those of `lm.generate`. Raises
+    UserError.
     """
     if not lm.cfg.known_source:
         raise UserError(
             "translate: this model was not trained on pairs; train one with "
             "config.model.known_source=True, as configs/e2e_mr.py does"
         )
-    n, mbr = request.check_count("n", n), request.check_count("mbr", mbr)
-    fields, texts = lm.config["data"]["delexicalize"], as_sources(sources)
-    hidden = [pairs.placeholders(text, fields) for text in texts]
-    if template is not None and len(texts) == 1:
+    n, mbr = (
+        request.check_count(name, value)
+        for name, value in (("n", n), ("mbr", lm.default("mbr", mbr)))
+    )
+    given_texts, fields = as_sources(sources), lm.config["data"]["delexicalize"]
+    hidden = [pairs.placeholders(text, fields) for text in given_texts]
+    if template is not None and len(given_texts) == 1:
         template = pairs.replace_words(request.check_template(template), hidden[0])
-    read = map(pairs.replace_words, texts, hidden)
-    rows = encode_sources(lm.tokenizer, list(read), lm.length)
-    rows = np.repeat(rows, n * mbr, 0)
+    read = map(pairs.replace_words, given_texts, hidden)
+    rows = encode_sources(lm.tokenizer, list(read), lm.length).repeat(n * mbr, 0)
     targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
-    guidance = GuidanceConfig(cfg_weight=cfg_weight)
+    guidance = GuidanceConfig(cfg_weight=lm.default("cfg_weight", cfg_weight))
     given = with_targets(rows, targets)
     made = lm.generate(len(rows), constraints=given, guidance=guidance, **options)
     texts = target_texts(lm.tokenizer, made.ids)
@@ -182,5 +185,4 @@ def translate_file(lm: Any, path: str) -> list[str]:
     """
     lines = files.lines(files.existing(path, "sources", "a file of sources", "sample"))
     sources = [line.partition("||")[0].strip() for _, line in lines]
-    options = {name: lm.config["sample"][name] for name in ("mbr", "cfg_weight")}
-    return lm.translate(sources, **options)
+    return lm.translate(sources)
