@@ -4,13 +4,8 @@
 import contextlib
 import io
 import logging
-import math
 import os
-import signal
-import socket
 import sys
-import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +14,9 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-FLAGS, RESTART, INTERRUPTED = flags.FLAGS, 75, 130
-ONE_PRESS = 0.5  # seconds in which several interrupts are one press of Ctrl-C
+from dlm_jax import interrupts
+
+FLAGS, RESTART = flags.FLAGS, 75
 # Use large memory pages: a step on a CPU allocates and frees hundreds of MB, and faults
 # of 4 kB pages took a third of its time (docs/performance.md).
 MALLOC = "glibc.malloc.hugetlb=1"
@@ -263,6 +259,7 @@ def main(argv: list[str]) -> None:
                 "a disk first"
             )
         checkpoint.check_reachable(FLAGS.workdir)
+        interrupts.raise_at_first()
         MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
     except PreemptedError as error:  # raised by all hosts at the same step
         print(error, file=sys.stderr, flush=True)
@@ -303,7 +300,9 @@ def _end(error: Exception) -> None:
 
 def _unraisable(found: Any) -> None:
     """Suppresses Orbax reader-thread warnings after a failed restore."""
-    if "Event loop is closed" not in str(found.exc_value):
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        interrupts.raise_again()
+    elif "Event loop is closed" not in str(found.exc_value):
         sys.__unraisablehook__(found)
 
 
@@ -400,59 +399,21 @@ def cli() -> None:
     app.run(main, flags_parser=parse_flags)
 
 
-def _end_at_second_interrupt() -> None:
-    """Ends the process at a second Ctrl-C, even during a compilation.
-
-    Python's own handlers wait for that. One key press may arrive twice, from the
-    terminal and from a program in between: both count as one.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-
-    def watch(writer: socket.socket) -> None:  # a socket that is dropped is closed
-        first = math.inf
-        while signals := reader.recv(64):
-            if signal.SIGINT in signals:
-                first = min(first, time.monotonic())
-                if time.monotonic() > first + ONE_PRESS:
-                    os._exit(INTERRUPTED)
-
-    threading.Thread(target=watch, args=(writer,), daemon=True).start()
-
-
-def _interrupted(error: KeyboardInterrupt) -> NoReturn:
-    """Prints one line; ends at once unless the run has ended in order, with a line."""
-    print(str(error) or "interrupted", file=sys.stderr, flush=True)
-    if str(error):
-        sys.exit(INTERRUPTED)
-    _drop_unread_output()
-    os._exit(INTERRUPTED)
-
-
 def command() -> None:
     """The console command `dlm`: sets the environment, then calls `cli`.
 
     Ctrl-C exits with one line and status 130, as shells expect.
     """
     try:
+        interrupts.end_at_first()
         keep_compilations()
         large_pages()
-        _end_at_second_interrupt()
+        interrupts.end_at_second()
         cli()
     except KeyboardInterrupt as error:
-        _interrupted(error)
+        interrupts.end(error)
     finally:
-        _drop_unread_output()
-
-
-def _drop_unread_output() -> None:
-    """Drops what a reader of the output that has ended, such as head, left unread."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except BrokenPipeError:  # Python itself would report it and exit with status 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        interrupts.drop_unread_output()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dlm_jax"
 # import each other.
 COLUMNS = (
     "types errors",
-    "ranges console",
+    "ranges console interrupts",
     "nn data runtime",
     "diffusion",
     "inference",

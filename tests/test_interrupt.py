@@ -11,7 +11,7 @@ import pytest
 from conftest import wait_until
 from test_checkpoint import ROOT, _command, _config, _same_bits, _trainer, texts
 
-from dlm_jax import main
+from dlm_jax import interrupts, main
 from dlm_jax.errors import PreemptedError
 from dlm_jax.runtime import checkpoint, hosts
 from dlm_jax.training import loop
@@ -119,14 +119,14 @@ def test_ctrl_c_saves_and_exits_with_130(texts, tmp_path):
             stderr = process.communicate(timeout=240)[1]
         finally:
             process.kill()
-    assert process.returncode == main.INTERRUPTED == 130
+    assert process.returncode == interrupts.INTERRUPTED == 130
     (step,) = checkpoint.all_steps(tmp_path / "run")
     assert stderr.startswith(f"stopped by Ctrl-C at step {step} of")
     assert stderr.count("\n") == 1
 
 
 PROGRAM = """
-import hashlib, time
+import gc, hashlib, time
 from dlm_jax import main
 def busy(*args):
     print("ready", flush=True)
@@ -134,8 +134,12 @@ def busy(*args):
 main.MODES = dict.fromkeys(main.MODES, busy)
 main.command()
 """
-BUSY = {  # the second never comes back to Python, like a compilation
+# a callback of the garbage collector, such as JAX's, swallows every error; native code
+# never comes back to Python, like a compilation
+BUSY = {
     "Python": "time.sleep(600)",
+    "a callback": "gc.callbacks.append(lambda *_: gc.callbacks.clear() or time.sleep(5)); "
+    "gc.collect(); time.sleep(600)",
     "native code": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
 }
 
@@ -149,7 +153,7 @@ def _press(what, mode, presses):
         try:
             assert process.stdout.readline() == "ready\n"
             for press in range(presses):
-                time.sleep(2 * main.ONE_PRESS if press else 0)
+                time.sleep(2 * interrupts.ONE_PRESS if press else 0)
                 process.send_signal(signal.SIGINT)
             stderr = process.communicate(timeout=60)[1]
         finally:
@@ -161,6 +165,32 @@ def _press(what, mode, presses):
 @pytest.mark.parametrize("mode", main.MODES)
 def test_ctrl_c_is_one_line_in_every_mode(mode):
     assert _press("Python", mode, 1) == (130, "interrupted\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_callback_is_not_lost():
+    """A training went on after one press in three."""
+    assert _press("a callback", "sample", 1) == (130, "interrupted\n")
+
+
+EARLY = """
+import time
+from dlm_jax import main
+def slow(argv):
+    print("ready", flush=True)
+    try:
+        time.sleep(600)
+    except BaseException as error:
+        raise ImportError("as numpy does") from error
+main.parse_flags = slow
+main.command()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_imports_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", EARLY)
+    assert _press("Python", "train", 1) == (130, "interrupted\n")
 
 
 @pytest.mark.slow
