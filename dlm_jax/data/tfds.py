@@ -18,10 +18,9 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
 
     cfg.path: its TFDS name, such as "e2e_cleaned" or "name/config:1.0.0".
     """
-    texts = load_records(
+    return load_records(
         cfg, split, lambda r, cfg, where: cell(r, cfg.column, where), (cfg.column,)
     )
-    return list(filter(None, texts))
 
 
 def load_records(
@@ -30,7 +29,7 @@ def load_records(
     read: Callable[[dict, Any, str], Any],
     columns: tuple[str, ...],
 ) -> list:
-    """Returns read(record, cfg, place) of each record of a split. Raises UserError."""
+    """Returns read(record, cfg, place) of each record, if not empty. Raises UserError."""
     part = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
     try:
         builder = _prepared(cfg)
@@ -44,7 +43,8 @@ def load_records(
         records = builder.as_data_source(split=part)
         named = ({nfc(name): r[name] for name in r} for r in records)
         numbered = enumerate(named, 1)
-        found = [read(r, cfg, f"TFDS {cfg.path} record {i}") for i, r in numbered]
+        rows = (read(r, cfg, f"TFDS {cfg.path} record {i}") for i, r in numbered)
+        found = list(filter(None, rows))
     except UserError:
         raise
     except Exception as error:

@@ -21,12 +21,14 @@ from dlm_jax.diffusion import likelihood, model
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import data_to_text
 from dlm_jax.evaluation import references as measured
+from dlm_jax.inference import translation
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
 from dlm_jax.runtime import backend, hosts
 from dlm_jax.types import PAD
 
 Scores = dict[str, float]
+BEAMS = 4  # of an autoregressive model
 
 
 class Task(NamedTuple):
@@ -116,6 +118,11 @@ def outputs_by_row(
         seconds = (time.perf_counter() - start) / (seeds * len(sources)) * 100
         made[name] = (texts, seconds)
         console.say(f"{name}: {seconds:.1f} s per 100 texts")
+    if lm.cfg.causal:
+        start = time.perf_counter()
+        texts = [translation.beam_search(lm, sources, beams=BEAMS)]
+        seconds = (time.perf_counter() - start) / len(sources) * 100
+        made[f"beam search, {BEAMS}"] = (texts, seconds)
     return made
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dlm_jax.data import files, pairs
 from dlm_jax.data.normalization import normalize
 from dlm_jax.data.tokenizer import Tokenizer
+from dlm_jax.diffusion import autoregressive
 from dlm_jax.errors import UserError
 from dlm_jax.inference import arguments, request
 from dlm_jax.inference import mbr as bayes_risk
@@ -18,6 +19,7 @@ from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.types import PAD, UNK, Integer, Real
 
+BATCH = 32  # rows of a beam search
 CONSTRAINTS = ("length", "contains", "lacks")  # on targets
 
 
@@ -128,6 +130,20 @@ def target_texts(tok: Tokenizer, ids: np.ndarray) -> list[str]:
     return [tok.decode(pairs.source_and_target(row)[1]) for row in ids]
 
 
+def _read(lm: TrainedModel, sources: list[str]) -> tuple[np.ndarray, list[dict]]:
+    """Returns the rows of sources, and the values that placeholders hide in each."""
+    fields = lm.config["data"]["delexicalize"]
+    hidden = [pairs.placeholders(source, fields) for source in sources]
+    read = list(map(pairs.replace_words, sources, hidden))
+    return encode_sources(lm.tokenizer, read, lm.length), hidden
+
+
+def _show(texts: list[str], hidden: list[dict]) -> list[str]:
+    """Puts the values back in the place of their placeholders."""
+    shown = ({word: value for value, word in new.items()} for new in hidden)
+    return list(map(pairs.replace_words, texts, shown))
+
+
 def translate(
     lm: Any,
     sources: Any,
@@ -156,26 +172,38 @@ def translate(
         request.check_count(name, value)
         for name, value in (("n", n), ("mbr", lm.default("mbr", mbr)))
     )
-    given_texts, fields = as_sources(sources), lm.config["data"]["delexicalize"]
-    hidden = [pairs.placeholders(text, fields) for text in given_texts]
+    given_texts = as_sources(sources)
+    rows, hidden = _read(lm, given_texts)
     if template is not None and len(given_texts) == 1:
         template = pairs.replace_words(request.check_template(template), hidden[0])
-    read = map(pairs.replace_words, given_texts, hidden)
-    rows = encode_sources(lm.tokenizer, list(read), lm.length).repeat(n * mbr, 0)
+    rows = rows.repeat(n * mbr, 0)
     targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
     guidance = GuidanceConfig(cfg_weight=lm.default("cfg_weight", cfg_weight))
     given = with_targets(rows, targets)
     made = lm.generate(len(rows), constraints=given, guidance=guidance, **options)
     texts = target_texts(lm.tokenizer, made.ids)
-    shown = [{word: v for v, word in new.items()} for new in hidden]
-    texts = [
-        pairs.replace_words(text, shown[i // (n * mbr)]) for i, text in enumerate(texts)
-    ]
+    texts = _show(texts, [new for new in hidden for _ in range(n * mbr)])
     if mbr > 1:
         texts = [
             bayes_risk.select(texts[i : i + mbr]) for i in range(0, len(texts), mbr)
         ]
     return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def beam_search(lm: TrainedModel, sources: Any, *, beams: int) -> list[str]:
+    """Returns the most likely target of each source under an autoregressive model."""
+    rows, hidden = _read(lm, as_sources(sources))
+    search = lm.cached(
+        ("beam search", beams),
+        lambda: (
+            lambda params, rows: autoregressive.beam_search(
+                params, lm.cfg, lm.length, prefix=rows, beams=beams
+            )
+        ),
+    )
+    parts = np.array_split(rows, -(-len(rows) // BATCH))
+    ids = np.concatenate([search(lm.ema, part) for part in parts])
+    return _show(target_texts(lm.tokenizer, ids), hidden)
 
 
 def translate_file(lm: Any, path: str) -> list[str]:
