@@ -297,7 +297,7 @@ def test_what_is_no_folder(lm):
 def test_load_of_what_is_no_folder():
     for workdir in (None, 3, "", b""):
         _one_line(lambda workdir=workdir: dlm_jax.load(workdir), "workdir=")
-    _one_line(lambda: dlm_jax.load("Grammar"), "e2e, grammar")
+    _one_line(lambda: dlm_jax.load("Grammar"), "e2e, e2e_mr, grammar")
     _one_line(lambda: dlm_jax.load("grammar", step="x"), "step=x")
 
 
