@@ -220,7 +220,7 @@ def test_the_bound_of_the_exact_denoiser_given_the_length(lm):
     texts = grammar.sample(5, 96)
     predict = exact.exact_predictor(table, schedule_, lm.tokenizer)
     ids, key = jnp.asarray(_rows(lm, texts)), jax.random.key(1)
-    options = {"draws": 24, "known_length": True}
+    options = {"draws": 24, "given": model.given_tokens(ids, lm.cfg)}
     terms, _ = likelihood.bound(key, ids, table, predict, schedule_, **options)
     sizes = np.array([len(t.split()) for t in grammar.sample(6, 50_000)])
     length = np.array([-np.log(np.mean(sizes == len(t.split()))) for t in texts])

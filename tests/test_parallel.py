@@ -84,10 +84,13 @@ def _start(
     config, workdir, processes=1, devices=1, mode="train", workdirs=(), nameless=()
 ):
     """The command on every host; workdirs: where they differ; nameless: by NAMELESS."""
-    flat = checkpoint.flatten(json.loads(config.to_json_best_effort()))
+    flat, base = (
+        checkpoint.flatten(json.loads(cfg.to_json_best_effort()))
+        for cfg in (config, smoke.get_config())
+    )
     command = ["--config", "configs/smoke.py"]
     for name, value in flat.items():
-        if not name.startswith("control.presets"):  # keys with a plus are no flags
+        if value != base[name]:  # a flag that nothing reads is refused
             command.append(f"--config.{name}={value}")
     command += ["--mode", mode]
     if processes > 1:
