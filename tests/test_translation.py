@@ -172,7 +172,6 @@ def test_unfit_configs_are_refused(changes, message):
 def test_a_source_without_room(file, too_long):
     config = _config()
     config.data.update(path=str(file), too_long=too_long, length=4)
-    config.data.length = 4
     if too_long == "drop":  # only `big cat` would need 7
         with pytest.raises(UserError, match=r"fill no row|holds no"):
             corpus.load_corpus(config)
