@@ -143,6 +143,46 @@ def test_a_teacher_has_nothing_to_teach_itself_in_its_own_steps(known_length):
     assert total(moved, params, 1) > total(params.denoiser, params, 1)
 
 
+def test_a_guided_teacher_of_pairs_teaches_its_guided_words():
+    """In the teacher's own steps: the cross-entropy of the student and the guided words."""
+    cfg = DenoiserConfig(
+        dim=8, hidden_dim=16, layers=1, heads=2, mlp_dim=16, time_dim=8, positions=6,
+        trunk="adaln", predicts="logits", known_source=True, dropout=0.0,
+        attention_dropout=0.0,
+    )  # fmt: skip
+    params = model.init(jax.random.key(0), cfg, V)
+    bent = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape),
+        params.denoiser,
+    )
+    params = params._replace(denoiser=bent)
+    ids = jnp.asarray([[1, 4, 1, 5, 2, 0], [1, 6, 4, 1, 6, 2]])
+    draws = time_sampling.draw_noise(jax.random.key(2), (2, 6, 8))
+    logistic, n = SCHEDULES["logistic"], 4
+    t = distillation.step_times(draws.t, n, 1)[0]
+    x_t = schedule.add_noise(params.table[ids], t, draws.eps_t, logistic)
+
+    def log_p(ids):
+        known = model.source(ids)
+        given = model.insert_clean_tokens(
+            params.table[ids], known, x_t, t, jnp.zeros(ids.shape, bool)
+        )
+        zeros = jnp.zeros_like(x_t)
+        return model.bind_logits(params, cfg, schedule=logistic)(*given, zeros)[1]
+
+    free = log_p(model.empty_source(ids))
+    for weight in (1.0, 2.5):
+        guided = jax.nn.softmax(free + weight * (log_p(ids) - free))
+        each = -jnp.sum(guided * log_p(ids), -1)
+        target = ~model.source(ids)
+        wanted = jnp.sum(each * target, -1) / 6
+        terms = distillation.loss(
+            params, ids, draws, teacher=params, cfg=cfg, schedule=logistic,
+            num_steps=n, parts=1, cfg_weight=weight,
+        )  # fmt: skip
+        np.testing.assert_allclose(terms.total(), wanted, rtol=1e-5)
+
+
 # --- the command
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dlm_jax.diffusion import losses, model
+from dlm_jax.diffusion import guidance, losses, model
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.losses import LossTerms
 from dlm_jax.diffusion.model import DenoiseLogits, Params
@@ -101,30 +101,34 @@ def loss(
     num_steps: int,
     parts: int,
     mask_pad: bool = False,
+    cfg_weight: float = 1.0,
 ) -> LossTerms:
     """Returns the cross-entropy of the student's step and the teacher's chain.
 
     In nats per position. num_steps: of the student, each as long as `parts` steps of the
     teacher, which has the student's table, network and schedule. The first estimate of
-    each network is its input where draws.self_cond is 1, else 0.
+    each network is its input where draws.self_cond is 1, else 0. cfg_weight: of the
+    teacher of pairs, whose student then needs no guidance (arXiv:2210.03142).
     """
     times = step_times(draws.t, num_steps, parts)
     t, clean = times[0], embed(params.table, ids)
     known, outside = losses.known_tokens(ids, draws, cfg)
     x_t = add_noise(clean, t, jnp.asarray(draws.eps_t), schedule)
 
-    def bind(weights: Params) -> DenoiseLogits:
+    def bind(weights: Params, ids: Ids = ids) -> DenoiseLogits:
         denoise = model.bind_logits(weights, cfg, schedule=schedule)
-
-        def conditioned(x_t: Latent, t: Any, x0_prev: Latent) -> tuple[Latent, Logits]:
-            if known is None:
-                return denoise(x_t, t, x0_prev)
-            x_t, t = model.insert_clean_tokens(clean, known, x_t, t, outside)
-            return denoise(x_t, t, x0_prev)
-
-        return conditioned
+        if known is None:
+            return denoise
+        return guidance.condition_on_tokens(
+            denoise, params.table, ids, known, outside=outside
+        )
 
     teach, student = bind(teacher), bind(params)
+    if cfg_weight != 1:
+        free = bind(teacher, model.empty_source(ids))
+        teach = guidance.classifier_free_guidance(teach, free, weight=cfg_weight)
+        any_word = jnp.ones((*ids.shape, len(params.table)), bool)
+        teach = guidance.restrict_tokens(teach, params.table, any_word)  # normalises
     first = _first(teach, x_t, t, draws)
     target = chain_target(teach, schedule, x_t, times, first)
     _, log_p = student(x_t, t, _first(student, x_t, t, draws))

@@ -78,12 +78,8 @@ def distillation_job(
 ) -> Job:
     """Returns the job of a student that starts from another's weights."""
     config = student_config(config, teacher, num_steps)
-    step_cfg = resolve_config(config)
-    weights, start, state = jax.device_get(
-        (teacher.ema, student.ema, teacher.schedule_state)
-    )
-    task = _task(config, weights, start, state, num_steps)
-    step_cfg = step_cfg._replace(task=task)
+    task = _task(config, teacher, student, num_steps)
+    step_cfg = resolve_config(config)._replace(task=task)
 
     def load(tokenizer: Any) -> Corpus:
         corpus = load_corpus(config, teacher.tokenizer)
@@ -93,8 +89,12 @@ def distillation_job(
 
 
 def _task(
-    config: Any, teacher: Any, start: Any, schedule_state: Any, num_steps: int
+    config: Any, teacher: DiffusionLM, student: DiffusionLM, num_steps: int
 ) -> TrainingTask:
+    weights, start, state = jax.device_get(
+        (teacher.ema, student.ema, teacher.schedule_state)
+    )
+
     def init(key: Any, step_cfg: StepConfig, vocab: int) -> Any:
         return jax.tree.map(jax.numpy.asarray, start)
 
@@ -106,15 +106,16 @@ def _task(
             rows,
             draws,
             # constants that XLA would otherwise fold, for minutes
-            teacher=jax.lax.optimization_barrier(teacher),
+            teacher=jax.lax.optimization_barrier(weights),
             cfg=step_cfg.cfg,
             schedule=step_cfg.schedule,
             num_steps=num_steps,
             parts=config.distill.teacher_steps // num_steps,
             mask_pad=step_cfg.mask_pad,
+            cfg_weight=teacher.default("cfg_weight", None),
         )
 
-    return TrainingTask(init, terms, schedule_state=schedule_state)
+    return TrainingTask(init, terms, schedule_state=state)
 
 
 def student_config(config: Any, teacher: DiffusionLM, num_steps: int) -> Any:
@@ -130,6 +131,6 @@ def student_config(config: Any, teacher: DiffusionLM, num_steps: int) -> Any:
             mask_pad=own["loss"]["mask_pad"],
             self_cond_prob=own["loss"]["self_cond_prob"],
         )
-        config.sample.update(own["sample"], num_steps=num_steps)
+        config.sample.update(own["sample"], num_steps=num_steps, cfg_weight=1.0)
         config.distill.update(student=num_steps, num_steps=(num_steps,))
     return config
