@@ -144,6 +144,8 @@ def test_estimates_within_a_tolerance(scored, tolerance):
     found = [lm.nll(ids, seed=seed, tolerance=tolerance) for seed in range(4)]
     for one in found:
         assert (one.stderr <= tolerance).all()
+        of_tokens = one.tokens.sum(-1) + one.length
+        np.testing.assert_allclose(of_tokens, one.total(), rtol=1e-4)
         assert (one.stderr > 0).all()
         np.testing.assert_allclose(one.total(), sum(one), rtol=1e-6)
     totals = np.stack([one.total() for one in found])

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dlm_jax.diffusion import model, rounding
 from dlm_jax.diffusion.embedding import embed
@@ -52,6 +53,23 @@ class Bound(NamedTuple):
     def total(self) -> PerExample:
         """The bound on -log p(w) of each example [b], nats."""
         return self.prior + self.diffusion + self.rounding + self.length
+
+
+class TokenBound(NamedTuple):
+    """The share of each token [b l] in the terms of `Bound`, nats; none in `length`."""
+
+    prior: Float[Array, "b l"]
+    diffusion: Float[Array, "b l"]
+    rounding: Float[Array, "b l"]
+
+    def total(self) -> Float[Array, "b l"]:
+        """The share of each token in the bound [b l], nats."""
+        return self.prior + self.diffusion + self.rounding
+
+    def bound(self) -> Bound:
+        """The terms of each example [b]."""
+        prior, diffusion, word = (jnp.sum(term, -1) for term in self)
+        return Bound(prior, diffusion, word, jnp.zeros_like(word))
 
 
 class Profile(NamedTuple):
@@ -145,14 +163,14 @@ def _noisy(x: Latent, t: Time, eps: Latent, schedule: Schedule, sigma_0: float):
     return expand_to(alpha, x) * x + expand_to(std, x) * eps
 
 
-def _prior(x: Latent, unknown: Array, schedule: Schedule, sigma_0: float) -> PerExample:
-    """Computes KL(q(x_T | w) || N(0, 1)) in nats per example [b]."""
+def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> Float[Array, "b l"]:
+    """Computes KL(q(x_T | w) || N(0, 1)) of each token, nats."""
     steps = schedule.num_steps
     last = np.asarray(1.0 if steps is None else (steps - 1) / steps)
     alpha, _ = schedule.alpha_sigma(last)
     off = alpha**2 * (sigma_0**2 - 1)  # the variance less 1
     kl = alpha**2 * x**2 + (off - np.log1p(off))
-    return 0.5 * jnp.sum(kl * unknown[..., None], (-2, -1))
+    return 0.5 * jnp.sum(kl, -1)
 
 
 def bound(
@@ -170,6 +188,22 @@ def bound(
     The times of an example are stratified: (u + k / draws) mod 1. given: the masks of
     `model.given_tokens`; the bound is that of the other tokens given these.
     """
+    options = {"draws": draws, "given": given}
+    terms, profile = bound_by_token(key, ids, table, predict, schedule, **options)
+    return terms.bound(), profile
+
+
+def bound_by_token(
+    key: PRNGKey,
+    ids: Ids,
+    table: Table,
+    predict: LatentPredictor,
+    schedule: Schedule,
+    *,
+    draws: int = 8,
+    given: model.Masks | None = None,
+) -> tuple[TokenBound, Profile]:
+    """Estimates the share of each token in the terms of `bound`, [b l], nats."""
     x, sigma_0 = embed(table, ids), predict.sigma_0
     unknown = jnp.ones(ids.shape) if given is None else 1.0 - given[0]
 
@@ -181,27 +215,28 @@ def bound(
     k_time, k_noise, k_first, k_last = jax.random.split(key, 4)
     u = jax.random.uniform(k_time, ids.shape[:1])
 
-    def error(key: PRNGKey, t: Time) -> PerExample:
+    def error(key: PRNGKey, t: Time) -> Float[Array, "b l"]:
         eps = jax.random.normal(key, x.shape)
         x_t = _noisy(x, t, eps, schedule, sigma_0)
         e_hat = predict.estimate(*with_given(x_t, t))
-        return 0.5 * jnp.sum((x - e_hat) ** 2 * unknown[..., None], (-2, -1))
+        return 0.5 * jnp.sum((x - e_hat) ** 2, -1) * unknown
 
-    def at(k: Array) -> tuple[Time, PerExample]:
+    def at(mean: Array, k: Array) -> tuple[Array, Profile]:
         t, weight = _draw(schedule, (u + k / draws) % 1.0, sigma_0)
-        return t, weight * error(jax.random.fold_in(k_noise, k), t)
+        nats = weight[:, None] * error(jax.random.fold_in(k_noise, k), t)
+        return mean + nats / draws, Profile(t, jnp.sum(nats, -1))
 
-    profile = Profile(*jax.lax.map(at, jnp.arange(draws)))
-    diffusion = jnp.mean(profile.nats, 0)
+    start = jnp.zeros(ids.shape, x.dtype)
+    diffusion, profile = jax.lax.scan(at, start, jnp.arange(draws))
     zero = jnp.zeros(ids.shape[:1])
     if sigma_0:  # from t = 0 to x_0 itself, a step of its own
         gap = 1 / sigma_0**2 - schedule.snr(np.zeros(()), sigma_0)
         diffusion += gap * error(k_first, zero)
     eps = jax.random.normal(k_last, x.shape)
     last = _noisy(x, zero - 1.0 if sigma_0 else zero, eps, schedule, sigma_0)
-    word = rounding.nll(predict.decode(*with_given(last, zero)), ids)
-    word, prior = jnp.sum(word * unknown, -1), _prior(x, unknown, schedule, sigma_0)
-    return Bound(prior, diffusion, word, jnp.zeros_like(word)), profile
+    word = rounding.nll(predict.decode(*with_given(last, zero)), ids) * unknown
+    prior = _prior(x, schedule, sigma_0) * unknown
+    return TokenBound(prior, diffusion, word), profile
 
 
 class MeanStderr(NamedTuple):

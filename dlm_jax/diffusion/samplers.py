@@ -77,6 +77,11 @@ def per_example_keys(key: PRNGKey | PRNGKeys, count: int) -> PRNGKeys:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
 
+def step_keys(keys: PRNGKeys, number: Any) -> PRNGKeys:
+    """Returns the keys [b] of a step, by its number, from the keys of the examples."""
+    return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+
+
 def standard_normal(keys: PRNGKeys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Draws standard normal noise [b *shape], with a key per example."""
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
@@ -329,8 +334,7 @@ def sample(
 
     def body(state: State, inputs: tuple[Array, Times]) -> tuple[State, PyTree]:
         i, now = inputs
-        here = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys)
-        state = step(here, state, now)
+        state = step(step_keys(keys, i), state, now)
         return state, None if trace is None else trace(state)
 
     x_T = jnp.asarray(x_T)

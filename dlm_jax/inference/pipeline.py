@@ -6,6 +6,7 @@ lm.sample(4, seed=0, num_steps=64)
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +20,10 @@ from dlm_jax.inference import (
     request,
     sampling,
     scoring,
+    streaming,
     translation,
 )
-from dlm_jax.inference.constraints import CONSTRAINTS, UNCONSTRAINED, Constraints
-from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE, GuidanceConfig
-from dlm_jax.inference.sampling_config import SamplingConfig
+from dlm_jax.inference.guidance_config import GuidanceConfig
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.ranges import real
 from dlm_jax.runtime import backend
@@ -78,35 +78,20 @@ class DiffusionLM(TrainedModel):
         self,
         n: Integer,
         *,
-        seed: Integer | None = None,
         batch: Integer | None = None,
-        constraints: Constraints | None = None,
-        guidance: GuidanceConfig | None = None,
         **options: Any,
     ) -> Samples:
         """Generates n samples as texts, ids and latents. Raises UserError.
 
-        Sample i depends only on (seed, i), not on n or the batch size. seed: from 0 to
-        2**64 - 1. options: fields of `SamplingConfig`, such as num_steps, solver and
-        clamp, and the solver's own, such as eta; what is not given comes from the run's
-        config. trajectory=True also returns the ids of every step.
+        Sample i depends only on (seed, i), not on n or the batch size. options: seed,
+        from 0 to 2**64 - 1; constraints, a `Constraints`; guidance, a `GuidanceConfig`;
+        fields of `SamplingConfig`, such as num_steps, solver and clamp, and the solver's
+        own, such as eta. What is not given comes from the run's config.
+        trajectory=True also returns the ids of every step.
         """
-        if asked := sorted(options.keys() & set(CONSTRAINTS)):
-            raise UserError(f"{asked[0]}: a constraint; use lm.control({asked[0]}=...)")
-        s = SamplingConfig.from_config(self.config["sample"], **options)
-        n, batch = (
-            request.check_count("n", n),
-            request.check_count("batch", self.default("batch", batch)),
-        )
-        seed = request.check_seed(self.default("seed", seed))
-        constraints = UNCONSTRAINED if constraints is None else constraints
-        guidance = DEFAULT_GUIDANCE if guidance is None else guidance
-        sampling.check_support(self, constraints, s, guidance)
-        if self.cfg.known_length and constraints.known is None:
-            constraints = request.draw_lengths(self, constraints, n, seed)
-        latents, ids, trajectory = sampling.run_chain(
-            self, n, seed, batch, constraints, s, guidance
-        )
+        batch = request.check_count("batch", self.default("batch", batch))
+        wanted = request.make_request(self, n, **options)
+        latents, ids, trajectory = sampling.run_chain(self, wanted, batch)
         return Samples(list(map(self.tokenizer.decode, ids)), ids, latents, trajectory)
 
     def infill(self, template: Any, n: Integer = 5, **options: Any) -> list[str]:
@@ -136,6 +121,15 @@ class DiffusionLM(TrainedModel):
         return self.generate(n, constraints=rows, guidance=guidance, **options).texts
 
     @backend.prepared
+    def stream(self, n: Integer = 1, **options: Any) -> Iterator[streaming.Frame]:
+        """Generates as `control` does, or `translate` given sources=, a step at a time.
+
+        Yields ids [n l] and their confidence [n l] after each step. options: those of
+        `control` or `translate`, but mbr and batch. Raises UserError.
+        """
+        return streaming.stream(self, [streaming.ask(self, n, **options).request])
+
+    @backend.prepared
     def translate(self, sources: Any, **options: Any) -> Any:
         """Generates the target of each source, for a model of pairs; see `translation`."""
         return translation.translate(self, sources, **options)
@@ -151,7 +145,8 @@ class DiffusionLM(TrainedModel):
     ) -> scoring.EstimatedBound:
         """Estimates the bound on -log p of each row of ids [n l]: nats, as named terms [n].
 
-        Its field stderr [n] is the standard error of `total()`. draws: noise levels per
+        Its field stderr [n] is the standard error of `total()`, and tokens [n l] are the
+        nats of each token, without those of the length. draws: noise levels per
         row. tolerance: nats; repeats the estimate of each row until its standard error
         is at most this, or until `scoring.MAX_DRAWS`. For an autoregressive model
         -log p is exact, stored whole in the field `rounding`. Of a pair it is that of

@@ -2,19 +2,94 @@
 """What a caller asks for: a count, a seed, a template, the constraints of n texts."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dlm_jax.data import pairs
 from dlm_jax.diffusion import guidance
 from dlm_jax.errors import UserError
 from dlm_jax.inference import arguments, constraints
-from dlm_jax.inference.constraints import CONSTRAINTS, Constraints
-from dlm_jax.inference.sampling_config import OPTIONS, check_names
+from dlm_jax.inference.constraints import CONSTRAINTS, UNCONSTRAINED, Constraints
+from dlm_jax.inference.guidance_config import DEFAULT_GUIDANCE, GuidanceConfig
+from dlm_jax.inference.sampling_config import OPTIONS, SamplingConfig, check_names
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.ranges import integer
 from dlm_jax.types import Integer
+
+
+class Request(NamedTuple):
+    """A number of texts, their seed, constraints with a row per text, and the settings."""
+
+    n: int
+    seed: int
+    constraints: Constraints
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+
+
+def make_request(
+    lm: TrainedModel,
+    n: Integer,
+    *,
+    seed: Integer | None = None,
+    constraints: Constraints | None = None,
+    guidance: GuidanceConfig | None = None,
+    **options: Any,
+) -> Request:
+    """Checks what a caller of `lm.generate` asks for. Raises UserError."""
+    if asked := sorted(options.keys() & set(CONSTRAINTS)):
+        raise UserError(f"{asked[0]}: a constraint; use lm.control({asked[0]}=...)")
+    s = SamplingConfig.from_config(lm.config["sample"], **options)
+    n, seed = check_count("n", n), check_seed(lm.default("seed", seed))
+    constraints = UNCONSTRAINED if constraints is None else constraints
+    g = DEFAULT_GUIDANCE if guidance is None else guidance
+    check_support(lm, constraints, s, g)
+    if lm.cfg.known_length and constraints.known is None:
+        constraints = draw_lengths(lm, constraints, n, seed)
+    return Request(n, seed, constraints, s, g)
+
+
+def check_support(
+    lm: TrainedModel, constraints: Constraints, s: SamplingConfig, g: GuidanceConfig
+) -> None:
+    """Raises UserError for a setting that this model cannot follow."""
+    for name, value, kind in (
+        ("constraints", constraints, Constraints),
+        ("guidance", g, GuidanceConfig),
+    ):
+        if not isinstance(value, kind):
+            raise UserError(f"{name}={value!r}: give a {kind.__name__}")
+    s.check_schedule(lm.schedule)
+    if lm.distilled_steps not in (None, s.num_steps):
+        raise UserError(
+            f"num_steps={s.num_steps}: this model was distilled for "
+            f"{lm.distilled_steps} steps; leave num_steps out, or load another student"
+        )
+    beyond = constraints
+    if lm.cfg.known_source:
+        beyond = constraints._replace(ids=None, known=None)
+        if constraints.known is None or not pairs.are_pairs(constraints.ids):
+            raise UserError(
+                "this model was trained on pairs: give it sources, lm.translate(sources)"
+            )
+    if lm.cfg.causal and jax.tree.leaves(beyond):
+        raise UserError("an autoregressive model takes no constraints")
+    if lm.cfg.causal and g.cfg_weight != 1:
+        raise UserError("cfg_weight: an autoregressive model does not take it")
+    if lm.cfg.causal and s.trajectory:
+        raise UserError("trajectory: an autoregressive model has no denoising steps")
+    if g.token_time_floor < 1 and lm.cfg.marks_known:
+        raise UserError(
+            f"guidance.token_time_floor={g.token_time_floor}: a model with known_length "
+            "or known_source has one time per text; leave it at 1"
+        )
+    if g.cfg_weight != 1 and not lm.supports_guidance:
+        raise UserError(
+            f"guidance.cfg_weight={g.cfg_weight}: this model was not trained with given "
+            "tokens; train one with config.loss.conditioning_prob > 0"
+        )
 
 
 def draw_lengths(lm: TrainedModel, rows: Constraints, n: int, seed: int) -> Constraints:

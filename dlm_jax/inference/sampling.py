@@ -2,21 +2,20 @@
 """The reverse chain of a model, under its constraints, run in batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from dlm_jax.data import pairs
 from dlm_jax.diffusion import autoregressive, guidance, samplers
 from dlm_jax.diffusion.embedding import embed
-from dlm_jax.diffusion.model import Params
-from dlm_jax.errors import UserError
+from dlm_jax.diffusion.model import Denoise, Params
 from dlm_jax.inference import conditioning
 from dlm_jax.inference.constraints import Constraints
 from dlm_jax.inference.guidance_config import GuidanceConfig
+from dlm_jax.inference.request import Request
 from dlm_jax.inference.sampling_config import ROUNDINGS, SamplingConfig
 from dlm_jax.inference.trained_model import TrainedModel
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -50,39 +49,12 @@ def make_chain(
         constraints: Constraints,
         heads: dict[str, Any],
     ) -> tuple[Latent, Ids, Trajectory | None]:
-        cfg, table = lm.cfg, params.table
-        classifiers = {
-            task: lm.classifiers[task]._replace(params=p) for task, p in heads.items()
-        }
-        schedule = lm.schedule_from(schedule_state)
-        keys = _keys_by_index(key, index)
-        k_start, k_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-        given = lm.supports_conditioning
-        denoise = conditioning.constrain_denoiser(
-            params,
-            cfg,
-            schedule,
-            constraints,
-            classifiers,
-            g,
-            supports_conditioning=given,
+        k_start, k_steps = start_and_step_keys(keys_by_index(key, index))
+        step, to_ids = reverse_step(
+            lm, s, g, params, schedule_state, constraints, heads
         )
-        if s.uses("clamp"):
-            options = {"below": s.clamp, "allowed": constraints.allowed}
-            denoise = guidance.clamp(denoise, table, **options)
-        step = s.step(denoise, schedule)
-        step = conditioning.constrain_step(
-            step, table, schedule, constraints, classifiers, g
-        )
-        if s.uses("churn"):
-            step = samplers.churn(step, schedule, rate=s.churn)
-
-        def to_ids(x: Latent) -> Ids:
-            ids = ROUNDINGS[s.rounding](params, x, constraints.allowed)
-            return conditioning.apply_known(ids, constraints)
-
-        x_T = samplers.standard_normal(k_start, (lm.length, cfg.dim))
-        now = s.times(schedule) if times is None else times
+        x_T = samplers.standard_normal(k_start, (lm.length, lm.cfg.dim))
+        now = s.times(lm.schedule) if times is None else times
         trace = (lambda state: to_ids(state.x0_hat)) if s.trajectory else None
         state, trajectory = samplers.sample(k_steps, step, x_T, now, trace=trace)
         if trajectory is not None:
@@ -92,6 +64,70 @@ def make_chain(
     return chain
 
 
+class Reverse(NamedTuple):
+    """A step under all settings and constraints, and the rounding of its estimate."""
+
+    step: samplers.Step
+    to_ids: Callable[[Latent], Ids]
+
+
+def reverse_step(
+    lm: TrainedModel,
+    s: SamplingConfig,
+    g: GuidanceConfig,
+    params: Params,
+    schedule_state: PyTree,
+    constraints: Constraints,
+    heads: dict[str, Any],
+    *,
+    watch: Callable[[Latent], Any] | None = None,
+) -> Reverse:
+    """Returns the reverse step of these settings.
+
+    heads: classifier parameters by task. watch is called with the estimate before the
+    clamp, while the step is traced.
+    """
+    classifiers = {
+        task: lm.classifiers[task]._replace(params=p) for task, p in heads.items()
+    }
+    schedule, table = lm.schedule_from(schedule_state), params.table
+    given = lm.supports_conditioning
+    denoise = conditioning.constrain_denoiser(
+        params,
+        lm.cfg,
+        schedule,
+        constraints,
+        classifiers,
+        g,
+        supports_conditioning=given,
+    )
+    if watch is not None:
+        denoise = _watched(denoise, watch)
+    if s.uses("clamp"):
+        options = {"below": s.clamp, "allowed": constraints.allowed}
+        denoise = guidance.clamp(denoise, table, **options)
+    step = conditioning.constrain_step(
+        s.step(denoise, schedule), table, schedule, constraints, classifiers, g
+    )
+    if s.uses("churn"):
+        step = samplers.churn(step, schedule, rate=s.churn)
+
+    def to_ids(x: Latent) -> Ids:
+        ids = ROUNDINGS[s.rounding](params, x, constraints.allowed)
+        return conditioning.apply_known(ids, constraints)
+
+    return Reverse(step, to_ids)
+
+
+def _watched(denoise: Denoise, watch: Callable[[Latent], Any]) -> Denoise:
+    def watched(x_t: Latent, t: Any, x0_prev: Latent) -> Latent:
+        x0_hat = denoise(x_t, t, x0_prev)
+        watch(x0_hat)
+        return x0_hat
+
+    return watched
+
+
 def _autoregressive_chain(cfg: DenoiserConfig, length: int) -> Chain:
     """Returns ancestral sampling token by token; it has no steps and no trajectory.
 
@@ -99,16 +135,22 @@ def _autoregressive_chain(cfg: DenoiserConfig, length: int) -> Chain:
     """
 
     def chain(key: jax.Array, params: Params, schedule_state: PyTree, index, rows, _):
-        keys, prefix = _keys_by_index(key, index), rows.ids
+        keys, prefix = keys_by_index(key, index), rows.ids
         ids = autoregressive.sample(keys, params, cfg, length, prefix=prefix)
         return embed(params.table, ids), ids, None
 
     return chain
 
 
-def _keys_by_index(key: jax.Array, index: jax.Array) -> jax.Array:
+def keys_by_index(key: jax.Array, index: jax.Array) -> jax.Array:
     """One key per sample: sample i depends only on (key, i)."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def start_and_step_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits the keys of samples [b] into those of x_T and those of the steps."""
+    start, steps = jax.vmap(jax.random.split, out_axes=1)(keys)
+    return start, steps
 
 
 def key_of_seed(seed: int) -> jax.Array:
@@ -118,15 +160,10 @@ def key_of_seed(seed: int) -> jax.Array:
 
 
 def run_chain(
-    lm: TrainedModel,
-    n: int,
-    seed: int,
-    batch: int,
-    constraints: Constraints,
-    s: SamplingConfig,
-    g: GuidanceConfig,
+    lm: TrainedModel, request: Request, batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Runs the chain for samples 0 .. n - 1 in batches: (x0_hat, ids, trajectory)."""
+    n, seed, constraints, s, g = request
     size = min(batch, 1 << (n - 1).bit_length())  # few batch sizes, few compilations
     heads = {task: lm.classifiers[task].params for task in constraints.labels}
     run = _program(lm, s, g, size, constraints)
@@ -162,44 +199,3 @@ def _program(
         return make_chain(lm, s.join(own), g.join(guiding), times)(*rest)
 
     return lm.cached((s, g, size, kind), lambda: chain)
-
-
-def check_support(
-    lm: TrainedModel, constraints: Constraints, s: SamplingConfig, g: GuidanceConfig
-) -> None:
-    """Raises UserError for a setting that this model cannot follow."""
-    for name, value, kind in (
-        ("constraints", constraints, Constraints),
-        ("guidance", g, GuidanceConfig),
-    ):
-        if not isinstance(value, kind):
-            raise UserError(f"{name}={value!r}: give a {kind.__name__}")
-    s.check_schedule(lm.schedule)
-    if lm.distilled_steps not in (None, s.num_steps):
-        raise UserError(
-            f"num_steps={s.num_steps}: this model was distilled for "
-            f"{lm.distilled_steps} steps; leave num_steps out, or load another student"
-        )
-    beyond = constraints
-    if lm.cfg.known_source:
-        beyond = constraints._replace(ids=None, known=None)
-        if constraints.known is None or not pairs.are_pairs(constraints.ids):
-            raise UserError(
-                "this model was trained on pairs: give it sources, lm.translate(sources)"
-            )
-    if lm.cfg.causal and jax.tree.leaves(beyond):
-        raise UserError("an autoregressive model takes no constraints")
-    if lm.cfg.causal and g.cfg_weight != 1:
-        raise UserError("cfg_weight: an autoregressive model does not take it")
-    if lm.cfg.causal and s.trajectory:
-        raise UserError("trajectory: an autoregressive model has no denoising steps")
-    if g.token_time_floor < 1 and lm.cfg.marks_known:
-        raise UserError(
-            f"guidance.token_time_floor={g.token_time_floor}: a model with known_length "
-            "or known_source has one time per text; leave it at 1"
-        )
-    if g.cfg_weight != 1 and not lm.supports_guidance:
-        raise UserError(
-            f"guidance.cfg_weight={g.cfg_weight}: this model was not trained with given "
-            "tokens; train one with config.loss.conditioning_prob > 0"
-        )

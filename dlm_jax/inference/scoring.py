@@ -27,21 +27,25 @@ class EstimatedBound(likelihood.Bound):
     """Estimates of the named terms of each text [n], nats, with their standard error.
 
     stderr [n]: of `total()`, in nats, over the draws of the noise. It is 0 if -log p is
-    exact, nan with a single draw.
+    exact, nan with a single draw. tokens [n l]: the share of each token in the terms
+    but that of the length, nats.
     """
 
     stderr: np.ndarray
+    tokens: np.ndarray
 
     @classmethod
-    def of(cls, terms: likelihood.Bound, stderr: np.ndarray) -> "EstimatedBound":
-        """Returns the terms with a standard error."""
+    def of(
+        cls, terms: likelihood.Bound, stderr: np.ndarray, tokens: np.ndarray
+    ) -> "EstimatedBound":
+        """Returns the terms with a standard error, and the share of each token."""
         made = cls(*terms)
-        made.stderr = stderr
+        made.stderr, made.tokens = stderr, tokens
         return made
 
 
 def make_nll(lm: TrainedModel, draws: int) -> Score:
-    """Returns (Bound, stderr): the bound on -log p of each row and its standard error.
+    """Returns (Bound, stderr, tokens): the bound on -log p of each row, as `EstimatedBound`.
 
     In nats. An autoregressive model's is exact. Of a pair it is that of the target given
     the source.
@@ -51,8 +55,9 @@ def make_nll(lm: TrainedModel, draws: int) -> Score:
         nats = autoregressive.nll(params, lm.cfg, ids)
         if lm.cfg.known_source:
             nats = jnp.where(model.source(ids), 0.0, nats)
-        nats = jnp.sum(nats, -1)
-        return likelihood.Bound(0.0 * nats, 0.0 * nats, nats, 0.0 * nats), 0.0 * nats
+        total = jnp.sum(nats, -1)
+        zero = 0.0 * total
+        return likelihood.Bound(zero, zero, total, zero), zero, nats
 
     def bound(key: jax.Array, params: Params, ids: Ids) -> PyTree:
         sigma_0 = losses.sigma_0(lm.config["loss"]["objective"], lm.schedule)
@@ -60,16 +65,17 @@ def make_nll(lm: TrainedModel, draws: int) -> Score:
             params, lm.cfg, lm.schedule, sigma_0=sigma_0
         )
         options = {"draws": draws, "given": model.given_tokens(ids, lm.cfg)}
-        terms, profile = likelihood.bound(
+        by_token, profile = likelihood.bound_by_token(
             key, ids, params.table, predict, lm.schedule, **options
         )
-        stderr = likelihood.profile_stderr(profile)
+        stderr, nats = likelihood.profile_stderr(profile), by_token.total()
+        terms = by_token.bound()
         if not lm.cfg.known_length:
-            return terms, stderr
+            return terms, stderr, nats
         counts = jnp.asarray(lm.lengths + (0,) * (lm.length + 1 - len(lm.lengths)))
         share = (counts + 0.01) / jnp.sum(counts + 0.01)  # unseen lengths are possible
         tokens = jnp.sum(jnp.asarray(ids) != PAD, -1)
-        return terms._replace(length=-jnp.log(share[tokens])), stderr
+        return terms._replace(length=-jnp.log(share[tokens])), stderr, nats
 
     return exact if lm.cfg.causal else bound
 
@@ -82,22 +88,24 @@ def nll(
     draws: noise levels per estimate. Without a tolerance there is one estimate per row.
     """
 
-    def estimate(key: jax.Array, rows: Ids) -> tuple[likelihood.Bound, np.ndarray]:
+    def estimate(key: jax.Array, rows: Ids) -> tuple[likelihood.Bound, Any, Any]:
         return by_batches(key, lm, ("nll", draws), lambda: make_nll(lm, draws), rows)
 
     if tolerance is None or lm.cfg.causal:
         return EstimatedBound.of(*estimate(key, ids))
-    # sums over the estimates of each text: the terms, total^2 and stderr^2
+    # sums over the estimates of each text: the terms, total^2 and stderr^2; the tokens
     sums, open_, done = np.zeros((6, len(ids))), np.arange(len(ids)), 0
+    by_token = np.zeros(np.shape(ids))
     error, counts = np.full(len(ids), np.inf), np.zeros(len(ids))
     while len(open_):
         room = max(REPEATS, MAX_ROWS // len(open_))
         repeats = min(max(REPEATS, done), room)
-        terms, stderr = estimate(
+        terms, stderr, tokens = estimate(
             jax.random.fold_in(key, done), np.repeat(ids[open_], repeats, 0)
         )
         values = np.stack([*terms, terms.total() ** 2, stderr**2]).astype(np.float64)
         sums[:, open_] += values.reshape(6, len(open_), repeats).sum(-1)
+        by_token[open_] += tokens.reshape(len(open_), repeats, -1).sum(1)
         done += repeats
         counts[open_] = done
         means = sums[:, open_] / done
@@ -105,7 +113,8 @@ def nll(
         error[open_] = np.sqrt(np.fmax(between, means[5]) / done)
         open_ = open_[(error[open_] > tolerance) & (done * draws < MAX_DRAWS)]
     terms = likelihood.Bound(*(sums[:4] / counts).astype(np.float32))
-    return EstimatedBound.of(terms, error.astype(np.float32))
+    by_token = (by_token / counts[:, None]).astype(np.float32)
+    return EstimatedBound.of(terms, error.astype(np.float32), by_token)
 
 
 def features(lm: TrainedModel, ids: Ids) -> np.ndarray:

@@ -3,7 +3,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,18 +130,58 @@ def target_texts(tok: Tokenizer, ids: np.ndarray) -> list[str]:
     return [tok.decode(pairs.source_and_target(row)[1]) for row in ids]
 
 
+def hidden_values(lm: TrainedModel, sources: Any) -> list[dict]:
+    """Returns for each source {value: the placeholder that hides it}."""
+    fields = lm.config["data"]["delexicalize"]
+    return [pairs.placeholders(source, fields) for source in as_sources(sources)]
+
+
 def _read(lm: TrainedModel, sources: list[str]) -> tuple[np.ndarray, list[dict]]:
     """Returns the rows of sources, and the values that placeholders hide in each."""
-    fields = lm.config["data"]["delexicalize"]
-    hidden = [pairs.placeholders(source, fields) for source in sources]
+    hidden = hidden_values(lm, sources)
     read = list(map(pairs.replace_words, sources, hidden))
     return encode_sources(lm.tokenizer, read, lm.length), hidden
 
 
-def _show(texts: list[str], hidden: list[dict]) -> list[str]:
+def show(texts: list[str], hidden: list[dict]) -> list[str]:
     """Puts the values back in the place of their placeholders."""
     shown = ({word: value for value, word in new.items()} for new in hidden)
     return list(map(pairs.replace_words, texts, shown))
+
+
+class Targets(NamedTuple):
+    """Constraints with a row per target, their guidance, and what placeholders hide."""
+
+    constraints: Constraints
+    guidance: GuidanceConfig
+    hidden: list[dict]
+
+
+def prepare(
+    lm: TrainedModel,
+    sources: Any,
+    n: int,
+    cfg_weight: Real | None,
+    template: Any,
+    options: dict[str, Any],
+) -> Targets:
+    """Returns what `lm.generate` needs for n targets of each source; see `translate`.
+
+    Takes the constraints out of the options. Raises UserError.
+    """
+    if not lm.cfg.known_source:
+        raise UserError(
+            "translate: this model was not trained on pairs; train one with "
+            "config.model.known_source=True, as configs/e2e_mr.py does"
+        )
+    given_texts = as_sources(sources)
+    rows, hidden = _read(lm, given_texts)
+    if template is not None and len(given_texts) == 1:
+        template = pairs.replace_words(request.check_template(template), hidden[0])
+    rows, hidden = rows.repeat(n, 0), [new for new in hidden for _ in range(n)]
+    targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
+    guidance = GuidanceConfig(cfg_weight=lm.default("cfg_weight", cfg_weight))
+    return Targets(with_targets(rows, targets), guidance, hidden)
 
 
 def translate(
@@ -163,26 +203,17 @@ def translate(
     target, as of `lm.control`; the other options are those of `lm.generate`. Raises
     UserError.
     """
-    if not lm.cfg.known_source:
-        raise UserError(
-            "translate: this model was not trained on pairs; train one with "
-            "config.model.known_source=True, as configs/e2e_mr.py does"
-        )
     n, mbr = (
         request.check_count(name, value)
         for name, value in (("n", n), ("mbr", lm.default("mbr", mbr)))
     )
-    given_texts = as_sources(sources)
-    rows, hidden = _read(lm, given_texts)
-    if template is not None and len(given_texts) == 1:
-        template = pairs.replace_words(request.check_template(template), hidden[0])
-    rows = rows.repeat(n * mbr, 0)
-    targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
-    guidance = GuidanceConfig(cfg_weight=lm.default("cfg_weight", cfg_weight))
-    given = with_targets(rows, targets)
-    made = lm.generate(len(rows), constraints=given, guidance=guidance, **options)
+    asked = prepare(lm, sources, n * mbr, cfg_weight, template, options)
+    count = len(asked.hidden)
+    made = lm.generate(
+        count, constraints=asked.constraints, guidance=asked.guidance, **options
+    )
     texts = target_texts(lm.tokenizer, made.ids)
-    texts = _show(texts, [new for new in hidden for _ in range(n * mbr)])
+    texts = show(texts, asked.hidden)
     if mbr > 1:
         texts = [
             bayes_risk.select(texts[i : i + mbr]) for i in range(0, len(texts), mbr)
@@ -203,7 +234,7 @@ def beam_search(lm: TrainedModel, sources: Any, *, beams: int) -> list[str]:
     )
     parts = np.array_split(rows, -(-len(rows) // BATCH))
     ids = np.concatenate([search(lm.ema, part) for part in parts])
-    return _show(target_texts(lm.tokenizer, ids), hidden)
+    return show(target_texts(lm.tokenizer, ids), hidden)
 
 
 def translate_file(lm: Any, path: str) -> list[str]:
