@@ -58,7 +58,7 @@ _MODULES = {
     "inference": ("mbr", "published"),
 }
 _HOMES = {name: package for package, names in _MODULES.items() for name in names}
-_PACKAGES = (*_MODULES, "configs", "evaluation", "runtime", "training")
+_PACKAGES = (*_MODULES, "configs", "evaluation", "runtime", "serving", "training")
 __all__ = ["DiffusionLM", "GuidanceConfig", "UserError", "__version__", "load"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -24,6 +24,9 @@ config_flags.DEFINE_config_file(
     "config", None, "a bundled config or a file: NAME[:variant] or FILE.py[:variant]"
 )
 flags.DEFINE_string("workdir", None, "the run's directory")
+flags.DEFINE_alias("model", "workdir")
+flags.DEFINE_string("host", "127.0.0.1", "serve: the address")
+flags.DEFINE_integer("port", 8000, "serve: the port; 0: a free one")
 flags.DEFINE_enum(
     "mode",
     "train",
@@ -36,6 +39,7 @@ flags.DEFINE_enum(
         "evaluate",
         "control",
         "plot",
+        "serve",
     ],
     "what to run",
 )
@@ -211,6 +215,18 @@ def _plot(config: Any, workdir: str, step: int | None) -> None:
         console.say(path)
 
 
+def _serve(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax.errors import UserError
+
+    _require_one_host()
+    try:
+        from dlm_jax.serving import server
+    except ImportError as error:
+        raise UserError(f"{error}: install 'dlm_jax[demo]'") from error
+    lm = _load(config, workdir, step)
+    server.serve(lm, Path(workdir).name, FLAGS.host, FLAGS.port)
+
+
 def _prepare_data(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.data import prepare
     from dlm_jax.runtime import ownership
@@ -231,6 +247,7 @@ MODES: dict[str, Callable] = {
     "evaluate": _evaluate,
     "control": _control,
     "plot": _plot,
+    "serve": _serve,
 }
 LOCAL = ("prepare_data", "evaluate", "control", "plot")
 

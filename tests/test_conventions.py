@@ -17,7 +17,7 @@ COLUMNS = (
     "nn data runtime",
     "diffusion",
     "inference",
-    "configs training evaluation",
+    "configs training evaluation serving",
     "main",
 )
 COLUMN = {name: i for i, names in enumerate(COLUMNS) for name in names.split()}
