@@ -88,6 +88,7 @@ def get_config() -> Any:
             "teacher": "",  # the model to distil: a run, a folder, a bundled name
             "num_steps": (32, 16, 8, 4, 2, 1),  # of each student in turn
             "teacher_steps": 64,  # of the chain that the students replace
+            "temperature": 1.0,  # of the chain, and below 1 of the students' DDIM
             "student": 0,  # number of steps of this student; --mode distill sets it
         }
     )

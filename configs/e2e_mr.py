@@ -24,6 +24,7 @@ def get_config(variant: str = "modern") -> Any:
     cfg.model.update(positions=72, known_length=False, known_source=True)
     cfg.loss.source_drop_prob = 0.1
     if variant != "autoregressive":  # chosen on validation records
-        cfg.sample.update(num_steps=32, clamp=0.5, cfg_weight=1.5)
+        cfg.sample.update(solver="ddim", eta=0.0, temperature=0.85, clamp=-1.0)
+        cfg.sample.update(num_steps=32, cfg_weight=2.0)
     cfg.train.update(total_steps=12_000, batch=32, ckpt_steps=500, sample_steps=2000)
     return cfg

@@ -36,15 +36,16 @@ def linear(key):
     return denoise
 
 
-def chain_of(denoise, noise, x_t, times):
-    """DDIM by the library's own step; returns (last latent, estimates)."""
+def chain_of(denoise, noise, x_t, times, gain=0.0):
+    """DDIM without noise by the library's own step; returns (last latent, estimates)."""
     estimates = []
 
     def kept(x, t, prev):
         estimates.append(denoise(x, t, prev)[0])
         return estimates[-1]
 
-    step, state = samplers.ddim(kept, noise), samplers.State(x_t, jnp.zeros_like(x_t))
+    step = samplers.flow(kept, noise, gain=gain)
+    state = samplers.State(x_t, jnp.zeros_like(x_t))
     keys = samplers.per_example_keys(jax.random.key(0), B)
     for now, after in itertools.pairwise(times):
         state = step(keys, state, samplers.Times(now, now, after))
@@ -53,18 +54,21 @@ def chain_of(denoise, noise, x_t, times):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_one_step_with_the_weighted_estimate_ends_where_the_chain_does(name, parts):
+@pytest.mark.parametrize("gain", [0.0, 0.4])
+def test_one_step_with_the_weighted_estimate_ends_where_the_chain_does(
+    name, parts, gain
+):
     noise, denoise = SCHEDULES[name], linear(jax.random.key(parts))
     x_t = jax.random.normal(jax.random.key(9), (B, L, D))
     times = np.linspace(0.8, 0.3, parts + 1)
-    end, estimates = chain_of(denoise, noise, x_t, times)
+    end, estimates = chain_of(denoise, noise, x_t, times, gain)
     rows = jnp.broadcast_to(jnp.asarray(times)[:, None], (parts + 1, B))
-    weights = distillation.chain_weights(noise, rows)
+    weights = distillation.chain_weights(noise, rows, gain)
     assert weights.shape == (parts, B)
     assert np.all(weights >= 0)
     np.testing.assert_allclose(jnp.sum(weights, 0), 1, atol=1e-6)
     mean = sum(w[:, None, None] * x for w, x in zip(weights, estimates, strict=True))
-    one, _ = chain_of(lambda *_: (mean, None), noise, x_t, times[[0, -1]])
+    one, _ = chain_of(lambda *_: (mean, None), noise, x_t, times[[0, -1]], gain)
     np.testing.assert_allclose(one, end, atol=2e-6)
 
 
@@ -79,16 +83,18 @@ def test_the_target_is_the_mixture_of_the_chains_distributions(num_steps):
     """Followed by hand through the library's own DDIM."""
     noise, denoise = SCHEDULES["logistic"], linear(jax.random.key(3))
     x_t = jax.random.normal(jax.random.key(4), (B, L, D))
-    times = distillation.step_times(jnp.full(B, 0.999), num_steps, 4)
-    probs = distillation.chain_target(denoise, noise, x_t, times, jnp.zeros_like(x_t))
+    times, gain = distillation.step_times(jnp.full(B, 0.999), num_steps, 4), 0.25
+    probs = distillation.chain_target(
+        denoise, noise, x_t, times, jnp.zeros_like(x_t), gain=gain
+    )
     np.testing.assert_allclose(jnp.sum(probs, -1), 1, atol=1e-5)
     wanted, state = jnp.zeros_like(probs), x_t
     prev = jnp.zeros_like(x_t)
-    for i, weight in enumerate(distillation.chain_weights(noise, times)):
+    for i, weight in enumerate(distillation.chain_weights(noise, times, gain)):
         x0_hat, log_p = denoise(state, times[i], prev)
         wanted += weight[:, None, None] * jnp.exp(log_p)
         pair = np.array([times[i][0], times[i + 1][0]])
-        state, _ = chain_of(lambda *_, x=x0_hat: (x, None), noise, state, pair)
+        state, _ = chain_of(lambda *_, x=x0_hat: (x, None), noise, state, pair, gain)
         prev = x0_hat
     np.testing.assert_allclose(probs, wanted, atol=1e-5)
 

@@ -5,6 +5,8 @@ The toy: x_0 ~ N(MEAN, SPREAD^2). Then E[x_0 | x_t], the probability-flow path a
 law of an ancestral chain are closed forms.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -352,6 +354,35 @@ def test_low_temperature_narrows_the_data():
         x = toy_chain(lambda s, step=step: step, posterior_mean(CURVE), CURVE)
         spreads.append(x.std())
     assert spreads[1] < 0.95 * spreads[0]
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.25, 1.5])
+def test_flow_of_a_constant_estimate_is_exact_in_one_step(gain):
+    x_t, x0 = (jnp.asarray(normal(seed, 3, 4, 1)) for seed in (2, 3))
+    step = samplers.flow(lambda *_: x0, CURVE, gain=gain)
+    keys, ends = samplers.per_example_keys(KEY, 3), []
+    for parts in (1, 7):
+        times, state = np.linspace(0.9, 0.2, parts + 1), State(x_t, x0)
+        for now, after in itertools.pairwise(times):
+            state = step(keys, state, Times(now, now, after))
+        ends.append(state.x_t)
+    np.testing.assert_allclose(*ends, rtol=1e-4, atol=1e-5)
+    last = step(keys, State(x_t, x0), Times(0.2, 0.1, -1.0))
+    np.testing.assert_allclose(last.x_t, x0, rtol=1e-6)
+
+
+def test_flow_follows_the_score_times_its_gain():
+    """Its short steps are DDIM's with the score divided by tau, and tau 1 is DDIM."""
+    denoise, x_t = posterior_mean(CURVE), jnp.asarray(normal(2, 3, 4, 1))
+    keys, state = samplers.per_example_keys(KEY, 3), State(x_t, x_t)
+    for tau, after in ((1.0, 0.3), (0.7, 0.5999)):
+        times = Times(0.6, 0.6, after)
+        wanted = samplers.temperature(
+            lambda d: samplers.ddim(d, CURVE), denoise, CURVE, tau=tau
+        )(keys, state, times)
+        made = samplers.flow(denoise, CURVE, gain=1 / tau - 1)(keys, state, times)
+        np.testing.assert_allclose(made.x_t, wanted.x_t, rtol=1e-5, atol=1e-6)
+        assert np.abs(made.x_t - x_t).max() > 1e-5
 
 
 def test_asymmetric_times():

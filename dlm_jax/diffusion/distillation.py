@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation of a chain of DDIM steps into few, as a cross-entropy.
 
-With eta = 0 and rho = alpha / sigma, DDIM is linear in the estimates: a chain of steps from
-t to s ends where one step would with the estimate sum_j w_j x_j, w_j = (rho_{j+1} - rho_j)
-/ (rho_s - rho_t). The weights are not negative and sum to 1, and each x_j is the mean
-embedding of a distribution p_j. So the student's target is a distribution, sum_j w_j p_j.
+With eta = 0 and rho = (alpha / sigma)^(1 / temperature), DDIM (`samplers.flow`) is linear
+in the estimates: a chain of steps from t to s ends where one step would with the estimate
+sum_j w_j x_j, w_j = (rho_{j+1} - rho_j) / (rho_s - rho_t). The weights are not negative and
+sum to 1, and each x_j is the mean embedding of a distribution p_j. So the student's target
+is a distribution, sum_j w_j p_j.
 This is progressive distillation, arXiv:2202.00512 (docs/method.md, section 10.3).
 """
 
@@ -14,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dlm_jax.diffusion import guidance, losses, model
+from dlm_jax.diffusion import guidance, losses, model, samplers
 from dlm_jax.diffusion.embedding import embed
 from dlm_jax.diffusion.losses import LossTerms
 from dlm_jax.diffusion.model import DenoiseLogits, Params
 from dlm_jax.diffusion.schedule import Schedule, add_noise, expand_to
 from dlm_jax.diffusion.time_sampling import NoiseDraws
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import Array, Ids, Latent, Logits, PerExample
+from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, Real
 
 Times = Float[Array, "n b"]  # of a chain, falling; negative: clean data
 
@@ -32,14 +33,16 @@ class _Chain(NamedTuple):
     x0_hat: Latent
 
 
-def chain_weights(schedule: Schedule, times: Times) -> Float[Array, "m b"]:
+def chain_weights(
+    schedule: Schedule, times: Times, gain: Real = 0.0
+) -> Float[Array, "m b"]:
     """Returns the share of each estimate in a chain of DDIM steps through n times.
 
-    m = n - 1. A chain that ends on clean data (a last time below 0) ends on its last
+    m = n - 1. gain: 1 / temperature - 1. A chain that ends on clean data (a last time below 0) ends on its last
     estimate.
     """
     alpha, sigma = schedule.alpha_sigma(jnp.maximum(times, 0.0))
-    rho = alpha / sigma
+    rho = (alpha / sigma) ** (1 + gain)
     weights = jnp.diff(rho, axis=0) / (rho[-1] - rho[0])
     last = jnp.zeros_like(weights).at[-1].set(1.0)
     return jnp.where(times[-1] < 0, last, weights)
@@ -51,25 +54,20 @@ def chain_target(
     x_t: Latent,
     times: Times,
     x0_prev: Latent,
+    *,
+    gain: Real = 0.0,
 ) -> Logits:
-    """Runs DDIM with eta = 0 through the times; returns sum_j w_j p_j [b l v].
+    """Runs `samplers.flow` through the times; returns sum_j w_j p_j [b l v].
 
     denoise(x_t, t, x0_prev) -> (x0_hat, log p [b l v]).
     """
-    weights = chain_weights(schedule, times)
+    weights = chain_weights(schedule, times, gain)
 
     def step(chain: _Chain, inputs: tuple) -> tuple[_Chain, None]:
         now, after, weight = inputs
         x0_hat, log_p = denoise(chain.x_s, now, chain.x0_hat)
-        alpha, sigma = schedule.alpha_sigma(now)
-        alpha_next, sigma_next = schedule.alpha_sigma(after)
-        noise = (chain.x_s - expand_to(alpha, x0_hat) * x0_hat) / expand_to(
-            sigma, x0_hat
-        )
-        x_s = (
-            expand_to(alpha_next, x0_hat) * x0_hat
-            + expand_to(sigma_next, noise) * noise
-        )
+        kept, added = samplers.flow_coefficients(schedule, now, after, gain)
+        x_s = expand_to(kept, x0_hat) * chain.x_s + expand_to(added, x0_hat) * x0_hat
         probs = chain.probs + expand_to(weight, log_p) * jnp.exp(log_p)
         return _Chain(probs, x_s, x0_hat), None
 
@@ -102,13 +100,15 @@ def loss(
     parts: int,
     mask_pad: bool = False,
     cfg_weight: float = 1.0,
+    gain: float = 0.0,
 ) -> LossTerms:
     """Returns the cross-entropy of the student's step and the teacher's chain.
 
     In nats per position. num_steps: of the student, each as long as `parts` steps of the
     teacher, which has the student's table, network and schedule. The first estimate of
     each network is its input where draws.self_cond is 1, else 0. cfg_weight: of the
-    teacher of pairs, whose student then needs no guidance (arXiv:2210.03142).
+    teacher of pairs, whose student then needs no guidance (arXiv:2210.03142). gain: of
+    the chain, 1 / temperature - 1.
     """
     times = step_times(draws.t, num_steps, parts)
     t, clean = times[0], embed(params.table, ids)
@@ -130,7 +130,7 @@ def loss(
         any_word = jnp.ones((*ids.shape, len(params.table)), bool)
         teach = guidance.restrict_tokens(teach, params.table, any_word)  # normalises
     first = _first(teach, x_t, t, draws)
-    target = chain_target(teach, schedule, x_t, times, first)
+    target = chain_target(teach, schedule, x_t, times, first, gain=gain)
     _, log_p = student(x_t, t, _first(student, x_t, t, draws))
     mask, count = losses.scored_positions(ids, known, cfg, mask_pad)
     each = -jnp.sum(jax.lax.stop_gradient(target) * log_p, -1)

@@ -104,7 +104,7 @@ def _predict(denoise: Denoise, state: State, now: Any) -> Latent:
     return denoise(state.x_t, t, state.x0_hat)
 
 
-def _is_off(number: Real) -> bool:
+def is_off(number: Any) -> bool:
     """Returns whether a number is 0; one that is traced never is."""
     return not isinstance(number, jax.Array) and number == 0
 
@@ -138,7 +138,7 @@ def ancestral(
         shape = state.x_t.shape[1:]
         n = (
             standard_normal(keys, shape)
-            if _is_off(top_p)
+            if is_off(top_p)
             else truncated_normal(keys, shape, top_p)
         )
         return State(mean + expand_to(std, n) * n, x0_hat)
@@ -178,13 +178,40 @@ def ddim(denoise: Denoise, schedule: Schedule, *, eta: Real = 0.0) -> Step:
         x_next = (
             broadcast_to(alpha_next, x_t) * x0_hat + broadcast_to(kept, x_t) * eps_hat
         )
-        if not _is_off(eta):
+        if not is_off(eta):
             x_next = x_next + broadcast_to(fresh, x_t) * standard_normal(
                 keys, x_t.shape[1:]
             )
         return State(x_next, x0_hat)
 
     return step
+
+
+def flow(denoise: Denoise, schedule: Schedule, *, gain: Real = 0.0) -> Step:
+    """Returns the step of the probability flow of the score times 1 + gain.
+
+    Exact if x0_hat is constant over the step (docs/method.md, section 5.5), so a chain
+    of steps is one step with a weighted mean of their x0_hat. gain 0 is `ddim` of eta 0.
+    """
+
+    def step(keys: PRNGKeys, state: State, times: Times) -> State:
+        x0_hat = _predict(denoise, state, times.now)
+        kept, added = flow_coefficients(schedule, times.now, times.next, gain)
+        x_next = broadcast_to(kept, x0_hat) * state.x_t
+        return State(x_next + broadcast_to(added, x0_hat) * x0_hat, x0_hat)
+
+    return step
+
+
+def flow_coefficients(
+    schedule: Schedule, now: Any, after: Any, gain: Real
+) -> tuple[Any, Any]:
+    """Returns the coefficients of x_t and of x0_hat in a step of `flow`."""
+    alpha, sigma = schedule.alpha_sigma(now)
+    alpha_next, sigma_next = schedule.alpha_sigma(after)
+    shrink = (alpha * sigma_next / (sigma * alpha_next)) ** gain
+    kept = sigma_next / sigma * shrink
+    return kept, alpha_next - kept * alpha
 
 
 def dpmpp_2m(denoise: Denoise, schedule: Schedule) -> Step:
@@ -262,7 +289,7 @@ def sharpen(
     """Returns solver(denoise) with the score multiplied by 1 + gain: see `temperature`.
 
     The step uses x0_hat moved away from x_t; the state keeps x0_hat itself for
-    self-conditioning. For the solvers in ONE_STEP.
+    self-conditioning. For the solvers in ONE_STEP; without noise `flow` is exact.
     """
 
     def step(keys: PRNGKeys, state: State, times: Times) -> State:

@@ -38,8 +38,8 @@ class SamplingConfig(Settings):
     t <= clamp, from -1 to 1; -1 turns it off. rounding: how the last x0_hat becomes ids, by the
     largest logit or the nearest embedding. churn, temperature: see `samplers`;
     asymmetry: the gap of `samplers.shift_timesteps`. solver_options: keyword arguments
-    of the solver. trajectory: also return the ids of every step. sharpness: of
-    `samplers.sharpen`, from the temperature.
+    of the solver. trajectory: also return the ids of every step. sharpness: the gain of
+    `samplers.sharpen`, or of `samplers.flow` if ddim has eta 0, from the temperature.
     """
 
     num_steps: Integer = 200
@@ -155,6 +155,10 @@ class SamplingConfig(Settings):
 
         if not self.uses("sharpness"):
             return solver(denoise)
+        if self.solver == "ddim" and samplers.is_off(
+            dict(self.solver_options).get("eta", 0.0)
+        ):
+            return samplers.flow(denoise, schedule, gain=self.sharpness)
         return samplers.sharpen(solver, denoise, schedule, gain=self.sharpness)
 
 

@@ -12,7 +12,7 @@ from dlm_jax.diffusion import distillation
 from dlm_jax.errors import UserError
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
-from dlm_jax.ranges import integer
+from dlm_jax.ranges import integer, real
 from dlm_jax.runtime import backend, checkpoint
 from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
@@ -58,6 +58,7 @@ def load_teacher(config: Any) -> DiffusionLM:
 def student_steps(config: Any) -> list[int]:
     """Returns the number of steps of each student in turn. Raises UserError."""
     options = config.distill
+    real("config.distill.temperature", options.temperature, over=0)
     whole = integer("config.distill.teacher_steps", options.teacher_steps, 2)
     counts = [integer("config.distill.num_steps", n, 1) for n in options.num_steps]
     for n in counts:
@@ -113,6 +114,7 @@ def _task(
             parts=config.distill.teacher_steps // num_steps,
             mask_pad=step_cfg.mask_pad,
             cfg_weight=teacher.default("cfg_weight", None),
+            gain=1 / config.distill.temperature - 1,
         )
 
     return TrainingTask(init, terms, schedule_state=state)
@@ -132,5 +134,10 @@ def student_config(config: Any, teacher: DiffusionLM, num_steps: int) -> Any:
             self_cond_prob=own["loss"]["self_cond_prob"],
         )
         config.sample.update(own["sample"], num_steps=num_steps, cfg_weight=1.0)
+        if (
+            config.distill.temperature != 1
+        ):  # the student's steps are those of the chain
+            config.sample.update(solver="ddim", eta=0.0, clamp=-1.0)
+            config.sample.temperature = config.distill.temperature
         config.distill.update(student=num_steps, num_steps=(num_steps,))
     return config
