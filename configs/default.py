@@ -125,12 +125,14 @@ def get_config() -> Any:
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "source": "grammar",  # grammar | text | e2e | csv | jsonl | tfds | prepared
-            "path": "",  # a file, the folder of E2E or prepared data, or a TFDS name
+            # grammar | text | e2e | csv | jsonl | parquet | stream | tfds | prepared
+            "source": "grammar",
+            # a file, several with commas, a pattern; E2E's or prepared folder; TFDS name
+            "path": "",
             "valid_path": "",  # "": src1_valid.txt of E2E, or the end of path
             "valid_fraction": 0.05,
-            "column": "text",  # csv, jsonl and tfds: the column of texts
-            # pairs: csv, jsonl and tfds: the column of sources; e2e, grammar: "fields"
+            "column": "text",  # csv, jsonl, parquet and tfds: the column of texts
+            # pairs: csv, jsonl, parquet and tfds: the column of sources; e2e, grammar: "fields"
             "source_column": "",
             "delexicalize": (),  # pairs: fields whose values become placeholders
             "delimiter": "",  # csv: between columns; "": told from the first line
@@ -141,11 +143,12 @@ def _data() -> ConfigDict:
             "tfds_valid": "validation",
             "tfds_dir": "",  # tfds: data folder; "": the default of TFDS
             "length": 64,  # tokens per sequence
-            "mode": "pad",  # pad: a text per row | block: texts end to end
+            # pad: a text per row | block, wrap: texts end to end | crop: any window
+            "mode": "pad",
             "too_long": "error",  # error | truncate (the published code) | drop
-            "tokenizer": "word",  # word | sentencepiece | hf (from a file only)
+            "tokenizer": "word",  # word | char | sentencepiece | hf (from a file only)
             "tokenizer_path": "",  # a vocabulary, model or tokenizer.json; "": train it
-            "min_count": 10,  # word: keep words that occur more often
+            "min_count": 10,  # word, char: keep those that occur more often
             "vocab_size": 8000,  # sentencepiece: number of pieces
             "byte_fallback": False,  # sentencepiece: 256 pieces spell unseen characters
         }

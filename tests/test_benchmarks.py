@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -12,6 +13,7 @@ import anlg
 import control_baselines
 import control_table
 import plan
+import protocols
 from lib import alternate
 
 
@@ -92,3 +94,18 @@ def test_a_row_measured_again_replaces_its_own_only(tmp_path):
 def test_bytes_of_shapes():
     assert plan._bytes("f32[3,4]{1,0}") == 48
     assert plan._bytes("(bf16[8]{0}, f32[])") == 20
+
+
+def test_stand_ins_for_the_protocols_text():
+    assert protocols.letters([" = A B = \n The <unk> cat, in 1920 ."]) == (
+        " a b the cat in one nine two zero "
+    )
+    found = ["= A =\n = = B = =\none two three four . five six seven eight ?"]
+    assert protocols.sentences(found) == [
+        *("one two three four .", "five six seven eight ?"),
+    ]
+
+
+def test_entropy_of_a_row_is_that_of_its_tokens():
+    rows = np.array([[0, 4, 5, 4, 5, 1, 3], [0, 6, 6, 6, 1, 3, 3]])
+    assert protocols.row_entropy(rows) == pytest.approx(np.log(2) / 2)

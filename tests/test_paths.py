@@ -213,7 +213,11 @@ def test_only_paths_that_exist_become_absolute(tmp_path, monkeypatch):
     assert found["control"]["classifiers"] == f"{tmp_path}/x z {tmp_path}/y"
     assert found["control"]["targets"] == "gs://b/x"
     assert record["data"]["path"] == "x"
-    record["data"]["source"] = "tfds"
+    record["data"].update(path="x,y", valid_path="?")
+    found = paths.absolute(record)["data"]
+    assert found["path"] == f"{tmp_path}/x,{tmp_path}/y"
+    assert found["valid_path"] == f"{tmp_path}/?"
+    record["data"].update(source="tfds", path="x")
     assert paths.absolute(record)["data"]["path"] == "x"
 
 

@@ -28,6 +28,8 @@ def _config(folder, **changes):
     config = smoke.get_config()
     options = {"data.source": "text", "data.path": str(folder / "t.txt")}
     options |= {"data.length": 12, "data.min_count": 2}
+    if changes.get("data__source") == "stream":
+        options["data.valid_path"] = str(folder / "t.txt")
     options |= {name.replace("__", "."): value for name, value in changes.items()}
     if options["data.source"] in ("csv", "jsonl"):
         options["data.path"] = str(folder / f"t.{options['data.source']}")
@@ -40,6 +42,8 @@ def _config(folder, **changes):
 KINDS = {
     "pad": {},
     "block": {"data__mode": "block"},
+    "wrap": {"data__mode": "wrap"},
+    "crop": {"data__mode": "crop", "data__tokenizer": "char", "data__source": "stream"},
     "csv": {"data__source": "csv"},
     "jsonl": {"data__source": "jsonl"},
     "pieces": {
@@ -91,6 +95,129 @@ def test_a_run_on_prepared_data_has_the_same_bits(tmp_path):
         states.append(Trainer(language_job(config), workdir).state)
     np.testing.assert_array_equal(*(state.params.table for state in states))
     assert array_record.read_texts(str(tmp_path / "p"), "valid") == TEXTS[-5:]
+
+
+class Killed(BaseException):
+    """As kill -9: nothing tidies up."""
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["pad", "wrap"])
+def test_an_interrupted_preparation_is_resumed_to_the_same_bytes(
+    mode, tmp_path, monkeypatch
+):
+    """Killed at every chunk in turn; what is complete is not encoded again."""
+    for module, name, value in (
+        (prepare, "CHUNK", 10),
+        (array_record, "PAGE", 4),
+        (array_record, "SHARD", 3),
+    ):
+        monkeypatch.setattr(module, name, value)
+    config = _config(tmp_path, data__mode=mode)
+    prepare.prepare_data(config, str(tmp_path / "whole"))
+    encode, calls, resumed = prepare.encode_stream, [], 0
+
+    def killed(texts, tok, cfg, left):
+        for chunk in encode(texts, tok, cfg, left):
+            calls.append(chunk[0][0])
+            yield chunk
+            if len(calls) == at:
+                raise Killed
+
+    monkeypatch.setattr(prepare, "encode_stream", killed)
+    for last in range(1, 11):
+        at = last
+        folder = tmp_path / f"killed {last}"
+        with pytest.raises(Killed):
+            prepare.prepare_data(config, str(folder))
+        assert not (folder / array_record.MANIFEST).exists()
+        before, calls, at = set(calls), [], 0
+        prepare.prepare_data(config, str(folder))
+        resumed, calls = resumed + len(before - set(calls)), []
+        assert _files(folder) == _files(tmp_path / "whole")
+    assert resumed > 10
+
+
+def test_an_unfinished_preparation_of_other_data_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNK", 10)
+    monkeypatch.setattr(array_record, "PAGE", 4)
+    monkeypatch.setattr(array_record, "SHARD", 3)
+    config, folder = _config(tmp_path), str(tmp_path / "p")
+
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr(prepare, "_manifest", killed)
+    with pytest.raises(Killed):
+        prepare.prepare_data(config, folder)
+    config.data.length = 13
+    says = "unfinished preparation with another config.data.length: remove it"
+    _fails(says, prepare.prepare_data, config, folder)
+    config.data.length = 12
+    Path(config.data.path).write_text("other\n" * 99, encoding="utf-8")
+    _fails("with another file: remove it", prepare.prepare_data, config, folder)
+    (tmp_path / "p" / prepare.PROGRESS).write_text("{", encoding="utf-8")
+    _fails("progress.json is damaged", prepare.prepare_data, config, folder)
+
+
+def test_a_mistake_may_be_corrected_in_the_same_folder(tmp_path):
+    config, folder = _config(tmp_path, data__length=4), str(tmp_path / "p")
+    _fails("more than config.data.length=4", prepare.prepare_data, config, folder)
+    config.data.length = 12
+    prepare.prepare_data(config, folder)
+    assert not (tmp_path / "p" / prepare.PROGRESS).exists()
+
+
+def test_the_manifest_names_protocol_tokenizer_and_counts(tmp_path):
+    config = _config(tmp_path, data__mode="wrap")
+    prepare.prepare_data(config, str(tmp_path / "p"))
+    path = tmp_path / "p" / array_record.MANIFEST
+    manifest = json.loads(path.read_text("utf-8"))
+    train, valid, tok, _ = array_record.load_prepared(str(tmp_path / "p"))
+    assert manifest["protocol"] == (
+        f"wrap (packed), 12 tokens per row of {tok.vocab_size} ids, word tokenizer, "
+        "text text"
+    )
+    assert manifest["rows"] == {"train": len(train), "valid": len(valid)}
+    assert manifest["texts"] == {"train": 92, "valid": 5}
+    assert manifest["tokens"]["valid"] == np.sum(valid[:] > 3)
+    manifest["tokenizer"]["words"][0] += "x"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    says = "another tokenizer than the data's"
+    _fails(says, array_record.read_manifest, tmp_path / "p")
+
+
+def test_what_does_not_fit_prepared_data_is_one_line(tmp_path):
+    """A padded config on packed rows, another tokenizer, a shard that is missing."""
+    config = _config(tmp_path, data__mode="wrap")
+    prepare.prepare_data(config, str(tmp_path / "p"))
+    config.data.update(source="prepared", path=str(tmp_path / "p"), mode="pad")
+    _fails("mode=pad: .*p was prepared with wrap", corpus.load_corpus, config)
+    config.data.update(mode="wrap", tokenizer_path="tokenizer.json")
+    _fails("tokenizer_path=.* no effect with prepared", corpus.load_corpus, config)
+    config.data.tokenizer_path = ""
+    (tmp_path / "p" / "train-00000.array_record").unlink()
+    _fails("train-00000.array_record is missing", corpus.load_corpus, config)
+
+
+@pytest.mark.parametrize("at", ["memory", "prepared"])
+def test_training_takes_any_window_of_a_stream(at, tmp_path):
+    """crop: a row of a batch begins at any character; the same from memory and disk."""
+    config = _config(tmp_path, **KINDS["crop"])
+    if at == "prepared":
+        prepare.prepare_data(config, str(tmp_path / "p"))
+        config.data.source, config.data.path = "prepared", str(tmp_path / "p")
+    trainer = Trainer(language_job(config), str(tmp_path / "run"))
+    stream = np.asarray(trainer.corpus.train[: len(trainer.corpus.train)]).ravel()
+    index = trainer.row_index(0, hosts=1)
+    assert np.any(index % 12)
+    expected = stream[index[..., None] + np.arange(12)]
+    np.testing.assert_array_equal(
+        np.asarray(trainer.batch(0)).ravel(), expected.ravel()
+    )
 
 
 def _fails(says, call, *args):

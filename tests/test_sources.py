@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dlm_jax.configs import classifier, default, e2e, e2e_small, smoke, stories
 from dlm_jax.data import batching, encoding, sources, tfds
-from dlm_jax.data.tokenizer import END, PAD, START, WordTokenizer
+from dlm_jax.data.tokenizer import WordTokenizer
 from dlm_jax.errors import UserError
 
 TOK = WordTokenizer(("a", "b", "c", "d"))
@@ -342,6 +342,7 @@ def test_two_names_that_look_alike_are_one(tmp_path, source):
 # --- options that have no effect
 
 TRAINING = {"word": {"min_count"}, "sentencepiece": {"vocab_size", "byte_fallback"}}
+TRAINING |= {"char": {"min_count"}}
 ENCODING = {"too_long", "tokenizer", "tokenizer_path"}
 
 
@@ -403,6 +404,8 @@ def test_a_flag_that_has_no_effect_is_refused(source, tok):
     ("name", "changes"),
     [
         ("too_long", {"mode": "block"}),
+        ("too_long", {"mode": "wrap"}),
+        ("too_long", {"mode": "crop"}),
         ("valid_fraction", {"valid_path": "x"}),
         ("valid_fraction", {"source": "tfds", "tfds_valid": "test"}),
         ("valid_fraction", {"source": "e2e", "path": "."}),
@@ -491,6 +494,9 @@ def test_tfds_prepares_once_and_reads_without_tensorflow(tfds_set, monkeypatch):
     valid = sources.load_texts(cfg, "valid")
     assert (len(train), len(valid)) == (18, 2)
     assert sorted(train + valid) == sorted(LINES)
+    for split, texts in (("train", train), ("valid", valid)):
+        assert list(sources.stream(cfg, split)) == texts
+        assert sources.count(cfg, split) == len(texts)
     monkeypatch.setattr(tfds, "_check_preparable", None)  # prepared: not asked again
     cfg.tfds_valid = "test"
     assert sources.load_texts(cfg, "valid") == ["the test café"]
@@ -541,56 +547,6 @@ def test_tfds_without_a_network_fails_at_once(tfds_set, tmp_path, monkeypatch):
     cfg = _cfg(source="tfds", path="e2e_cleaned", tfds_dir=str(tmp_path))
     says = "e2e_cleaned is not prepared .* cannot be reached: .*tfds_dir"
     _fails(says, sources.load_texts, cfg, "train")
-
-
-# --- texts -> ids
-
-
-def _encode(texts, length=5, mode="pad", too_long="error"):
-    return encoding.encode(texts, TOK, length=length, mode=mode, too_long=too_long)
-
-
-def test_pad():
-    ids = _encode(["a b", "", "a b c"])
-    assert ids.dtype == np.int32
-    assert ids.tolist() == [
-        [START, 4, 5, END, PAD],
-        [START, END, PAD, PAD, PAD],
-        [START, 4, 5, 6, END],
-    ]
-
-
-def test_too_long():
-    texts = ["a b c", "a b c d", "d", "a a a a a"]
-    rows = _encode(texts, too_long="truncate").tolist()
-    assert rows[1] == [START, 4, 5, 6, 7]  # END is lost, as published
-    assert rows[3] == [START, 4, 4, 4, 4]
-    assert _encode(texts, too_long="drop").tolist() == [rows[0], rows[2]]
-    _fails("text 2 has 6 tokens .*length=5: set length=7", _encode, texts)
-
-
-def test_block():
-    texts = ["a b c d", "a", "b c"]
-    ids = _encode(texts, length=4, mode="block")
-    stream = [START, 4, 5, 6, 7, END, START, 4, END, START, 5, 6, END]
-    assert ids.dtype == np.int32
-    assert ids.ravel().tolist() == stream[:12]
-    assert ids.shape == (3, 4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"texts": []}, "0 texts fill no row"),
-        ({"texts": ["a"], "mode": "block"}, "no row of config.data.length=5"),
-        ({"texts": ["a a a a"], "too_long": "drop"}, "1 texts fill no row"),
-        ({"texts": ["a"], "length": 1}, "config.data.length=1"),
-        ({"texts": ["a"], "mode": "cut"}, "config.data.mode='cut': .* pad, block"),
-        ({"texts": ["a"], "too_long": "x"}, "config.data.too_long='x': .* truncate"),
-    ],
-)
-def test_encode_refuses(changes, says):
-    _fails(says, _encode, **changes)
 
 
 # --- ids -> batches

@@ -7,6 +7,7 @@ checksum of the ids. A record is a page of PAGE rows, so a row costs one small r
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import zlib
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from dlm_jax.data import encoding
 from dlm_jax.data.tokenizer import Tokenizer, from_dict
 from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.types import PAD
 
-MANIFEST, MODES = "data.json", ("pad", "block")
+MANIFEST = "data.json"
 PAGE, SHARD = 64, 2**13  # rows per record, records per file
 
 
@@ -77,6 +79,17 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def dtype(vocab: int) -> np.dtype:
+    """Returns the type of ids on disk."""
+    return np.dtype(np.uint16 if vocab <= 2**16 else np.int32)
+
+
+def tokenizer_sha256(record: dict) -> str:
+    """Returns the checksum of a tokenizer's record."""
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
 def _path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.array_record"
 
@@ -110,11 +123,16 @@ def read_manifest(folder: Path) -> dict:
             raise ValueError("its counts are out of range")
         if (
             metadata["dtype"] not in ("uint16", "int32")
-            or metadata["mode"] not in MODES
+            or metadata["mode"] not in encoding.MODES
         ):
             raise ValueError("unknown dtype or mode")
         if not isinstance(metadata["tokenizer"], dict):
             raise ValueError("no tokenizer")
+        if metadata.get("tokenizer_sha256") not in (
+            None,  # of an earlier version
+            tokenizer_sha256(metadata["tokenizer"]),
+        ):
+            raise ValueError("another tokenizer than the data's")
         if not isinstance(metadata.get("read", []), list):
             raise ValueError("its lines on what was read are not a list")
     except OSError as error:
@@ -134,8 +152,9 @@ def read_manifest(folder: Path) -> dict:
 def read_texts(path: str, split: str) -> list[str]:
     """Decodes all rows of a split to texts, in memory. Raises UserError."""
     train, valid, tokenizer, _ = load_prepared(path)
+    mode = train.metadata["mode"]
     rows = {"train": train, "valid": valid}[split]
-    return [tokenizer.decode(row) for row in rows[:]]
+    return [encoding.decode(row, tokenizer, mode) for row in rows[:]]
 
 
 class ArrayRecordWriter:
@@ -143,14 +162,22 @@ class ArrayRecordWriter:
 
     def __init__(self, folder: Path, split: str, length: int, vocab: int):
         self.folder, self.split = folder, split
-        self.dtype = np.dtype(np.uint16 if vocab <= 2**16 else np.int32)
+        self.dtype = dtype(vocab)
         self.left = np.zeros((0, length), self.dtype)
-        self.rows = self.pages = self.crc = 0
+        self.rows = self.pages = self.crc = self.skip = 0
+        self.complete = (0, 0)  # pages in files that are complete, and their checksum
         self.file: Any = None
+
+    def resume(self, rows: int, pages: int, crc: int) -> None:
+        """Continues after the files of these pages; the next rows are of number `rows`."""
+        self.rows, self.pages, self.crc, self.complete = rows, pages, crc, (pages, crc)
+        self.skip = pages * PAGE - rows  # rows that these files hold already
 
     def add(self, ids: np.ndarray) -> None:
         """Buffers rows [n l] and writes every full page."""
         self.rows += len(ids)
+        held = min(self.skip, len(ids))
+        ids, self.skip = ids[held:], self.skip - held
         self.left = np.concatenate([self.left, ids.astype(self.dtype)])
         while len(self.left) >= PAGE:
             self._write(self.left[:PAGE])
@@ -168,8 +195,6 @@ class ArrayRecordWriter:
     def _write(self, page: np.ndarray) -> None:
         number, place = divmod(self.pages, SHARD)
         if place == 0:
-            if self.file:
-                self.file.close()
             from array_record.python.array_record_module import (
                 ArrayRecordWriter,
             )
@@ -180,3 +205,6 @@ class ArrayRecordWriter:
         self.crc = zlib.crc32(raw, self.crc)
         self.file.write(raw)
         self.pages += 1
+        if self.pages % SHARD == 0:
+            self.file.close()
+            self.file, self.complete = None, (self.pages, self.crc)

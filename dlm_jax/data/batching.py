@@ -55,6 +55,30 @@ def batch_index(
     return np.concatenate(rows)
 
 
+class Windows:
+    """Every window of l tokens in rows [n l] that continue each other.
+
+    Window i begins at token i, so a row may begin anywhere in the text. Indexing reads
+    windows, as rows of an array.
+    """
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+        self.length = np.shape(rows[:1])[1]
+
+    def __len__(self) -> int:
+        return (len(self.rows) - 1) * self.length + 1
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Returns the windows of an index array: [... l]."""
+        index = np.asarray(index)
+        row, offset = np.divmod(index, self.length)
+        both = np.minimum(np.stack([row, row + 1], -1), len(self.rows) - 1)
+        tokens = self.rows[both].reshape(*index.shape, 2 * self.length)
+        at = offset[..., None] + np.arange(self.length)
+        return np.take_along_axis(tokens, at, -1)
+
+
 WINDOW = 16  # steps whose rows are sorted by length together
 
 

@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encodes texts as rows of ids: between START and END, padded or packed in blocks."""
+"""Encodes texts as rows of ids: padded, or packed end to end.
+
+pad    START text END PAD PAD ...   a text per row
+block  texts between START and END, end to end
+wrap   START, texts with END after each, END: the field's packed rows
+crop   one stream of tokens, without START and END; training takes any window of it
+"""
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -15,16 +22,15 @@ from dlm_jax.types import END, PAD, START
 def encode(
     texts: list[str], tok: Tokenizer, *, length: int, mode: str, too_long: str
 ) -> Int32[np.ndarray, "n l"]:
-    """Encodes texts as ids [n l], l = `length`, each text between START and END.
+    """Encodes texts as ids [n l], l = `length`.
 
-    mode: "pad" puts one text in each row and fills it with PAD; "block" joins all
-    texts, cuts the stream into rows and drops the remainder. too_long: what "pad" does
-    with a text that does not fit: "error", "truncate" (END is lost, as in the published
-    code) or "drop". Raises UserError for a text that does not fit, an unknown choice or
-    an empty result.
+    mode: a key of MODES, described above; all but "pad" join the texts, cut the stream
+    into rows and drop the remainder. too_long: what "pad" does with a text that does not
+    fit: "error", "truncate" (END is lost, as in the published code) or "drop". Raises
+    UserError for a text that does not fit, an unknown choice or an empty result.
     """
-    arrange, fit = arrangement(length, mode, too_long)
-    ids = arrange([delimited(text, tok) for text in texts], length, fit)
+    layout = arrangement(length, mode, too_long)
+    ids, _ = layout.rows([layout.delimited(text, tok) for text in texts])
     if not len(ids):
         raise UserError(
             f"{len(texts)} texts fill no row of config.data.length={length} in mode "
@@ -33,30 +39,65 @@ def encode(
     return ids
 
 
-def arrangement(length: int, mode: str, too_long: str) -> tuple[Callable, Callable]:
-    """Returns the functions for `mode` and `too_long`. Raises UserError."""
-    if length < 2:
-        raise UserError(f"config.data.length={length}: set it to 2 or more")
+class Mode(NamedTuple):
+    """How texts become rows. before, after: ids around a text.
+
+    start, end: ids at both ends of a packed row. packed: texts share rows.
+    """
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    packed: bool = True
+
+
+class Arrangement(NamedTuple):
+    """A mode with the length l of a row, and what to do with texts that do not fit."""
+
+    mode: Mode
+    length: int
+    fit: Callable[[list[list[int]], int], list[list[int]]]
+
+    def delimited(self, text: str, tok: Tokenizer) -> list[int]:
+        """Returns the ids of a text with those around it."""
+        return [*self.mode.before, *tok.encode(text), *self.mode.after]
+
+    def rows(self, texts: list[list[int]]) -> tuple[np.ndarray, list[int]]:
+        """Returns the rows [n l] of delimited texts, and the ids that fill none."""
+        if not self.mode.packed:
+            return _padded(self.fit(texts, self.length), self.length), []
+        flat, ends = _flat(texts), (self.mode.start, self.mode.end)
+        size = self.length - sum(map(len, ends))
+        body = flat[: len(flat) // size * size].reshape(-1, size)
+        first, last = (np.tile(np.int32(part), (len(body), 1)) for part in ends)
+        return np.concatenate([first, body, last], 1), flat[body.size :].tolist()
+
+
+def arrangement(length: int, mode: str, too_long: str) -> Arrangement:
+    """Returns how rows of a length are made. Raises UserError."""
+    chosen = choose("config.data.mode", MODES, mode)
+    least = 1 + max(1, len(chosen.start + chosen.end))
+    if length < least:
+        raise UserError(f"config.data.length={length}: set it to {least} or more")
     fit = choose("config.data.too_long", TOO_LONG, too_long)
-    return choose("config.data.mode", MODES, mode), fit
+    return Arrangement(chosen, length, fit)
 
 
-def delimited(text: str, tok: Tokenizer) -> list[int]:
-    """Returns the ids of START, the text and END."""
-    return [START, *tok.encode(text), END]
+def decode(ids: Any, tok: Tokenizer, mode: str) -> str:
+    """Returns the text of a row [l]; packed ones, a line per text of the row."""
+    if not MODES[mode].packed:
+        return tok.decode(ids)
+    ids = np.asarray(ids)
+    texts = map(tok.decode, np.split(ids, np.flatnonzero(ids == END) + 1))
+    return "\n".join(filter(None, texts))
 
 
-def _pad(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
-    rows = fit(rows, length)
+def _padded(rows: list[list[int]], length: int) -> np.ndarray:
     sizes = np.fromiter(map(len, rows), np.int32, len(rows))
     ids = np.full((len(rows), length), PAD, np.int32)
     ids[np.arange(length) < sizes[:, None]] = _flat(rows)
     return ids
-
-
-def _block(rows: list[list[int]], length: int, fit: Callable) -> np.ndarray:
-    flat = _flat(rows)
-    return flat[: len(flat) // length * length].reshape(-1, length)
 
 
 def _flat(rows: list[list[int]]) -> Int32[np.ndarray, " n"]:
@@ -74,7 +115,12 @@ def _raise_too_long(rows: list[list[int]], length: int) -> list[list[int]]:
     return rows
 
 
-MODES: dict[str, Callable] = {"pad": _pad, "block": _block}
+MODES: dict[str, Mode] = {
+    "pad": Mode((START,), (END,), packed=False),
+    "block": Mode((START,), (END,)),
+    "wrap": Mode((), (END,), (START,), (END,)),
+    "crop": Mode(),
+}
 TOO_LONG: dict[str, Callable] = {
     "error": _raise_too_long,
     "truncate": lambda rows, length: [row[:length] for row in rows],

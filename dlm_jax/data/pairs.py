@@ -133,6 +133,7 @@ SOURCES: dict[str, Any] = {
     "grammar": _grammar,
     "csv": _records,
     "jsonl": _records,
+    "parquet": _records,
     "tfds": _tfds,
 }
 
@@ -151,7 +152,7 @@ def encode_pairs(
     Raises UserError for a source that leaves no room for a token and END, unless its
     pair is dropped.
     """
-    arrange, fit = encoding.arrangement(length, "pad", too_long)
+    layout = encoding.arrangement(length, "pad", too_long)
     rows = []
     for number, pair in enumerate(delexicalized(pairs, delexicalize), 1):
         source = encode_source(tok, pair.source)
@@ -162,7 +163,7 @@ def encode_pairs(
                 "set config.data.too_long=drop"
             )
         rows.append([*source, *tok.encode(pair.target), END])
-    ids = arrange(rows, length, fit)
+    ids, _ = layout.rows(rows)
     if not len(ids):
         raise UserError(
             f"{len(rows)} pairs fill no row of config.data.length={length}: raise it"

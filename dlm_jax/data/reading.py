@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was read: one line for the user, and warnings of what a model cannot learn."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from dlm_jax.data import files, sources
+from dlm_jax.data import files, shards, sources
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.types import END, PAD, UNK
 
@@ -30,6 +31,15 @@ class Reading:
         self.words = self.bytes = self.too_long = 0
         self.changed = 0
         self.first_unknown = self.first_changed = ""
+
+    def state(self) -> dict[str, Any]:
+        """Returns a copy of all counts, which JSON can store."""
+        counts = {k: v for k, v in vars(self).items() if k not in ("cfg", "tok")}
+        return copy.deepcopy(counts)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Sets all counts to those of `state`."""
+        vars(self).update(copy.deepcopy(state))
 
     def add(self, split: str, texts: list[str], rows: np.ndarray) -> None:
         """Counts texts, and the rows [n l] that they filled."""
@@ -98,7 +108,9 @@ class Reading:
         name = files.describe(self.cfg)
         if self.cfg.source != "csv":
             return name
-        delimiter = files.delimiter(files.existing(self.cfg.path, "path"), self.cfg)
+        delimiter = files.delimiter(
+            shards.named_files(self.cfg.path, "path")[0], self.cfg
+        )
         long = f"; the longest cell has {rows.lines} lines, at {rows.row}"
         return f"{name} (columns end at {delimiter!r}{long if rows.row else ''})"
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dlm_jax.data import array_record, grammar, tfds, tokenizer_files
+from dlm_jax.data import array_record, grammar, shards, tfds, tokenizer_files
+from dlm_jax.data.characters import train_characters
 from dlm_jax.data.files import (
     BREAK,
     cell,
@@ -55,6 +56,8 @@ READS: dict[str, tuple[str, ...]] = {  # the options of config.data that a sourc
     "e2e": (*FILE, *PAIRS),
     "csv": (*FILE, "column", *PAIRS, "delimiter"),
     "jsonl": (*FILE, "column", *PAIRS),
+    "parquet": (*FILE, "column", *PAIRS),
+    "stream": FILE,
     "tfds": (
         *("path", "valid_fraction", "column", *PAIRS),
         *("tfds_train", "tfds_valid", "tfds_dir"),
@@ -63,6 +66,7 @@ READS: dict[str, tuple[str, ...]] = {  # the options of config.data that a sourc
 }
 TRAINED: dict[str, tuple[str, ...]] = {  # those that training a tokenizer reads
     "word": ("min_count",),
+    "char": ("min_count",),
     "sentencepiece": ("vocab_size", "byte_fallback"),
     "hf": (),
 }
@@ -109,8 +113,8 @@ def _unread(cfg: Any) -> dict[str, str]:
         kept = ("too_long", "tokenizer", "tokenizer_path", *trained)
         what = "prepared data: leave it out; --mode prepare_data takes it"
         return found | dict.fromkeys(kept, what)
-    if cfg.mode == "block":
-        found["too_long"] = "config.data.mode=block: leave it out"
+    if cfg.mode != "pad":
+        found["too_long"] = f"config.data.mode={cfg.mode}: leave it out"
     name, mine = f"tokenizer={cfg.tokenizer}", TRAINED.get(cfg.tokenizer, trained)
     if cfg.tokenizer_path:
         name, mine = f"tokenizer_path={cfg.tokenizer_path}", ()
@@ -131,7 +135,8 @@ def train_tokenizer(cfg: Any, texts: Iterable[str]) -> Tokenizer:
             "config.data.tokenizer=hf is not trained here: set config.data.tokenizer_path "
             "to its tokenizer.json"
         )
-    train = choose("config.data.tokenizer", TRAINERS, cfg.tokenizer)
+    trainers = TRAINERS | {"char": train_characters}
+    train = choose("config.data.tokenizer", trainers, cfg.tokenizer)
     return train(texts, **{name: cfg[name] for name in TRAINED[cfg.tokenizer]})
 
 
@@ -152,15 +157,28 @@ def _grammar(cfg: Any, split: str) -> list[str]:
 
 def read_split(read: Callable[[Path, Any], Iterable], cfg: Any, split: str) -> list:
     """Reads a split: validation comes from `valid_path`, or is held out of `path`."""
-    path = _path(cfg, split)
-    records = _non_empty(list(filter(None, read(path, cfg))), str(path))
+    paths = _paths(cfg, split)
+    found = chain.from_iterable(read(path, cfg) for path in paths)
+    records = _non_empty(list(filter(None, found)), _named(paths))
     return records if cfg.valid_path else hold_out(records, cfg, split)
 
 
-def _path(cfg: Any, split: str) -> Path:
-    """Returns the file that holds a split."""
+def _paths(cfg: Any, split: str) -> list[Path]:
+    """Returns the files that hold a split."""
     name = "valid_path" if split == "valid" and cfg.valid_path else "path"
-    return existing(cfg[name], name)
+    return shards.named_files(cfg[name], name)
+
+
+def all_files(cfg: Any) -> list[Path]:
+    """Returns the files of both splits; none for a source that is read otherwise."""
+    if cfg.source not in FILES:
+        return []
+    paths = {path for split in ("train", "valid") for path in _paths(cfg, split)}
+    return sorted(paths)
+
+
+def _named(paths: list[Path]) -> str:
+    return f"{paths[0]}{' and others' if paths[1:] else ''}"
 
 
 def _e2e(cfg: Any, split: str) -> list[str]:
@@ -181,29 +199,52 @@ def e2e_records(cfg: Any, split: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def stream(cfg: Any, split: str) -> Iterator[str]:
-    """Yields the texts of `load_texts`; reads files text by text. Raises UserError."""
-    if cfg.source not in FILES:
+    """Yields the texts of `load_texts`; reads files and TFDS text by text.
+
+    Raises UserError.
+    """
+    if cfg.source in FILES:
+        read = FILES[cfg.source]
+        texts = chain.from_iterable(read(path, cfg) for path in _paths(cfg, split))
+        yield from islice(filter(None, texts), *_part_of(cfg, split))
+    elif cfg.source == "tfds":
+        yield from islice(tfds.stream(cfg, split), *_part_of(cfg, split))
+    else:
         yield from load_texts(cfg, split)
-        return
-    path, read = _path(cfg, split), FILES[cfg.source]
-    yield from islice(filter(None, read(path, cfg)), *_part_of(path, cfg, split))
 
 
 def count(cfg: Any, split: str) -> int:
     """Returns the number of texts that `stream` yields. Raises UserError."""
     check_options(cfg)
-    if cfg.source not in FILES:
+    if cfg.source not in FILES and cfg.source != "tfds":
         return len(load_texts(cfg, split))
-    first, last = _part_of(_path(cfg, split), cfg, split)
+    first, last = _part_of(cfg, split)
     return last - first
 
 
-def _part_of(path: Path, cfg: Any, split: str) -> tuple[int, int]:
-    """Returns the range (start, stop) of a split's texts in its file."""
-    texts = _counts(path, cfg).texts
+def _part_of(cfg: Any, split: str) -> tuple[int, int]:
+    """Returns the range (start, stop) of a split's texts in its files or TFDS split."""
+    if cfg.source == "tfds":
+        name, texts, own = describe(cfg), _count_tfds(cfg, split), cfg.tfds_valid
+    else:
+        paths = _paths(cfg, split)
+        texts = sum(_counts(path, cfg).texts for path in paths)
+        name, own = _named(paths), cfg.valid_path
     if not texts:
-        _non_empty([], str(path))
-    return (0, texts) if cfg.valid_path else part(texts, cfg, split)
+        _non_empty([], name)
+    return (0, texts) if own else part(texts, cfg, split)
+
+
+def _count_tfds(cfg: Any, split: str) -> int:
+    """Counts the texts of a TFDS split, once per process."""
+    part = tfds.split_name(cfg, split)
+    key = (cfg.path, part, cfg.column, cfg.tfds_dir)
+    if key not in _TFDS_COUNTS:
+        _TFDS_COUNTS[key] = sum(1 for _ in tfds.stream(cfg, split))
+    return _TFDS_COUNTS[key]
+
+
+_TFDS_COUNTS: dict[tuple[str, ...], int] = {}
 
 
 class Counts(NamedTuple):
@@ -219,11 +260,10 @@ class Counts(NamedTuple):
 
 
 def count_rows(cfg: Any) -> Counts:
-    """Counts the rows of csv and jsonl files, of both splits."""
+    """Counts the rows of csv, jsonl and parquet files, of both splits."""
     if cfg.source not in RECORDS:
         return Counts()
-    paths = {_path(cfg, split) for split in ("train", "valid")}
-    found = [_counts(path, cfg) for path in sorted(paths)]
+    found = [_counts(path, cfg) for path in all_files(cfg)]
     texts, blank = (sum(column) for column in list(zip(*found, strict=True))[:2])
     longest = max(found, key=lambda counts: counts.lines)
     return longest._replace(texts=texts, blank=blank)
@@ -236,7 +276,7 @@ def _counts(path: Path, cfg: Any) -> Counts:
     return _count(path, cfg.source, *options, (state.st_mtime_ns, state.st_size))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4096)
 def _count(
     path: Path, source: str, column: str, delimiter: str, state: tuple[int, int]
 ) -> Counts:
@@ -286,9 +326,11 @@ def _prepared(cfg: Any, split: str) -> list[str]:
 RECORDS: dict[str, Callable[[Path, Any], Iterator[tuple[str, dict]]]] = {
     "csv": csv_records,
     "jsonl": jsonl_records,
+    "parquet": shards.parquet_records,
 }
 FILES: dict[str, Callable[[Path, Any], Iterator[str]]] = {
     "text": read_text,
+    "stream": shards.read_stream,
     **{name: partial(read_records, records) for name, records in RECORDS.items()},
 }
 SOURCES: dict[str, Callable[[Any, str], list[str]]] = {

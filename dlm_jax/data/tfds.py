@@ -18,9 +18,7 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
 
     cfg.path: its TFDS name, such as "e2e_cleaned" or "name/config:1.0.0".
     """
-    return load_records(
-        cfg, split, lambda r, cfg, where: cell(r, cfg.column, where), (cfg.column,)
-    )
+    return load_records(cfg, split, _cell, (cfg.column,))
 
 
 def load_records(
@@ -30,7 +28,32 @@ def load_records(
     columns: tuple[str, ...],
 ) -> list:
     """Returns read(record, cfg, place) of each record, if not empty. Raises UserError."""
-    part = cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
+    found = list(records(cfg, split, read, columns))
+    return found if cfg.tfds_valid else hold_out(found, cfg, split)
+
+
+def stream(cfg: Any, split: str) -> Iterator[str]:
+    """Yields the texts of the TFDS split that holds `split`. Raises UserError."""
+    return records(cfg, split, _cell, (cfg.column,))
+
+
+def split_name(cfg: Any, split: str) -> str:
+    """Returns the name of the TFDS split that holds `split`, "train" or "valid"."""
+    return cfg.tfds_valid if split == "valid" and cfg.tfds_valid else cfg.tfds_train
+
+
+def _cell(record: dict, cfg: Any, where: str) -> str:
+    return cell(record, cfg.column, where)
+
+
+def records(
+    cfg: Any,
+    split: str,
+    read: Callable[[dict, Any, str], Any],
+    columns: tuple[str, ...],
+) -> Iterator[Any]:
+    """Yields what `load_records` returns, of both splits if validation is held out."""
+    part = split_name(cfg, split)
     try:
         builder = _prepared(cfg)
         names = list(map(nfc, builder.info.features or {}))
@@ -40,16 +63,15 @@ def load_records(
                     f"TFDS {cfg.path} has no column {column!r}: "
                     f"set config.data.column to one of {', '.join(names)}"
                 )
-        records = builder.as_data_source(split=part)
-        named = ({nfc(name): r[name] for name in r} for r in records)
+        found = builder.as_data_source(split=part)
+        named = ({nfc(name): r[name] for name in r} for r in found)
         numbered = enumerate(named, 1)
         rows = (read(r, cfg, f"TFDS {cfg.path} record {i}") for i, r in numbered)
-        found = list(filter(None, rows))
+        yield from filter(None, rows)
     except UserError:
         raise
     except Exception as error:
         raise UserError(_tfds_failure(error, cfg, part)) from error
-    return found if cfg.tfds_valid else hold_out(found, cfg, split)
 
 
 def _prepared(cfg: Any) -> Any:

@@ -108,9 +108,10 @@ def constraints_of(
 ) -> Constraints:
     """Builds the constraints of n texts; gaps of a template get random widths."""
     positional = template is not None or wanted.keys() & constraints.POSITIONAL
-    if positional and lm.config["data"].get("mode") == "block":
+    mode = lm.config["data"].get("mode") or "pad"
+    if positional and mode != "pad":
         raise UserError(
-            "this model was trained on texts packed end to end (data.mode=block): it "
+            f"this model was trained on texts packed end to end (data.mode={mode}): it "
             "takes no constraint on lengths or positions"
         )
     constraints.check_fields(wanted, lm.config["data"].get("source") or "")

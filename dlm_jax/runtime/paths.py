@@ -5,6 +5,7 @@ What they lead to is known by its content. A run records them as absolute paths,
 that its text is found from every folder; any of them may change, as files move.
 """
 
+import glob
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ TRAINING = (
     *(*DATA, "data.tokenizer_path", "embedding.path"),
     *("classifier.model", "classifier.conllu", "distill.teacher"),
 )
+SEVERAL = ("data.path", "data.valid_path")  # files with commas between, and patterns
 LISTS = ("control.classifiers",)  # paths separated by spaces
 PATHS = (
     *(*TRAINING, *LISTS, "control.ar_model", "control.targets"),
@@ -33,13 +35,18 @@ def absolute(record: dict) -> dict:
         if path == "data.path" and record["data"]["source"] == "tfds":
             continue  # a name
         value = record[section][name]
-        parts = value.split() if path in LISTS else [value]
-        record[section][name] = " ".join(map(_absolute, parts))
+        parts, joint = [value], " "
+        if path in LISTS:
+            parts = value.split()
+        elif path in SEVERAL and not os.path.exists(value):
+            parts, joint = value.split(","), ","
+        record[section][name] = joint.join(map(_absolute, parts))
     return record
 
 
 def _absolute(value: Any) -> Any:
-    return os.path.abspath(value) if value and os.path.exists(value) else value
+    exists = value and (os.path.exists(value) or glob.glob(value))
+    return os.path.abspath(value) if exists else value
 
 
 def without(section: str, options: dict) -> dict:

@@ -46,6 +46,11 @@ def resolve_config(config: Any) -> StepConfig:
             "config.loss.conditioning_prob > 0: an autoregressive model conditions on "
             "earlier tokens; set it to 0"
         )
+    if cfg.causal and config.data.mode == "crop":
+        raise UserError(
+            "config.data.mode=crop: an autoregressive model begins with START, which "
+            "these rows lack; use wrap or block"
+        )
     if cfg.known_length and config.data.mode != "pad":
         raise UserError(
             "config.model.known_length=True needs config.data.mode=pad: change one of "

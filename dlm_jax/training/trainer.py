@@ -138,6 +138,10 @@ class Trainer:
             table, first = _first_table(self.config, self.corpus.tokenizer)
         self.identity = self.corpus.identity() | first
         check_same_data(self.identity, saved, workdir)
+        crops = self.config.data.mode == "crop"
+        self.rows: Any = (
+            batching.Windows(self.corpus.train) if crops else self.corpus.train
+        )
         self.lengths = None
         if self.step_cfg.cfg.known_length:
             self.lengths = batching.row_lengths(self.corpus.train)
@@ -167,7 +171,7 @@ class Trainer:
     def batch(self, step: int) -> Any:
         """Returns this host's rows of a step, as the step's input."""
         index = self.row_index(step, hosts=self.hosts)
-        rows = self.corpus.train[index]
+        rows = self.rows[index]
         if self.lengths is not None:
             longest = self.lengths[self.row_index(step, hosts=1)].max()
             rows = rows[..., : min(w for w in self.widths if w >= longest)]
@@ -179,7 +183,7 @@ class Trainer:
         step += sum(n for at, n in self.skipped_batches if step >= at)
         rows = [
             batching.batch_index(
-                len(self.corpus.train),
+                len(self.rows),
                 seed=self.config.seed,
                 step=step * parts + part,
                 batch=self.step_cfg.batch // parts,
