@@ -4,6 +4,9 @@
 import csv
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +66,7 @@ def test_the_same_rows_as_in_memory(name, tmp_path, monkeypatch):
     config = _config(tmp_path, **KINDS[name])
     whole = corpus.load_corpus(config)
     prepare.prepare_data(config, str(tmp_path / "p"))
-    config.data.source, config.data.path = "prepared", str(tmp_path / "p")
+    config.data.update(source="prepared", path=str(tmp_path / "p"), valid_path="")
     found = corpus.load_corpus(config)
     assert found.tokenizer == whole.tokenizer
     for one, other in ((found.train, whole.train), (found.valid, whole.valid)):
@@ -141,6 +144,47 @@ def test_an_interrupted_preparation_is_resumed_to_the_same_bytes(
     assert resumed > 10
 
 
+KILLED = """
+import os, signal, sys
+from dlm_jax.configs import smoke
+from dlm_jax.data import array_record, prepare
+
+prepare.CHUNK, array_record.PAGE, array_record.SHARD = 10, 4, 3
+encode, config = prepare.encode_stream, smoke.get_config()
+
+
+def killed(*args):
+    for i, chunk in enumerate(encode(*args)):
+        if i == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+
+
+prepare.encode_stream = killed
+config.data.update(source="text", path=sys.argv[1], length=12, min_count=2)
+prepare.prepare_data(config, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_resumed_to_the_same_bytes(tmp_path, monkeypatch):
+    config = _config(tmp_path)
+    paths = [config.data.path, str(tmp_path / "p")]
+    code = [sys.executable, "-c", KILLED, *paths]
+    assert subprocess.run(code, timeout=600).returncode == -signal.SIGKILL
+    begun = json.loads((tmp_path / "p" / prepare.PROGRESS).read_text("utf-8"))
+    assert begun["at"]["pages"] == 15
+    for module, name, value in (
+        (prepare, "CHUNK", 10),
+        (array_record, "PAGE", 4),
+        (array_record, "SHARD", 3),
+    ):
+        monkeypatch.setattr(module, name, value)
+    for folder in ("p", "whole"):
+        prepare.prepare_data(config, str(tmp_path / folder))
+    assert _files(tmp_path / "p") == _files(tmp_path / "whole")
+
+
 def test_an_unfinished_preparation_of_other_data_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK", 10)
     monkeypatch.setattr(array_record, "PAGE", 4)
@@ -209,7 +253,7 @@ def test_training_takes_any_window_of_a_stream(at, tmp_path):
     config = _config(tmp_path, **KINDS["crop"])
     if at == "prepared":
         prepare.prepare_data(config, str(tmp_path / "p"))
-        config.data.source, config.data.path = "prepared", str(tmp_path / "p")
+        config.data.update(source="prepared", path=str(tmp_path / "p"), valid_path="")
     trainer = Trainer(language_job(config), str(tmp_path / "run"))
     stream = np.asarray(trainer.corpus.train[: len(trainer.corpus.train)]).ravel()
     index = trainer.row_index(0, hosts=1)
@@ -230,7 +274,7 @@ def test_mistakes_are_one_line(tmp_path):
     config = _config(tmp_path)
     prepare.prepare_data(config, str(tmp_path / "p"))
     _fails("prepared already", prepare.prepare_data, config, str(tmp_path / "p"))
-    config.data.source, config.data.path = "prepared", str(tmp_path / "p")
+    config.data.update(source="prepared", path=str(tmp_path / "p"), valid_path="")
     _fails("name the text", prepare.prepare_data, config, str(tmp_path / "q"))
     pairs = _config(tmp_path, data__source="jsonl", data__source_column="source")
     _fails("pairs are not prepared", prepare.prepare_data, pairs, str(tmp_path / "q"))
