@@ -100,7 +100,7 @@ def test_stand_ins_for_the_protocols_text():
     assert protocols.letters([" = A B = \n The <unk> cat, in 1920 ."]) == (
         " a b the cat in one nine two zero "
     )
-    found = ["= A =\n = = B = =\none two three four . five six seven eight ?"]
+    found = ["= A =\n= = B = =\none two three four . five six seven eight ?"]
     assert protocols.sentences(found) == [
         *("one two three four .", "five six seven eight ?"),
     ]

@@ -70,7 +70,9 @@ class Arrangement(NamedTuple):
         flat, ends = _flat(texts), (self.mode.start, self.mode.end)
         size = self.length - sum(map(len, ends))
         body = flat[: len(flat) // size * size].reshape(-1, size)
-        first, last = (np.tile(np.int32(part), (len(body), 1)) for part in ends)
+        first, last = (
+            np.tile(np.array(part, np.int32), (len(body), 1)) for part in ends
+        )
         return np.concatenate([first, body, last], 1), flat[body.size :].tolist()
 
 
