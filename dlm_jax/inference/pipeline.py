@@ -92,7 +92,7 @@ class DiffusionLM(TrainedModel):
         batch = request.check_count("batch", self.default("batch", batch))
         wanted = request.make_request(self, n, **options)
         latents, ids, trajectory = sampling.run_chain(self, wanted, batch)
-        return Samples(_decode(self, ids), ids, latents, trajectory)
+        return Samples(self.decode(ids), ids, latents, trajectory)
 
     def infill(self, template: Any, n: Integer = 5, **options: Any) -> list[str]:
         """Generates n texts from a template such as "The ___ is a pub [...]".
@@ -185,10 +185,4 @@ class DiffusionLM(TrainedModel):
         """Returns, for each of n samples, the text that x0_hat rounds to at every step."""
         options["trajectory"] = True
         ids: Any = self.generate(n, **options).trajectory
-        return [_decode(self, rows) for rows in ids]
-
-
-def _decode(lm: DiffusionLM, ids: np.ndarray) -> list[str]:
-    """Returns the text of each row of ids [n l]; of a packed row, a line per text."""
-    mode = lm.config["data"].get("mode") or "pad"
-    return [encoding.decode(row, lm.tokenizer, mode) for row in ids]
+        return [self.decode(rows) for rows in ids]

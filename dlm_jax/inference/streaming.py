@@ -74,7 +74,7 @@ def ask(
 def texts(lm: TrainedModel, ids: np.ndarray, hidden: list[dict] | None) -> list[str]:
     """Returns the texts of rows [n l], of pairs their targets."""
     if hidden is None:
-        return list(map(lm.tokenizer.decode, ids))
+        return lm.decode(ids)
     return translation.show(translation.target_texts(lm.tokenizer, ids), hidden)
 
 

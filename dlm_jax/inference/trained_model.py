@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from dlm_jax.data import encoding
 from dlm_jax.data.tokenizer import Tokenizer
 from dlm_jax.diffusion import adaptive, model
 from dlm_jax.diffusion.model import Params
@@ -77,6 +79,11 @@ class TrainedModel:
         """The number of steps that it was distilled for (--mode distill), or None."""
         section = self.config.get("distill")  # earlier models have none
         return (section["student"] or None) if section else None
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """Returns the text of each row of ids [n l]; of a packed row, a line per text."""
+        mode = self.config["data"].get("mode") or "pad"
+        return [encoding.decode(row, self.tokenizer, mode) for row in ids]
 
     def default(self, name: str, value: Integer | None) -> Integer:
         """Returns the value, or the run's own of config.sample. Raises UserError."""
