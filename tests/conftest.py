@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("dlm_jax", "beartype.beartype")
 
-from dlm_jax.main import cache_for_processor  # noqa: E402
+from dlm_jax.runtime.compilation import cache_for_processor  # noqa: E402
 
 CACHE = cache_for_processor(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
-from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from dlm_jax.diffusion import model
 from dlm_jax.diffusion.embedding import embed
+from dlm_jax.diffusion.rounding import cross_entropy
 from dlm_jax.diffusion.schedule import Schedule, add_noise
 from dlm_jax.diffusion.time_sampling import NoiseDraws
 from dlm_jax.nn import transformer

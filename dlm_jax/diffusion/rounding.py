@@ -3,7 +3,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Bool, Float
 
 from dlm_jax.diffusion.embedding import embed
@@ -25,7 +24,16 @@ def logits(table: Table, bias: Bias, x: Latent) -> Logits:
 
 def nll(logits: Logits, ids: Ids) -> Float[Array, "b l"]:
     """Computes -log p(w | x) in nats for each position [b l]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(ids))
+    return cross_entropy(logits, jnp.asarray(ids))
+
+
+def cross_entropy(logits: Float[Array, "*n v"], labels: Array) -> Float[Array, "*n"]:
+    """Computes -log softmax(logits)[label] in nats, for labels of any leading shape.
+
+    As optax's function, which takes 0.2 seconds to import.
+    """
+    of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1).take(0, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - of_label
 
 
 def nearest(table: Table, x: Latent, allowed: Allowed | None = None) -> Ids:

@@ -1,35 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minimum Bayes risk: selects the sample that is most like the others."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
 
 from dlm_jax.data.words import words
 from dlm_jax.errors import UserError, choose
 
 Utility = Callable[[str, str], float]  # (hypothesis, reference) -> similarity
 
-_bleu = BLEU(
-    effective_order=True, tokenize="none", smooth_method="add-k", smooth_value=1
-)
-_chrf = CHRF()
+
+@functools.cache
+def _metrics() -> tuple[Any, Any]:
+    from sacrebleu.metrics.bleu import BLEU  # late: sampling does without it
+    from sacrebleu.metrics.chrf import CHRF
+
+    smooth = {"smooth_method": "add-k", "smooth_value": 1}
+    return BLEU(effective_order=True, tokenize="none", **smooth), CHRF()
 
 
 def _spaced(text: str) -> str:
     return " ".join(words(text))
 
 
-UTILITIES: dict[str, Utility] = {
-    "bleu": lambda hypothesis, reference: (
-        _bleu.sentence_score(_spaced(hypothesis), [_spaced(reference)]).score
-    ),
-    "chrf": lambda hypothesis, reference: (
-        _chrf.sentence_score(hypothesis, [reference]).score
-    ),
-}
+def _bleu(hypothesis: str, reference: str) -> float:
+    bleu, _ = _metrics()
+    return bleu.sentence_score(_spaced(hypothesis), [_spaced(reference)]).score
+
+
+def _chrf(hypothesis: str, reference: str) -> float:
+    _, chrf = _metrics()
+    return chrf.sentence_score(hypothesis, [reference]).score
+
+
+UTILITIES: dict[str, Utility] = {"bleu": _bleu, "chrf": _chrf}
 
 
 def utilities(

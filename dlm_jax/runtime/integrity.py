@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore
 
 from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.types import PyTree
@@ -163,4 +162,6 @@ def _open(folder: Any, name: str, driver: str) -> Any:
     else:  # not as a URL, in which some characters of a name have a meaning
         base = {"driver": "file", "path": utf8(path) + "/"}
     store = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
+    import tensorstore  # late: shared models do without it
+
     return tensorstore.open({"driver": driver, "kvstore": store}, open=True)
