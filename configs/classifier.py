@@ -3,6 +3,8 @@
 
     python -m dlm_jax.main --mode train_classifier --config configs/classifier.py:tree \\
         --config.classifier.model=runs/quickstart --workdir runs/tree
+
+Variants: `:semantic`, the default, `:pos`, `:tree`, `:label`.
 """
 
 from typing import Any

@@ -66,6 +66,8 @@ def get_config() -> Any:
             "valid_steps": 2000,
             "valid_batches": 20,  # at most, per validation
             "sample_steps": 10_000,  # steps between previews of samples
+            "profile_steps": 0,  # steps traced to workdir/profile, after the first 10
+            "writers": "",  # tensorboard, wandb: metrics also go there; by extras
             "on_nonfinite": "stop",  # stop | skip the update | rollback to a checkpoint
         }
     )
@@ -103,6 +105,14 @@ def get_config() -> Any:
             "nll_texts": 512,  # held-out texts for the likelihood bound
             "draws": 16,  # noise levels per text for the bound
             "num_steps": (8, 16, 32, 64),  # sampling steps of the quality plot
+        }
+    )
+    cfg.export = ConfigDict(
+        {
+            "folder": "",  # a new one; "": pretrained, in the workdir
+            "dtype": "bfloat16",  # bfloat16 | float32, of the weights
+            "classifiers": "",  # workdirs of classifiers that travel along, by spaces
+            "n": 64,  # samples that are measured; pairs: sources, of config.sample.sources
         }
     )
     cfg.control = ConfigDict(

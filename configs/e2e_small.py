@@ -4,6 +4,7 @@
     python -m dlm_jax.main --config configs/e2e_small.py --workdir runs/e2e_small \\
         --config.data.path=FOLDER_OF_src1_train.txt
 
+Variants: `:modern`, the default, `:faithful`, `:autoregressive`.
 71 minutes on one core of an Intel Xeon, beside other work; seed 1. Held-out cross-entropy
 in nats per position: 0.627 at step 2,000, 0.548 at 8,000, 0.536 at 24,000; bound 1.879
 nats per token (docs/results.md). The weights are the bundled model `e2e`, whose

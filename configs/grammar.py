@@ -6,6 +6,8 @@
     python -m dlm_jax.main --config configs/grammar.py:autoregressive --workdir runs/ar
     python -m dlm_jax.main --config configs/grammar.py:fields --workdir runs/fields
 
+Variants: `:modern`, the default, `:faithful`, `:autoregressive`, `:fields`.
+
 docs/results.md and docs/study.md hold the numbers, each with its command. The quickstart's
 weights (263 s on two cores, seed 1) are the bundled model `grammar`, whose
 model.safetensors has a SHA-256 that begins with 5e15d48f.

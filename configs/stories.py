@@ -4,6 +4,7 @@
     python -m dlm_jax.main --config configs/stories.py --workdir runs/stories \\
         --config.data.path=tinystories.lower.4MB.txt
 
+Variants: `:modern`, the default, `:faithful`, `:autoregressive`.
 Each line of the file is an example. A SentencePiece model of 2,000 pieces is trained
 first. Not yet run to the end.
 """

@@ -5,13 +5,15 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from tqdm import tqdm
 
 from dlm_jax.errors import UserError
+
+Item = TypeVar("Item")
 
 
 class Bar(tqdm):
@@ -33,6 +35,11 @@ class Bar(tqdm):
         """Prints a line above the bar, as `say` does."""
         with contextlib.suppress(BrokenPipeError):
             self.write(printable(line))
+
+
+def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """Returns items, with a bar named `what` on a terminal that goes when they end."""
+    return Bar(items, what, disable=None, leave=False)
 
 
 def printable(line: str) -> str:

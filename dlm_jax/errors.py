@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that end a run with one line: a user's mistake, preemption, the machine."""
 
+import difflib
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -31,8 +32,17 @@ class PreemptedError(Exception):
 def choose(flag: str, options: Mapping[str, Any], name: Any) -> Any:
     """Returns options[name]; raises UserError naming the flag and the choices."""
     if not isinstance(name, str) or name not in options:
-        raise UserError(f"{flag}={name!r}: choose one of {', '.join(options)}")
+        raise UserError(f"{flag}={name!r}: {choices(name, options)}")
     return options[name]
+
+
+def choices(name: Any, options: Iterable[str]) -> str:
+    """Returns "choose one of ..." for an error, with the option nearest to name if any."""
+    options = list(options)
+    near = difflib.get_close_matches(str(name), options, n=1)
+    return "".join(f"did you mean {x!r}? " for x in near) + (
+        f"choose one of {', '.join(options)}"
+    )
 
 
 def environment_reason(error: BaseException | None) -> str:

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +13,8 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from dlm_jax import interrupts
+from dlm_jax import console, interrupts
+from dlm_jax.runtime import compilation
 
 FLAGS, RESTART = flags.FLAGS, 75
 # Use large memory pages: a step on a CPU allocates and frees hundreds of MB, and faults
@@ -27,22 +27,7 @@ flags.DEFINE_string("workdir", None, "the run's directory")
 flags.DEFINE_alias("model", "workdir")
 flags.DEFINE_string("host", "127.0.0.1", "serve: the address")
 flags.DEFINE_integer("port", 8000, "serve: the port; 0: a free one")
-flags.DEFINE_enum(
-    "mode",
-    "train",
-    [
-        "prepare_data",
-        "train",
-        "train_classifier",
-        "distill",
-        "sample",
-        "evaluate",
-        "control",
-        "plot",
-        "serve",
-    ],
-    "what to run",
-)
+flags.DEFINE_string("mode", "train", "what to run: see above")
 flags.DEFINE_integer(
     "step", None, "the checkpoint that sample, plot etc. load; default: the newest"
 )
@@ -50,6 +35,9 @@ flags.DEFINE_bool(
     "allow_fallback",
     False,
     "train: move a damaged newest checkpoint away and resume from the one before",
+)
+flags.DEFINE_bool(
+    "profile", False, "train: save a trace of 5 steps, after the first 10, to profile/"
 )
 flags.DEFINE_string("coordinator", "", "host:port of process 0, for several hosts")
 flags.DEFINE_integer("num_processes", 1, "number of processes")
@@ -99,7 +87,13 @@ def _distill(config: Any, workdir: str, step: int | None) -> None:
     distill.distill(config, workdir, allow_fallback=FLAGS.allow_fallback)
 
 
-REPLACED = ("sample", "evaluate", "control", "classifier")  # sections of the config
+REPLACED = (
+    "sample",
+    "evaluate",
+    "export",
+    "control",
+    "classifier",
+)  # sections of the config
 
 
 def _load(config: Any, workdir: str, step: int | None, *, moved: Any = ()) -> Any:
@@ -171,7 +165,6 @@ def _require_one_host() -> None:
 
 def _sample(config: Any, workdir: str, step: int | None) -> None:
     lm = _load(config, workdir, step)
-    from dlm_jax import console
     from dlm_jax.inference import translation
     from dlm_jax.runtime import hosts
 
@@ -206,8 +199,14 @@ def _control(config: Any, workdir: str, step: int | None) -> None:
     control.evaluate_control(lm, workdir)
 
 
+def _export(config: Any, workdir: str, step: int | None) -> None:
+    from dlm_jax.evaluation import shared
+
+    _require_one_host()
+    console.say(shared.export(_load(config, workdir, step), workdir))
+
+
 def _plot(config: Any, workdir: str, step: int | None) -> None:
-    from dlm_jax import console
     from dlm_jax.evaluation import plots
 
     _require_one_host()
@@ -248,8 +247,9 @@ MODES: dict[str, Callable] = {
     "control": _control,
     "plot": _plot,
     "serve": _serve,
+    "export": _export,
 }
-LOCAL = ("prepare_data", "evaluate", "control", "plot")
+LOCAL = ("prepare_data", "evaluate", "control", "plot", "export")
 
 
 def main(argv: list[str]) -> None:
@@ -257,7 +257,7 @@ def main(argv: list[str]) -> None:
 
     Status 75 (sysexits' "temporary failure") means: rerun the same command to resume.
     """
-    from dlm_jax.errors import PreemptedError, UserError
+    from dlm_jax.errors import PreemptedError, UserError, choose
     from dlm_jax.runtime import checkpoint, hosts
 
     sys.unraisablehook = _unraisable
@@ -266,6 +266,7 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"{argv[1]}: not a flag; see --help")
+        run = choose("--mode", MODES, FLAGS.mode)
         if not FLAGS.workdir:
             raise UserError("--workdir: name the run's directory, such as runs/first")
         _check_flags()
@@ -277,7 +278,7 @@ def main(argv: list[str]) -> None:
             )
         checkpoint.check_reachable(FLAGS.workdir)
         interrupts.raise_at_first()
-        MODES[FLAGS.mode](FLAGS.config, FLAGS.workdir, FLAGS.step)
+        run(FLAGS.config, FLAGS.workdir, FLAGS.step)
     except PreemptedError as error:  # raised by all hosts at the same step
         print(error, file=sys.stderr, flush=True)
         sys.exit(RESTART)
@@ -294,6 +295,10 @@ def _check_flags() -> None:
     trains = FLAGS.mode in ("train", "train_classifier", "distill")
     if FLAGS.allow_fallback and not trains:
         raise UserError(f"--allow_fallback: --mode {FLAGS.mode} does not take it")
+    if FLAGS.profile:
+        if not trains:
+            raise UserError(f"--profile: --mode {FLAGS.mode} does not take it")
+        _require_config(FLAGS.config, "--config grammar").train.profile_steps = 5
     if FLAGS.step is not None and (trains or FLAGS.mode == "prepare_data"):
         raise UserError(f"--step={FLAGS.step}: --mode {FLAGS.mode} does not take it")
 
@@ -370,38 +375,16 @@ def _config_file(value: str) -> str:
     name, colon, variant = value.partition(":")
     if not name.isidentifier():
         return value
-    from dlm_jax import configs
-    from dlm_jax.errors import UserError
+    from dlm_jax import usage
+    from dlm_jax.errors import UserError, choices
 
-    paths = Path(configs.__path__[0]).glob("*.py")
-    files = {p.stem: p for p in paths if "def get_config" in p.read_text("utf-8")}
+    files = usage.config_files()
     if name not in files:
         raise UserError(
-            f"--config={name}: no bundled config has this name; choose one of "
-            f"{', '.join(sorted(files))}, or give a file, {name}.py"
+            f"--config={name}: no bundled config has this name; "
+            f"{choices(name, files)}, or give a file, {name}.py"
         )
     return f"{files[name]}{colon}{variant}"
-
-
-def cache_for_processor(folder: Path) -> Path:
-    """Returns the subfolder for compilations that run on this kind of processor."""
-    kind = b""
-    with contextlib.suppress(OSError):  # the file exists on Linux only
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-        kind = next((line for line in lines if line.startswith(b"flags")), b"")
-    return folder / f"{zlib.crc32(kind):08x}"
-
-
-def keep_compilations() -> None:
-    """Turns on JAX's persistent compilation cache; call it before JAX is imported.
-
-    It is ~/.cache/dlm_jax/<kind of processor>, of up to 2 GB, unless environment
-    variables of JAX set something else.
-    """
-    with contextlib.suppress(RuntimeError):  # the user has no home directory
-        folder = cache_for_processor(Path.home() / ".cache" / "dlm_jax")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 
 
 def large_pages() -> None:
@@ -409,6 +392,17 @@ def large_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _asked_for_lines(arguments: list[str]) -> str:
+    """Returns what `dlm --help` and `dlm configs` print, or ""."""
+    if not ({"--help", "-help", "-h"} & set(arguments) or arguments == ["configs"]):
+        return ""
+    from dlm_jax import usage
+
+    if arguments == ["configs"]:
+        return usage.table(usage.config_lines(), margin="")
+    return usage.help_text(__name__)
 
 
 def cli() -> None:
@@ -423,7 +417,9 @@ def command() -> None:
     """
     try:
         interrupts.end_at_first()
-        keep_compilations()
+        if asked := _asked_for_lines(sys.argv[1:]):
+            return console.say(asked)
+        compilation.keep_for_command()
         large_pages()
         interrupts.end_at_second()
         cli()

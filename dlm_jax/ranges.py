@@ -16,6 +16,7 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "train": {
         **dict.fromkeys(("batch", "total_steps", "log_steps", "keep"), COUNT),
         **dict.fromkeys(("ckpt_steps", "valid_steps", "sample_steps"), ZERO_OR_MORE),
+        "profile_steps": ZERO_OR_MORE,
         "valid_batches": COUNT,
     },
     "model": {

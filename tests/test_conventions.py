@@ -18,6 +18,7 @@ COLUMNS = (
     "diffusion",
     "inference",
     "configs training evaluation serving",
+    "usage",
     "main",
 )
 COLUMN = {name: i for i, names in enumerate(COLUMNS) for name in names.split()}

@@ -19,7 +19,7 @@ from jaxtyping import Int, Int32
 
 from dlm_jax.data import grammar, sources
 from dlm_jax.data.normalization import nfc, normalize
-from dlm_jax.errors import UserError, choose
+from dlm_jax.errors import UserError, choices, choose
 from dlm_jax.ranges import check_ranges
 from dlm_jax.types import HeadSpec
 
@@ -55,10 +55,8 @@ class LabelVocab(NamedTuple):
             known = ", ".join(self.classes)
             raise UserError(f"{field!r}: the {self.task} classifier knows only {known}")
         if name not in self.classes[field]:
-            known = ", ".join(self.classes[field])
-            raise UserError(
-                f"{field} {name!r}: not seen in training; choose one of {known}"
-            )
+            known = choices(name, self.classes[field])
+            raise UserError(f"{field} {name!r}: not seen in training; {known}")
         return self.classes[field].index(name)
 
     def index_or_missing(self, field: str, name: str) -> int:

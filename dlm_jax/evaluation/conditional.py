@@ -108,7 +108,9 @@ def outputs_by_row(
         rows = {name.removesuffix(f", {default} steps"): x for name, x in rows.items()}
         rows["sampled"] = rows.pop(f"{default} steps")
     made = {}
-    for name, (changes, seeds) in rows.items():
+    bar = console.Bar(list(rows.items()), disable=None)
+    for name, (changes, seeds) in bar:
+        bar.set_description(name)
         call = {"mbr": 1, **changes}
         lm.translate(
             sources[: lm.config["sample"]["batch"]], seed=0, **call
@@ -117,7 +119,7 @@ def outputs_by_row(
         texts = [lm.translate(sources, seed=seed, **call) for seed in range(seeds)]
         seconds = (time.perf_counter() - start) / (seeds * len(sources)) * 100
         made[name] = (texts, seconds)
-        console.say(f"{name}: {seconds:.1f} s per 100 texts")
+        bar.say(f"{name}: {seconds:.1f} s per 100 texts")
     if lm.cfg.causal:
         start = time.perf_counter()
         texts = [translation.beam_search(lm, sources, beams=BEAMS)]

@@ -148,7 +148,9 @@ def evaluate_control(lm: DiffusionLM, workdir: str) -> list[dict]:
     pairs = [(name, steps) for name in names for steps in options.num_steps]
     # all hosts generate and score; the first one writes
     rows, main = [], hosts.process_index_and_count()[0] == 0
-    with console.Bar(total=len(pairs) * options.seeds, disable=not main) as bar:
+    with console.Bar(
+        total=len(pairs) * options.seeds, disable=None if main else True
+    ) as bar:
         for name, num_steps in pairs:
             bar.set_description(f"{name}, {num_steps} steps")
             identity = _identity(lm, config, name, num_steps, ar_model)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dlm_jax.data import files, grammar, pairs
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, choices, choose
 from dlm_jax.evaluation import references as measured
 from dlm_jax.evaluation import slot_patterns
 from dlm_jax.evaluation.references import References
@@ -167,12 +167,12 @@ def slot_errors(record: Mapping[str, str], text: str) -> SlotErrors:
 def _refuse_unknown(record: Mapping[str, str]) -> None:
     unknown = [field for field in record if field not in FIELDS]
     if unknown or not record:
+        known = choices(*unknown[:1], FIELDS) if unknown else ", ".join(FIELDS)
         what = f"the field {unknown[0]!r} is unknown" if unknown else "an empty record"
-        raise UserError(f"{what}: give fields of {', '.join(FIELDS)}")
+        raise UserError(f"{what}: {known}")
     for field, known in slot_patterns.VALUES.items():
         if field in record and record[field] not in known:
-            values = ", ".join(known)
-            raise UserError(f"{field}={record[field]!r}: choose one of {values}")
+            choose(field, dict.fromkeys(known), record[field])
 
 
 def scores(

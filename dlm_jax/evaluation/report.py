@@ -249,7 +249,8 @@ def read_samples(path: str) -> list[str]:
 def _samples(lm: DiffusionLM, options: Any) -> list[list[str]]:
     """Returns a list of texts per seed: generated, or a file's, split."""
     if not options.texts:
-        return [lm.sample(options.n, seed=seed) for seed in range(options.seeds)]
+        seeds = console.progress(range(options.seeds), "samples of each seed")
+        return [lm.sample(options.n, seed=seed) for seed in seeds]
     texts = read_samples(options.texts)
     size = len(texts) // options.seeds
     if size < 2:
@@ -272,7 +273,7 @@ def frontier(lm: DiffusionLM, reference: Reference, options: Any) -> list[dict]:
     if not reference.on_grammar and reference.ar_model is None:
         return []
     points = []
-    for num_steps in options.num_steps:
+    for num_steps in console.progress(options.num_steps, "numbers of steps"):
         texts = lm.sample(options.n, seed=0, num_steps=num_steps)
         points.append(
             {

@@ -16,7 +16,7 @@ from dlm_jax.data.annotations import LabelVocab
 from dlm_jax.data.tokenizer import Tokenizer, WordTokenizer
 from dlm_jax.diffusion import guidance
 from dlm_jax.diffusion.classifier import Classifier
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, choices
 from dlm_jax.inference import arguments, pieces
 from dlm_jax.inference.pieces import BLANK, GAP
 from dlm_jax.nn.transformer import DenoiserConfig
@@ -352,7 +352,7 @@ def check_fields(wanted: Mapping[str, Any], source: str) -> None:
     known = [field.lower() for field in grammar.FIELDS]
     for field in _fields(wanted.get("semantic", {})):
         if source == "grammar" and field not in known:
-            raise UserError(f"semantic {field!r}: choose one of {', '.join(known)}")
+            raise UserError(f"semantic {field!r}: {choices(field, known)}")
 
 
 def num_words(wanted: Mapping[str, Any]) -> int | None:

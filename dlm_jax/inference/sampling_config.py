@@ -11,7 +11,7 @@ import numpy as np
 from dlm_jax.diffusion import model, rounding, samplers
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule, make_schedule
-from dlm_jax.errors import UserError, choose
+from dlm_jax.errors import UserError, choices, choose
 from dlm_jax.inference.settings import Settings
 from dlm_jax.ranges import flag, integer, real
 from dlm_jax.types import Ids, Integer, Latent, Real
@@ -181,7 +181,7 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
     """Raises UserError for the first name given that is not known."""
     for name in sorted(set(given) - set(known)):
         raise UserError(
-            f"{name}: no option has this name; choose one of {', '.join(sorted(known))}"
+            f"{name}: no option has this name; {choices(name, sorted(known))}"
         )
 
 

@@ -53,18 +53,12 @@ PathLike = str | os.PathLike  # a run's directory; also gs://...
 FOLDER, COMMITTED = "checkpoints", "commit_success.txt"
 # settings that may change when a run resumes: same model, data and objective, the data
 # by their checksum
-RESUMABLE_CHANGES = {
-    f"train.{name}"
-    for name in (
-        "ckpt_steps",
-        "keep",
-        "log_steps",
-        "valid_steps",
-        "valid_batches",
-        "sample_steps",
-        "on_nonfinite",
-    )
-} | {"sample", "evaluate", "control", "parallel", "model.remat", *paths.TRAINING}
+_RESUMABLE = "ckpt_steps keep log_steps valid_steps valid_batches sample_steps "
+_RESUMABLE += "profile_steps writers on_nonfinite"  # of config.train
+RESUMABLE_CHANGES = {f"train.{name}" for name in _RESUMABLE.split()} | {
+    *("sample", "evaluate", "export", "control", "parallel", "model.remat"),
+    *paths.TRAINING,
+}
 
 
 def resolve_workdir(workdir: PathLike) -> Any:

@@ -5,18 +5,30 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dlm_jax import console
+from dlm_jax.runtime.writers import Writer
 
 
 class Progress:
-    """Shows and records the progress of a run; silent on all hosts but the first."""
+    """Shows and records the progress of a run; silent on all hosts but the first.
 
-    def __init__(self, path: Any, *, total: int, start: int, main: bool = True):
-        self.path, self.main, self.total = path, main, total
+    writers: where the metrics go besides; `close` closes them.
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        *,
+        total: int,
+        start: int,
+        main: bool = True,
+        writers: Sequence[Writer] = (),
+    ):
+        self.path, self.main, self.total, self.writers = path, main, total, writers
         self.terminal = main and sys.stderr is not None and sys.stderr.isatty()
         self.bar = console.Bar(
             total=total, initial=start, unit="step", disable=not self.terminal
@@ -38,6 +50,8 @@ class Progress:
         seconds = round(self.before + passed, 3)  # including the runs before a resume
         row = {"step": step, "kind": kind, "seconds": seconds, **values}
         _append(self.path, json.dumps(row) + "\n")
+        for writer in self.writers:
+            writer.write(step, {f"{kind}/{name}": v for name, v in values.items()})
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         done = max(1, step - self.first)
         left = passed / done * (self.total - step)
@@ -55,8 +69,10 @@ class Progress:
             console.say(line)
 
     def close(self) -> None:
-        """Closes the bar."""
+        """Closes the bar and the writers."""
         self.bar.close()
+        for writer in self.writers:
+            writer.close()
 
 
 def _last_seconds(path: Any) -> float:

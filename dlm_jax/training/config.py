@@ -8,7 +8,7 @@ from dlm_jax.errors import UserError, choose
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.ranges import check_ranges
-from dlm_jax.runtime import sharding
+from dlm_jax.runtime import sharding, writers
 from dlm_jax.training import optimizer
 from dlm_jax.training.train_step import StepConfig
 
@@ -58,6 +58,7 @@ def resolve_config(config: Any) -> StepConfig:
         )
     _check_pairs(config, cfg)
     choose("config.train.on_nonfinite", ON_NONFINITE, config.train.on_nonfinite)
+    writers.check(config.train.writers)
     sharding.check_batch(config.train.batch, config.optim.accumulate)
     return StepConfig(
         cfg=cfg,

@@ -13,7 +13,7 @@ from dlm_jax import console
 from dlm_jax.data import batching
 from dlm_jax.diffusion import model
 from dlm_jax.errors import PreemptedError, UserError
-from dlm_jax.runtime import backend, checkpoint, hosts, ownership
+from dlm_jax.runtime import backend, checkpoint, hosts, ownership, profiling, writers
 from dlm_jax.runtime.logging import Progress
 from dlm_jax.training.train_step import train_step
 from dlm_jax.training.trainer import Job, NonFiniteError, Trainer, language_job
@@ -68,7 +68,9 @@ def _run(
         return
     console.say(hosts.describe())
     path, main = trainer.workdir / "metrics.jsonl", trainer.host == 0
-    progress = Progress(path, total=total, start=start, main=main)
+    names = trainer.config.train.writers if main else ""
+    others = writers.open_all(names, trainer.workdir, start, trainer.record)
+    progress = Progress(path, total=total, start=start, main=main, writers=others)
     size = model.count(trainer.state.params)
     for line in trainer.corpus.read:
         progress.say(line)
@@ -124,8 +126,13 @@ def _steps(
     steps = range(int(trainer.state.step), total)
     batches = batching.Prefetcher(trainer.batch, steps)
     report = _Report(trainer, progress)
-    with contextlib.closing(batches):
+    traced = every.profile_steps if trainer.host == 0 else 0
+    trace = profiling.StepTrace(
+        trainer.workdir / "profile", traced, start=steps.start, total=total
+    )
+    with contextlib.closing(batches), contextlib.closing(trace):
         for step in steps:
+            trace(step, trainer.state)
             trainer.state, metrics = step_fn(key, trainer.state, batches())
             done = step + 1
             report(done, metrics)
