@@ -12,10 +12,11 @@ from test_known_length import lm, trainer  # noqa: F401 (fixtures)
 
 import dlm_jax
 from dlm_jax.data import grammar
-from dlm_jax.diffusion import adaptive
+from dlm_jax.data.annotations import LabelVocab
+from dlm_jax.diffusion import adaptive, classifier
 from dlm_jax.errors import UserError
 from dlm_jax.evaluation import data_to_text
-from dlm_jax.inference import pretrained
+from dlm_jax.inference import conditioning, pretrained
 
 
 @pytest.fixture
@@ -65,6 +66,32 @@ def test_no_path_of_this_machine_is_shared(lm, tmp_path):  # noqa: F811
     assert str(tmp_path) not in (tmp_path / "shared" / pretrained.CONFIG).read_text(
         encoding="utf-8"
     )
+
+
+def test_classifiers_travel_with_their_model(lm, tmp_path):  # noqa: F811
+    vocab = LabelVocab("label", {"mood": ["none", "good"]}, lm.length)
+    record = {"labels": vocab.to_dict(), "model": dataclasses.asdict(lm.cfg)}
+    record["model"].update(self_cond=False, known_length=False)
+    like = conditioning.classifier_like("here", record, record)
+    params = classifier.init(jax.random.key(3), like.cfg, vocab.head_spec)
+    own = like._replace(params=params)
+    steered = dataclasses.replace(lm, classifiers={"label": own})
+    steered.save_pretrained(tmp_path / "a", dtype="float32")
+    loaded = dlm_jax.load(tmp_path / "a").classifiers["label"]
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.vocab == vocab
+    assert loaded.cfg == like.cfg
+    _flip(tmp_path / "a" / "classifiers" / "label" / pretrained.WEIGHTS)
+    with pytest.raises(UserError, match=r"label/model\.safetensors is not the file"):
+        dlm_jax.load(tmp_path / "a")
+
+
+def test_a_card_comes_along(lm, folder):  # noqa: F811
+    text = (folder / pretrained.CARD).read_text(encoding="utf-8")
+    assert text.startswith(
+        "---\nlibrary_name: dlm_jax\npipeline_tag: text-generation\n"
+    )
+    assert f"| Steps | {lm.step:,} |" in text
 
 
 def test_nothing_is_overwritten(lm, folder):  # noqa: F811

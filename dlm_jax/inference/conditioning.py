@@ -39,18 +39,28 @@ def load_classifier(workdir: Any, table: Table) -> GuidanceClassifier:
             f"{workdir} was trained on another embedding table than this model's: "
             "train a classifier with config.classifier.model set to this run"
         )
+    like = classifier_like(workdir, record.config, record.run)
+    parts = sharding.global_like({"ema": like.params})
+    return like._replace(params=checkpoint.restore_part(workdir, step, parts)["ema"])
+
+
+def classifier_like(
+    where: str, config: Mapping[str, Any], run: Mapping[str, Any]
+) -> GuidanceClassifier:
+    """Returns a saved classifier with the shapes of its parameters. Raises UserError.
+
+    config: with its section model; run: with its labels; where: named in the error.
+    """
     try:
-        vocab = LabelVocab(**record.run["labels"])
-        cfg = DenoiserConfig(**record.config["model"])
+        vocab = LabelVocab(**run["labels"])
+        cfg = DenoiserConfig(**config["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{workdir}: saved by another version of dlm_jax ({error}); train it again"
+            f"{where}: saved by another version of dlm_jax ({error}); train it again"
         ) from error
-    like = jax.eval_shape(
-        lambda: classifier.init(jax.random.key(0), cfg, vocab.head_spec)
-    )
-    state = checkpoint.restore_part(workdir, step, sharding.global_like({"ema": like}))
-    return GuidanceClassifier(state["ema"], cfg, vocab)
+    key, spec = jax.random.key(0), vocab.head_spec
+    params: Any = jax.eval_shape(lambda: classifier.init(key, cfg, spec))
+    return GuidanceClassifier(params, cfg, vocab)
 
 
 def label_log_prob(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a model from a run's checkpoint, or from one of the published code."""
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,33 @@ from dlm_jax.diffusion import (
 )
 from dlm_jax.diffusion.model import Params
 from dlm_jax.diffusion.schedule import Schedule
-from dlm_jax.errors import UserError
-from dlm_jax.inference import arguments, pretrained, published
+from dlm_jax.errors import UserError, choices
+from dlm_jax.inference import arguments, conditioning, hub, pretrained, published
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.inference.sampling_config import TRANSLATION
 from dlm_jax.inference.trained_model import adapted_schedule
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.ranges import integer
-from dlm_jax.runtime import backend, checkpoint, sharding
+from dlm_jax.runtime import backend, checkpoint, compilation, sharding
 from dlm_jax.types import Integer, PyTree
 
 
 @backend.prepared
 def load(workdir: Any, step: Integer | None = None) -> DiffusionLM:
-    """Loads a model: of a run, of a folder of `save_pretrained`, or by a bundled name.
+    """Loads a model: of a run, of a folder of `save_pretrained`, or by a name.
 
+    The name is that of a bundled model, or owner/name of the Hugging Face Hub.
     A run's newest checkpoint is loaded, or that of `step`; a run's folder `checkpoints`,
     or that of a step inside it, stands for the run. A folder may also hold a checkpoint
     of the published code. Raises UserError if there is none, or if it is damaged.
     """
+    compilation.keep_for_library()
     workdir = arguments.as_folder("workdir", workdir)
     step = None if step is None else integer("step", step)
-    if folder := pretrained.find(workdir):
+    folder = pretrained.find(workdir)
+    if folder is None and hub.is_name(workdir):
+        folder = hub.download(workdir)
+    if folder is not None:
         if step is not None:
             raise UserError(f"step={step}: {folder} holds one model, no checkpoints")
         return _from_pretrained(folder)
@@ -65,10 +72,10 @@ def _choose_step(workdir: checkpoint.PathLike, step: int | None) -> int:
     if place.exists() and not place.is_dir():
         raise UserError(f"{workdir} is a file: give the folder of a run or of a model")
     if not place.exists():
-        names = ", ".join(sorted(pretrained.bundled()))
+        names = sorted(pretrained.bundled())
         raise UserError(
-            f"{workdir}: no such folder, so no checkpoint; give a run's, or the name of "
-            f"a bundled model: {names}"
+            f"{workdir}: no such folder, so no checkpoint; give a run's, or of the "
+            f"bundled models {choices(workdir, names)}"
         )
     return checkpoint.choose_step(workdir, step)
 
@@ -80,7 +87,7 @@ def _from_pretrained(folder: Path) -> DiffusionLM:
     if saved.config["schedule"]["adaptive"]:
         parts["schedule_state"] = jax.eval_shape(lambda: adaptive.init(start))
     state = pretrained.unflatten(saved.arrays, parts)
-    return from_parts(
+    lm = from_parts(
         cfg,
         state.pop("ema"),
         saved.tokenizer,
@@ -89,6 +96,12 @@ def _from_pretrained(folder: Path) -> DiffusionLM:
         lengths=saved.lengths,
         **state,
     )
+    classifiers = {}
+    for task, (record, arrays) in saved.classifiers.items():
+        like = conditioning.classifier_like(str(folder), record, record)
+        params = pretrained.unflatten(arrays, {"ema": like.params})["ema"]
+        classifiers[task] = like._replace(params=params)
+    return dataclasses.replace(lm, classifiers=classifiers)
 
 
 MIN_SHARED_VOCAB = 0.9  # of an autoregressive model and the run that it scores
@@ -173,7 +186,8 @@ def from_parts(
         config["sample"] = TRANSLATION | config["sample"]
     noise_schedule = schedule.make_schedule(**config["schedule"])
     if jax.tree.leaves(schedule_state):
-        noise_schedule = jax.device_get(adapted_schedule(config, schedule_state))
+        adapted = jax.jit(functools.partial(adapted_schedule, config))
+        noise_schedule = jax.device_get(adapted(schedule_state))
     ema = params if ema is None else ema
     return DiffusionLM(
         params, ema, cfg, noise_schedule, tok, config, step, schedule_state, lengths

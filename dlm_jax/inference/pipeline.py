@@ -15,6 +15,7 @@ from dlm_jax.data import encoding, pairs
 from dlm_jax.errors import UserError
 from dlm_jax.inference import (
     arguments,
+    card,
     conditioning,
     pretrained,
     request,
@@ -58,16 +59,11 @@ class DiffusionLM(TrainedModel):
     def save_pretrained(self, folder: Any, *, dtype: Any = "bfloat16") -> None:
         """Saves the averaged weights and what sampling needs, for `dlm_jax.load`.
 
-        dtype: bfloat16 or float32, of the weights. Classifiers are not saved. Raises
-        UserError if the folder holds anything.
+        Classifiers come along, and a model card. dtype: bfloat16 or float32, of the
+        weights. Raises UserError if the folder holds anything.
         """
         folder = arguments.as_folder("folder", folder)
-        parts = {"ema": self.ema, "schedule_state": self.schedule_state}
-        arrays = pretrained.flatten(parts)
-        saved = pretrained.Pretrained(
-            self.config, self.tokenizer, arrays, self.step, self.lengths
-        )
-        pretrained.write(folder, saved, dtype)
+        pretrained.write(folder, card.contents(self, dtype), dtype)
 
     def sample(self, n: Integer, **options: Any) -> list[str]:
         """Generates n texts; options: those of `generate`."""

@@ -5,6 +5,8 @@ model.safetensors  the averaged weights, and the statistics of an adaptive sched
 config.json        the config of the run, its step, the lengths of its texts, and the
                    checksum of the weights
 tokenizer.json     the vocabulary
+README.md          a model card
+classifiers/TASK/  model.safetensors and config.json of each classifier
 """
 
 import hashlib
@@ -16,25 +18,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import safetensors.flax
+import numpy as np
+import safetensors
 
 from dlm_jax.data import tokenizer
 from dlm_jax.errors import UserError, choose, environment_reason
 from dlm_jax.types import Array, PyTree
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+CARD, CLASSIFIERS = "README.md", "classifiers"
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 FORMAT = 1  # of config.json
 
 
 class Pretrained(NamedTuple):
-    """The contents of a folder. arrays: by path, such as ema/table; see `unflatten`."""
+    """The contents of a folder. arrays: by path, such as ema/table; see `unflatten`.
+
+    classifiers: (record, arrays) by task; the record holds its model and its labels.
+    card: the text of README.md.
+    """
 
     config: dict
     tokenizer: tokenizer.Tokenizer
     arrays: Mapping[str, Array]
     step: int
     lengths: tuple[int, ...]
+    classifiers: Mapping[str, tuple[dict, Mapping[str, Array]]] = {}
+    card: str = ""
 
 
 def flatten(tree: PyTree) -> dict[str, Array]:
@@ -72,23 +82,38 @@ def write(folder: str | Path, model: Pretrained, dtype: str) -> None:
             raise UserError(
                 f"{folder} {what}: choose a new folder, as nothing is overwritten"
             )
-    arrays: Any = {
-        name: x.astype(kind) if name.startswith("ema/") else x
-        for name, x in model.arrays.items()
-    }
-    data = safetensors.flax.save(arrays)
     record = {
-        "format": FORMAT,
         "config": _without_paths(model.config),
         "step": model.step,
         "lengths": model.lengths,
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
+    _write_part(folder, record, model.arrays, kind)
+    for task, (its_record, arrays) in model.classifiers.items():
+        _write_part(folder / CLASSIFIERS / task, its_record, arrays, kind)
+    _write_text(folder / TOKENIZER, _json(model.tokenizer.to_dict()))
+    _write_text(folder / CARD, model.card)
+
+
+def _write_part(
+    folder: Path, record: dict, arrays: Mapping[str, Array], kind: Any
+) -> None:
+    """Writes the weights, ema/..., in dtype kind, and the record with their checksum."""
+    import safetensors.flax  # late: sampling does without it
+
+    cast: Any = {n: x.astype(kind) if n[:4] == "ema/" else x for n, x in arrays.items()}
+    data = safetensors.flax.save(cast)
+    own = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(data)
-    for name, value in ((CONFIG, record), (TOKENIZER, model.tokenizer.to_dict())):
-        text = json.dumps(value, indent=1, ensure_ascii=False)
-        (folder / name).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
+    _write_text(folder / CONFIG, _json(own | record))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _without_paths(config: Any) -> Any:
@@ -115,22 +140,12 @@ def bundled() -> dict[str, Path]:
 def read(folder: Path) -> Pretrained:
     """Reads a folder. Raises UserError if a file is missing, damaged or of a newer version."""
     try:
-        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         words = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
-        data = (folder / WEIGHTS).read_bytes()
-        if record["format"] > FORMAT:
-            raise UserError(
-                f"{folder}: written by a newer version of dlm_jax; install that version"
-            )
-        if hashlib.sha256(data).hexdigest() != record["sha256"]:
-            raise ValueError(f"{WEIGHTS} is not the file that was written")
-        with safetensors.safe_open(folder / WEIGHTS, framework="flax") as file:
-            arrays = {
-                name: jnp.asarray(file.get_tensor(name), jnp.float32)
-                for name in file.keys()  # noqa: SIM118
-            }
+        record, arrays = _read_part(folder)
         config, step = record["config"], int(record["step"])
         lengths = tuple(map(int, record["lengths"]))
+        parts = sorted((folder / CLASSIFIERS).glob(f"*/{CONFIG}"))
+        classifiers = {p.parent.name: _read_part(p.parent) for p in parts}
     except UserError:
         raise
     except (
@@ -149,4 +164,21 @@ def read(folder: Path) -> Pretrained:
         tok = tokenizer.from_dict(words)
     except UserError as error:
         raise UserError(f"{folder / TOKENIZER}: {error}") from error
-    return Pretrained(config, tok, arrays, step, lengths)
+    return Pretrained(config, tok, arrays, step, lengths, classifiers)
+
+
+def _read_part(folder: Path) -> tuple[dict, dict[str, Array]]:
+    """Returns the record and the arrays of a folder, after its checksum."""
+    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    data = (folder / WEIGHTS).read_bytes()
+    if record["format"] > FORMAT:
+        raise UserError(
+            f"{folder}: written by a newer version of dlm_jax; install that version"
+        )
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is not the file that was written")
+    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+        names = list(file.keys())
+        # cast by NumPy: JAX would compile a program for each shape
+        arrays = {n: np.asarray(file.get_tensor(n)).astype(np.float32) for n in names}
+    return record, {name: jnp.asarray(x) for name, x in arrays.items()}

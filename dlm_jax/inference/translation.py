@@ -242,6 +242,10 @@ def translate_file(lm: Any, path: str) -> list[str]:
 
     In E2E's files what follows `||` is no part of the source. Raises UserError.
     """
+    return lm.translate(read_sources(path))
+
+
+def read_sources(path: str) -> list[str]:
+    """Reads a file of sources, one a line. Raises UserError if there is none."""
     lines = files.lines(files.existing(path, "sources", "a file of sources", "sample"))
-    sources = [line.partition("||")[0].strip() for _, line in lines]
-    return lm.translate(sources)
+    return [line.partition("||")[0].strip() for _, line in lines]
