@@ -71,6 +71,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+def _answer_at(address, monkeypatch):
+    """Sets what the environment variable HF_ENDPOINT sets when the package is imported."""
+    files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     folder = pretrained.bundled()["grammar"]
@@ -79,7 +86,7 @@ def server(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+        _answer_at(address, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
         yield handler
@@ -95,7 +102,7 @@ def test_a_model_is_loaded_by_owner_and_name(server):
 
 def test_a_model_that_was_loaded_needs_no_network(server, monkeypatch):
     dlm_jax.load(REPO)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    _answer_at("http://127.0.0.1:9", monkeypatch)
     asked = len(server.asked)
     assert dlm_jax.load(REPO).step
     assert len(server.asked) == asked
@@ -118,7 +125,7 @@ def test_a_model_that_is_not_there_is_one_line(server, tmp_path):
 
 def test_without_a_network_or_the_package_it_is_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    _answer_at("http://127.0.0.1:9", monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "c"))
     with pytest.raises(UserError, match=r"Hub cannot be reached: connect to it once"):
         dlm_jax.load(REPO)
