@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dlm_jax import interrupts
+
+if __name__ == "__main__":  # as these imports take a moment
+    interrupts.end_at_first()
+
 from absl import app, flags
 from ml_collections import config_flags
 
-from dlm_jax import console, interrupts
+from dlm_jax import console
 from dlm_jax.runtime import compilation
 
 FLAGS, RESTART = flags.FLAGS, 75
@@ -411,7 +416,7 @@ def cli() -> None:
 
 
 def command() -> None:
-    """The console command `dlm`: sets the environment, then calls `cli`.
+    """The command: sets the environment, then calls `cli`.
 
     Ctrl-C exits with one line and status 130, as shells expect.
     """

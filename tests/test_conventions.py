@@ -20,6 +20,7 @@ COLUMNS = (
     "configs training evaluation serving",
     "usage",
     "main",
+    "__main__",
 )
 COLUMN = {name: i for i, names in enumerate(COLUMNS) for name in names.split()}
 APART = {("diffusion", "data"), ("diffusion", "runtime")}

@@ -193,6 +193,37 @@ def test_ctrl_c_during_imports_is_one_line(monkeypatch):
     assert _press("Python", "train", 1) == (130, "interrupted\n")
 
 
+FIRST_IMPORT = """
+import time
+print("ready", flush=True)
+try:
+    time.sleep(600)
+except BaseException as error:
+    raise ImportError("as numpy does") from error
+"""
+
+
+@pytest.mark.parametrize("module", ["dlm_jax", "dlm_jax.main"])
+def test_ctrl_c_during_the_first_imports_is_one_line(module, tmp_path):
+    (tmp_path / "absl.py").write_text(FIRST_IMPORT, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with subprocess.Popen(
+        [sys.executable, "-m", module],
+        env=environment,
+        preexec_fn=_listen,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            stderr = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert (process.returncode, stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once():
     assert _press("native code", "train", 2) == (130, "")
