@@ -229,7 +229,10 @@ def test_ids_that_cannot_be_scored(lm):
     for count in (1, ids.shape[1]):  # the bound of no token at all was nan
         blank = np.full((2, count), PAD)
         blank[0, 0] = START
-        _one_line(lambda blank=blank: lm.nll(blank), "ids: row 1 holds nothing but PAD")
+        _one_line(lambda blank=blank: lm.nll(blank), "ids: row 1 begins with PAD")
+    left = np.roll(ids, int(np.sum(ids == PAD)), 1)  # as other libraries pad
+    assert left[0, -1] != PAD
+    _one_line(lambda: lm.nll(left), "ids: row 0 begins with PAD")
     assert np.isfinite(lm.nll(lm.encode("")).total()).all()
     _one_line(lambda: lm.features(ids), "features", "autoregressive")
     np.testing.assert_array_equal(

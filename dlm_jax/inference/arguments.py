@@ -55,10 +55,10 @@ def check_ids(ids: AnyIds, length: int, vocab: int) -> np.ndarray:
     if rows.min() < 0 or rows.max() >= vocab:
         wrong = int(rows.min() if rows.min() < 0 else rows.max())
         raise UserError(f"ids: {wrong} is outside the vocabulary of {vocab} ids")
-    if len(empty := np.flatnonzero((rows == PAD).all(-1))):
+    if len(wrong := np.flatnonzero(rows[:, 0] == PAD)):
         raise UserError(
-            f"ids: row {empty[0]} holds nothing but PAD ({PAD}), which is no text: leave "
-            "it out; lm.encode('') gives the empty text"
+            f"ids: row {wrong[0]} begins with PAD ({PAD}): a text, also an empty one, is "
+            "padded at its end, as lm.encode does"
         )
     return rows.astype(np.int32)
 
