@@ -17,6 +17,11 @@ ENVIRONMENT = re.compile(
     re.IGNORECASE,
 )
 
+# paths, whose words say nothing: in quotes, or without spaces
+PATH = re.compile(
+    r"""(?<!\w)(["'])[^"']*/[^"']*\1|(?<!\S)(?!input/output\b)\S*/\S*""", re.I
+)
+
 
 class UserError(ValueError):
     """A user's mistake: one line with the file or flag, the value and the remedy."""
@@ -57,7 +62,7 @@ def environment_reason(error: BaseException | None) -> str:
             return f"out of memory: {line}"
         if isinstance(error, OSError) and error.errno not in (None, *MISSING):
             return line
-        if found := ENVIRONMENT.search(str(error)):
+        if found := ENVIRONMENT.search(PATH.sub("", str(error))):
             return found.group() if len(line) > 100 else line
         error = error.__cause__ or error.__context__
     return ""

@@ -14,10 +14,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_checkpoint import ROOT, TINY, _config, _digest, _same_bits, _saved, texts
+from test_checkpoint import (
+    ROOT,
+    TINY,
+    _config,
+    _data,
+    _digest,
+    _flip,
+    _same_bits,
+    _saved,
+    texts,
+)
 
 import dlm_jax
-from dlm_jax.errors import UserError
+from dlm_jax.errors import UserError, environment_reason
 from dlm_jax.runtime import backend, checkpoint, integrity, sharding
 from dlm_jax.training import loop
 from dlm_jax.training.trainer import Trainer, language_job
@@ -148,6 +158,32 @@ def test_an_error_while_looking_for_damage_is_not_damage(
 
     monkeypatch.setattr(integrity, "_open", fail)
     with pytest.raises(UserError, match=r"cannot be read here .*Too many open files"):
+        dlm_jax.load(workdir)
+
+
+PLACES = ("connection", "timed out", "a permission denied", "unavailable/x")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_words_of_a_path_are_no_reason(place):
+    for line in (
+        f"[Errno 2] No such file or directory: '/runs/{place}/run/metadata'",
+        f'Error opening "zarr3" driver: Error reading "file:///runs/{place}/d/0": bad crc',
+        f"/runs/{place.replace(' ', '_')}/state: not a checkpoint",
+    ):
+        assert not environment_reason(ValueError(line))
+        full = ValueError(f"{line}: No space left on device")
+        assert "No space left" in environment_reason(full)
+    assert environment_reason(ValueError("x/y: Input/output error"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("harm", [_flip, Path.unlink])
+def test_damage_is_found_wherever_the_run_is(harm, texts, start, tmp_path):
+    workdir = shutil.copytree(start, tmp_path / "timed out connection" / "run")
+    for path in _data(workdir):
+        harm(path)
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="damaged"):
         dlm_jax.load(workdir)
 
 
