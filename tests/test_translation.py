@@ -20,7 +20,7 @@ from dlm_jax.inference import loading, translation
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.training import loop
 from dlm_jax.training.config import resolve_config
-from dlm_jax.training.train_step import _drop_sources, init_state, loss_fn, make_draws
+from dlm_jax.training.train_step import init_state, loss_fn, make_draws
 from dlm_jax.types import END, PAD, START
 
 LENGTH = 16
@@ -280,14 +280,14 @@ def test_the_loss_depends_on_the_source_and_not_on_predicting_it(file, variant):
 def test_a_dropped_source_is_empty_and_rows_do_not_depend_on_devices(file):
     _, loaded = _random_model(file)
     ids = jnp.asarray(loaded.train[:64])
-    dropped = _drop_sources(jax.random.key(0), ids, 0.5, first=0)
+    dropped = time_sampling.drop_sources(jax.random.key(0), ids, 0.5, first=0)
     emptied = np.any(np.asarray(dropped != ids), -1)
     assert 15 < emptied.sum() < 49
     source = np.asarray(model.source(ids))
     assert np.all(np.asarray(dropped)[~source] == np.asarray(ids)[~source])
     words = source & (np.asarray(ids) != START)
     assert np.all(np.asarray(dropped)[emptied][words[emptied]] == PAD)
-    part = _drop_sources(jax.random.key(0), ids[32:], 0.5, first=32)
+    part = time_sampling.drop_sources(jax.random.key(0), ids[32:], 0.5, first=32)
     np.testing.assert_array_equal(part, dropped[32:])
 
 

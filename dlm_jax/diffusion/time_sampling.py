@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random inputs of a training step: times, noise, known tokens, truncation."""
+"""The random inputs of a training step: times, noise, known tokens, what is cut."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from dlm_jax.diffusion import model
 from dlm_jax.types import PAD, Array, Ids, Latent, PerExample, PRNGKey, Time
 
 
@@ -173,3 +174,12 @@ def truncate(key: PRNGKey, ids: Ids, prob: float, *, first: int | Array = 0) -> 
         return jnp.where(cut & (jnp.arange(length) >= size), PAD, row)
 
     return jax.vmap(one)(first + jnp.arange(ids.shape[0]), jnp.asarray(ids))
+
+
+def drop_sources(key: PRNGKey, ids: Ids, prob: float, *, first: int | Array = 0) -> Ids:
+    """Empties the sources of pairs with this probability, for classifier-free guidance.
+
+    Rows are keyed as in `draw_noise`.
+    """
+    u = _uniform(key, first + jnp.arange(ids.shape[0]), None)
+    return jnp.where((u < prob)[:, None], model.empty_source(ids), ids)

@@ -169,7 +169,9 @@ def _gradients(key, state, ids, step_cfg, first):
             )
             rows = jnp.concatenate([cut, rows[:, size:]], -1)
         if step_cfg.source_drop_prob:
-            rows = _drop_sources(k_cut, rows, step_cfg.source_drop_prob, first=start)
+            rows = time_sampling.drop_sources(
+                k_cut, rows, step_cfg.source_drop_prob, first=start
+            )
         draws = make_draws(k_draw, rows, step_cfg, start, state.moments)
         k = jax.random.fold_in(k_drop, start) if dropout else None
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -184,13 +186,6 @@ def _gradients(key, state, ids, step_cfg, first):
         grads, per_row = jax.lax.scan(one, zeros, numbered)
     grads = jax.tree.map(lambda g: g / step_cfg.accumulate, grads)
     return grads, jax.tree.map(lambda x: x.reshape(-1), per_row)
-
-
-def _drop_sources(key: PRNGKey, ids: Ids, prob: float, *, first: Any) -> Ids:
-    """Empties the sources of rows with this probability, for classifier-free guidance."""
-    index = first + jnp.arange(ids.shape[0])
-    u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
-    return jnp.where((u < prob)[:, None], model.empty_source(ids), ids)
 
 
 def train_step(
