@@ -2,6 +2,7 @@
 """Lines and progress bars for the terminal, which may not know every character of a text."""
 
 import contextlib
+import os
 import re
 import sys
 import threading
@@ -59,19 +60,28 @@ def one_line(text: str) -> str:
     return re.sub(r"[\n\r]", lambda found: repr(found[0])[1:-1], text)
 
 
+def check_new(path: str) -> None:
+    """Raises UserError unless a file can be made there; call it before the work, too."""
+    place = Path(path)
+    if place.exists():
+        raise UserError(f"{path} exists: remove it, or name another file")
+    if not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
+        raise UserError(
+            f"{path}: {place.parent} is no folder that can be written to; name another file"
+        )
+
+
 def write_lines(texts: Iterable[str], path: str) -> None:
     """Prints texts, a line each; with a path, writes them to a new file instead.
 
-    Raises UserError if the file exists.
+    Raises UserError as `check_new`.
     """
     lines = map(one_line, texts)
     if not path:
         for line in lines:
             say(line)
         return
-    try:
-        with Path(path).open("x", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    except FileExistsError as error:
-        raise UserError(f"{path} exists: remove it, or name another file") from error
+    check_new(path)
+    with Path(path).open("x", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
     say(path)

@@ -143,9 +143,15 @@ def _load_with_data(config: Any, workdir: str, step: int | None) -> Any:
 
     lm = _load(config, workdir, step, moved=paths.DATA)
     if "source" not in lm.config["data"] or lm.config["data"]["source"] == "grammar":
+    from dlm_jax.inference import pretrained
         return lm
     if not checkpoint.all_steps(workdir):
         return lm  # a shared model, without a record of its text
+    if workdir in pretrained.bundled() and not Path(workdir).exists():
+        raise UserError(
+            f"--mode {FLAGS.mode} writes into --workdir, and {workdir} is a bundled model: "
+            f"save it first, dlm_jax.load({workdir!r}).save_pretrained(FOLDER)"
+        )
     try:
         identity = corpus.load_corpus(ConfigDict(lm.config), lm.tokenizer).identity()
     except UserError:
@@ -174,8 +180,8 @@ def _sample(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.runtime import hosts
 
     options = lm.config["sample"]
-    if options["out"] and Path(options["out"]).exists():  # before the work, too
-        console.write_lines((), options["out"])
+    if options["out"]:
+        console.check_new(options["out"])
     if options["sources"] or lm.cfg.known_source:
         texts = translation.translate_file(lm, options["sources"])
     else:

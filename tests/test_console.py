@@ -192,3 +192,17 @@ def test_a_hostile_locale_changes_nothing(locale, name, tmp_path):
     assert rb"\U0001f99c" in done.stdout
     manifest = (folder / "p" / "data.json").read_text(encoding="utf-8")
     assert "🦜" in manifest
+
+
+def test_a_place_where_no_file_can_be_made_is_named_before_the_work(tmp_path):
+    (tmp_path / "out.txt").write_text("old", encoding="utf-8")
+    for name, says in (
+        ("out.txt", "exists: remove it"),
+        ("nowhere/out.txt", "nowhere is no folder"),
+        ("out.txt/new.txt", "out.txt is no folder"),
+    ):
+        for call in (console.check_new, lambda path: console.write_lines(["a"], path)):
+            with pytest.raises(UserError, match=says):
+                call(str(tmp_path / name))
+    console.write_lines(["a\nb", ""], str(tmp_path / "new.txt"))
+    assert (tmp_path / "new.txt").read_text("utf-8") == "a\\nb\n\n"

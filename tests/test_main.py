@@ -93,6 +93,11 @@ COMMANDS = {
         "no checkpoint",
         {},
     ),
+    "bundled model": (
+        ("--mode", "plot", "--workdir", "grammar"),
+        "--mode plot writes into --workdir, and grammar is a bundled model: save it first",
+        {},
+    ),
     "no coordinator": (
         (*SMOKE, "--workdir", "{}/run", "--num_processes", "2"),
         "--coordinator",
