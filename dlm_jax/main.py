@@ -57,12 +57,16 @@ def _require_config(config: Any, example: str) -> Any:
     return config
 
 
+def _given() -> dict[str, Any]:
+    """Returns {name: value} of the flags --config.NAME=VALUE."""
+    return config_flags.get_override_values(FLAGS["config"])
+
+
 def _check_data_flags(config: Any) -> None:
     """Raises UserError for a flag of config.data that its source would ignore."""
     from dlm_jax.data import sources
 
-    given = config_flags.get_override_values(FLAGS["config"])
-    names = (name.partition(".") for name in given)
+    names = (name.partition(".") for name in _given())
     sources.check_options(
         config.data, [rest for first, _, rest in names if first == "data"]
     )
@@ -81,7 +85,7 @@ def _train_classifier(config: Any, workdir: str, step: int | None) -> None:
 
     config = _require_config(config, "--config classifier")
     train_classifier.train_classifier(
-        config, workdir, allow_fallback=FLAGS.allow_fallback
+        config, workdir, allow_fallback=FLAGS.allow_fallback, given=_given()
     )
 
 
@@ -89,7 +93,9 @@ def _distill(config: Any, workdir: str, step: int | None) -> None:
     from dlm_jax.training import distill
 
     config = _require_config(config, "--config distill")
-    distill.distill(config, workdir, allow_fallback=FLAGS.allow_fallback)
+    distill.distill(
+        config, workdir, allow_fallback=FLAGS.allow_fallback, given=_given()
+    )
 
 
 REPLACED = (
@@ -119,8 +125,7 @@ def _load(config: Any, workdir: str, step: int | None, *, moved: Any = ()) -> An
     for name in REPLACED:
         lm.config[name] = json.loads(config[name].to_json_best_effort())
     own = checkpoint.flatten(lm.config)
-    given = checkpoint.flatten(config_flags.get_override_values(FLAGS["config"]))
-    for name, value in given.items():
+    for name, value in checkpoint.flatten(_given()).items():
         section, _, option = name.partition(".")
         if name in moved:
             lm.config[section][option] = value
@@ -138,27 +143,24 @@ def _load_with_data(config: Any, workdir: str, step: int | None) -> Any:
 
     from dlm_jax.data import corpus
     from dlm_jax.errors import UserError
+    from dlm_jax.inference import pretrained
     from dlm_jax.runtime import checkpoint, paths
     from dlm_jax.training import trainer
 
-    lm = _load(config, workdir, step, moved=paths.DATA)
-    if "source" not in lm.config["data"] or lm.config["data"]["source"] == "grammar":
-    from dlm_jax.inference import pretrained
-        return lm
-    if not checkpoint.all_steps(workdir):
-        return lm  # a shared model, without a record of its text
     if workdir in pretrained.bundled() and not Path(workdir).exists():
         raise UserError(
             f"--mode {FLAGS.mode} writes into --workdir, and {workdir} is a bundled model: "
             f"save it first, dlm_jax.load({workdir!r}).save_pretrained(FOLDER)"
         )
+    lm = _load(config, workdir, step, moved=paths.DATA)
+    if "source" not in lm.config["data"] or lm.config["data"]["source"] == "grammar":
+        return lm
+    if not checkpoint.all_steps(workdir):
+        return lm  # a shared model, without a record of its text
     try:
         identity = corpus.load_corpus(ConfigDict(lm.config), lm.tokenizer).identity()
     except UserError:
-        given = (
-            () if config is None else config_flags.get_override_values(FLAGS["config"])
-        )
-        if set(paths.DATA) & set(given):
+        if config is not None and set(paths.DATA) & set(_given()):
             raise
         return lm  # the mode itself says what it needs
     saved = checkpoint.read_records(workdir, lm.step).run

@@ -326,3 +326,71 @@ def test_teachers_of_another_kind(monkeypatch, change, message):
     monkeypatch.setattr(distill.loading, "load", lambda _: lm)
     with pytest.raises(UserError, match=message):
         distill.load_teacher(config_of("grammar"))
+
+
+@pytest.mark.slow
+def test_a_student_has_its_teachers_table_also_if_that_began_with_a_file(tmp_path):
+    config, folder = _teacher_config(), tmp_path / "teacher"
+    path = tmp_path / "table.npy"
+    loop.train(config, str(folder))
+    words = dlm_jax.load(folder).tokenizer.vocab_size
+    np.save(path, np.ones((words, config.model.dim)) * np.arange(words)[:, None])
+    config.embedding.path = str(path)
+    loop.train(config, str(tmp_path / "with_a_file"))
+    distill.distill(config_of(tmp_path / "with_a_file"), str(tmp_path / "students"))
+    old, new = (
+        dlm_jax.load(tmp_path / name) for name in ("with_a_file", "students/2_steps")
+    )
+    np.testing.assert_array_equal(old.ema.table, new.ema.table)
+
+
+IGNORED = {
+    "data.length": 9,
+    "data.column": "story",
+    "model.layers": 5,
+    "schedule.name": "cosine",
+    "embedding.frozen": False,
+    "sample.num_steps": 4,
+    "sample.solver": "ddim",
+    "loss.mask_pad": True,
+    "loss.objective": "x0",
+    "classifier.task": "pos",
+    "distill.student": 4,
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_flag_that_the_teacher_decides_is_refused(name, tmp_path):
+    config = config_of("grammar")
+    given = {name: IGNORED[name], "distill.num_steps": (4, 2), "train.batch": 8}
+    config.update_from_flattened_dict(given)
+    with pytest.raises(UserError, match=rf"config\.{name}=.*no effect"):
+        distill.distill(config, str(tmp_path), given=given)
+
+
+def test_flags_that_a_student_reads_and_those_of_its_teacher_are_taken(monkeypatch):
+    monkeypatch.setattr(distill, "student_steps", lambda config: [])
+    lm = dlm_jax.load("grammar")
+    given = {
+        "model.layers": lm.cfg.layers,
+        "train.batch": 4,
+        "optim.lr": 1e-4,
+        "loss.time_sampler": "uniform",
+        "evaluate.n": 8,
+        "data.path": "",
+    }
+    config = config_of("grammar")
+    config.update_from_flattened_dict(given)
+    distill.distill(config, "unused", given=given)
+
+
+@pytest.mark.parametrize("mode", ["distill", "train_classifier"])
+def test_a_run_without_its_mode_is_refused(mode):
+    """Its config alone would train a model of the built-in grammar, in silence."""
+    config = _teacher_config()
+    section, option = {"distill": ("distill", "teacher")}.get(
+        mode, ("classifier", "model")
+    )
+    config[section][option] = "grammar"
+    with pytest.raises(UserError, match=f"{option}=grammar: only --mode {mode} reads"):
+        language_job(config)

@@ -237,3 +237,54 @@ def test_of_another_table_or_no_classifier(folder, trained):
         conditioning.load_classifier(trained, lm.ema.table + 1)
     with pytest.raises(UserError, match="a classifier"):
         dlm_jax.load(trained)
+
+
+IGNORED = {
+    "data.length": 9,
+    "data.size": 50,
+    "data.tokenizer": "sentencepiece",
+    "data.valid_fraction": 0.5,
+    "schedule.name": "cosine",
+    "model.dim": 4,
+    "model.positions": 9,
+    "model.known_length": True,
+    "loss.objective": "ce",
+    "embedding.path": "table.npy",
+    "sample.n": 4,
+    "distill.teacher": "grammar",
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_flag_that_the_model_decides_is_refused(name, tmp_path):
+    config = classifier_config.get_config("pos")
+    given = {name: IGNORED[name], "classifier.model": "grammar", "model.layers": 1}
+    config.update_from_flattened_dict(given)
+    with pytest.raises(UserError, match=rf"config\.{name}=.*no effect"):
+        command.train_classifier(config, str(tmp_path), given=given)
+
+
+def test_flags_that_a_classifier_reads_are_taken(folder, tmp_path):
+    """Those of its network and labels, the place of its texts, and the model's own."""
+    path = tmp_path / "own.csv"
+    rows = "a cat sees the dog now;x\na cod sees now;y\n" * 9
+    path.write_text("text;home\n" + rows, encoding="utf-8")
+    given = {
+        "data.source": "csv",
+        "data.path": str(path),
+        "data.delimiter": ";",
+        "data.valid_fraction": 0.2,
+        "data.length": LENGTH,
+        "classifier.column": "home",
+        "model.layers": 1,
+        "train.total_steps": 2,
+    }
+    config = config_of(folder, **given)
+    command.train_classifier(config, str(tmp_path / "run"), given=given)
+
+
+def test_a_model_of_pairs_takes_no_classifier(tmp_path):
+    config = classifier_config.get_config("pos")
+    config.classifier.model = "e2e_mr"
+    with pytest.raises(UserError, match="e2e_mr: a model of pairs"):
+        command.train_classifier(config, str(tmp_path))

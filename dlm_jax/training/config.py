@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks the config of a run and returns the static settings of a training step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dlm_jax.diffusion import adaptive, losses, model, schedule, time_sampling
@@ -8,7 +9,7 @@ from dlm_jax.errors import UserError, choose
 from dlm_jax.nn import transformer
 from dlm_jax.nn.transformer import DenoiserConfig
 from dlm_jax.ranges import check_ranges
-from dlm_jax.runtime import sharding, writers
+from dlm_jax.runtime import checkpoint, sharding, writers
 from dlm_jax.training import optimizer
 from dlm_jax.training.train_step import StepConfig
 
@@ -96,6 +97,28 @@ def _check_pairs(config: Any, cfg: DenoiserConfig) -> None:
             "config.model.known_source=True needs config.data.mode=pad and "
             "config.loss.truncate_prob=0"
         )
+
+
+def refuse_ignored(
+    given: Mapping[str, Any], config: Any, unread: tuple[str, ...], option: str
+) -> None:
+    """Raises UserError for a flag that would have no effect.
+
+    given: {name: value} of config's flags. config: the run's, of which some values are
+    those of the model that config.`option` names. unread: the options and sections that
+    the run does not read.
+    """
+    own = checkpoint.flatten(config.to_dict())
+    for name, value in checkpoint.flatten(dict(given)).items():
+        if not {name, name.partition(".")[0]}.isdisjoint(unread):
+            raise UserError(
+                f"config.{name}={value!r} has no effect on this run: leave it out"
+            )
+        if own[name] != value:
+            raise UserError(
+                f"config.{name}={value!r} has no effect beside config.{option}, which "
+                f"makes it {own[name]!r}: leave it out"
+            )
 
 
 ON_NONFINITE: dict[str, Any] = dict.fromkeys(("stop", "skip", "rollback"))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation: a run per student, each starting from the one before."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,32 @@ from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import integer, real
 from dlm_jax.runtime import backend, checkpoint
 from dlm_jax.training import loop
-from dlm_jax.training.config import resolve_config
+from dlm_jax.training.config import refuse_ignored, resolve_config
 from dlm_jax.training.train_step import StepConfig, TrainingTask
 from dlm_jax.training.trainer import Job, make_preview
 
+PLACES = ("path", "valid_path", "tfds_dir")  # of the teacher's text, which may move
+UNREAD = ("loss.objective", "distill.student", "sample.num_steps", "classifier")
+
 
 @backend.prepared
-def distill(config: Any, workdir: str, *, allow_fallback: bool = False) -> None:
+def distill(
+    config: Any,
+    workdir: str,
+    *,
+    allow_fallback: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> None:
     """Trains the students of config.distill; arguments and errors as of `loop.train`.
 
     They are workdir/32_steps, workdir/16_steps, ... for config.distill.num_steps; each
-    is a run that all modes load.
+    is a run that all modes load. given: {name: value} of config's flags, of which none
+    may be without effect.
     """
     teacher = load_teacher(config)
     student = teacher
+    flags = {k: v for k, v in (given or {}).items() if k != "distill.num_steps"}
+    refuse_ignored(flags, student_config(config, teacher, 0), UNREAD, "distill.teacher")
     for num_steps in student_steps(config):
         folder = str(Path(workdir) / f"{num_steps}_steps")
         console.say(f"{folder}: a student of {config.distill.teacher}")
@@ -123,12 +136,12 @@ def _task(
 def student_config(config: Any, teacher: DiffusionLM, num_steps: int) -> Any:
     """Returns the config of a student: text, network and noise are the teacher's."""
     config, own = config.copy_and_resolve_references(), teacher.config
-    path = {} if not config.data.path else {"path": config.data.path}
+    moved = {name: config.data[name] for name in PLACES if config.data[name]}
     with config.unlocked():
         for name in ("data", "model", "schedule"):
             config[name].update(own[name])
-        config.data.update(path)
-        config.embedding.update(own["embedding"], frozen=True)
+        config.data.update(moved)
+        config.embedding.update(own["embedding"], path="", frozen=True)
         config.loss.update(
             mask_pad=own["loss"]["mask_pad"],
             self_cond_prob=own["loss"]["self_cond_prob"],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of a guidance classifier on a model's frozen embeddings."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,17 +17,34 @@ from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.runtime import backend, checkpoint
 from dlm_jax.training import loop
-from dlm_jax.training.config import resolve_config
+from dlm_jax.training.config import refuse_ignored, resolve_config
 from dlm_jax.training.train_step import StepConfig, TrainingTask
 from dlm_jax.training.trainer import Job
+
+PLACES = ("path", "valid_path", "tfds_dir")  # of texts, which may move
+UNREAD = (
+    *("loss.objective", "loss.mask_pad", "loss.source_drop_prob", "train.sample_steps"),
+    *("model.predicts", "model.time_input", "model.token_posterior_input"),
+    *("model.known_length", "model.known_source"),
+    *("embedding", "sample", "evaluate", "control", "distill"),
+)
 
 
 @backend.prepared
 def train_classifier(
-    config: Any, workdir: str, *, allow_fallback: bool = False
+    config: Any,
+    workdir: str,
+    *,
+    allow_fallback: bool = False,
+    given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Trains a classifier; arguments and errors are those of `loop.train`."""
-    loop.run(classifier_job(config), workdir, allow_fallback=allow_fallback)
+    """Trains a classifier; arguments and errors are those of `loop.train`.
+
+    given: {name: value} of config's flags, of which none may be without effect.
+    """
+    job = classifier_job(config)
+    refuse_ignored(given or {}, job.config, UNREAD, "classifier.model")
+    loop.run(job, workdir, allow_fallback=allow_fallback)
 
 
 def classifier_job(config: Any) -> Job:
@@ -85,18 +103,23 @@ def with_base_settings(config: Any, base: DiffusionLM) -> Any:
             "config.loss: a classifier takes neither time_sampler='importance' nor "
             "conditioning_prob"
         )
+    if base.cfg.known_source:
+        raise UserError(
+            f"config.classifier.model={config.classifier.model}: a model of pairs, which "
+            "takes no classifier; guide its targets by lm.translate(sources, contains=...)"
+        )
     data = base.config["data"]
     if data["mode"] != "pad":
         raise UserError(
             f"config.classifier.model: its texts are packed (mode {data['mode']!r}); "
             "a label needs a row for each text, config.data.mode=pad"
         )
-    own = {}
+    own = {name: config.data[name] for name in PLACES if config.data[name]}
     if config.data.path:
-        names = ("path", "valid_path")
+        names = ("valid_path",)
         if config.data.source != "grammar":  # which has no path
             names += ("source", "valid_fraction", "column", "delimiter")
-        own = {name: config.data[name] for name in names}
+        own |= {name: config.data[name] for name in names}
     with config.unlocked():
         config.data.update(data, **own)
         config.schedule.update(base.config["schedule"], adaptive="")

@@ -26,6 +26,11 @@ from dlm_jax.training.validation import Validation
 from dlm_jax.types import PRNGKey, PyTree
 
 MAX_ROLLBACKS = 3  # from one checkpoint
+OTHER_MODES = (  # (section, option, mode)
+    ("distill", "student", "distill"),
+    ("distill", "teacher", "distill"),
+    ("classifier", "model", "train_classifier"),
+)
 
 
 class Job(NamedTuple):
@@ -46,11 +51,12 @@ class Job(NamedTuple):
 def language_job(config: Any) -> Job:
     """Returns the job of a config: a diffusion or an autoregressive model."""
     step_cfg = resolve_config(config)
-    if config.distill.student:
-        raise UserError(
-            f"config.distill.student={config.distill.student}: only --mode distill sets "
-            "it; leave it out"
-        )
+    for section, option, mode in OTHER_MODES:
+        if value := config[section][option]:
+            raise UserError(
+                f"config.{section}.{option}={value}: only --mode {mode} reads it; give "
+                "that mode, or leave it out"
+            )
     # a mistake in config.sample is reported now, not at the first preview
     sampling = SamplingConfig.from_config(config.sample.to_dict())
     sampling.check_schedule(step_cfg.schedule)
