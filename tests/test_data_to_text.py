@@ -99,6 +99,13 @@ def test_files_without_references_are_refused(tmp_path):
             data_to_text.read_references(tmp_path / name)
 
 
+def test_a_quote_that_is_not_closed_loses_no_reference(tmp_path):
+    path = tmp_path / "refs.csv"
+    path.write_text(OFFICIAL + 'name[Aromi],"a pub\n' + OFFICIAL, encoding="utf-8")
+    with pytest.raises(UserError, match=r"refs\.csv line \d+ opens a quote"):
+        data_to_text.read_references(path)
+
+
 def test_tokens_become_ordinary_text():
     tokens = (
         "It 's a family - friendly pub , is n't it ? Less than £ 20 , or £ 20 - 25 ."
@@ -339,3 +346,26 @@ def test_unknown_fields_of_the_grammar_are_refused():
         data_to_text.grammar_scores([{"colour": "red"}], ["A pub ."])
     with pytest.raises(UserError, match="0 outputs for 1 records"):
         data_to_text.grammar_scores([{"name": "Aromi"}], [])
+
+
+SENTENCES = {  # one is right, the other has another word
+    "English": ("the cat eats the fish", "the cat eats the bone"),
+    "Chinese": ("猫喜欢吃很多新鲜的鱼。", "猫喜欢吃很多新鲜的肉。"),
+    "Thai": ("แมวชอบกินปลาสด", "แมวชอบกินเนื้อ"),
+    "Arabic": ("القطة تأكل السمك في البيت", "القطة تأكل السمك في الشارع"),
+    "Greek": ("η γάτα τρώει το ψάρι", "η γάτα τρώει το κρέας"),
+    "Hindi": ("बिल्ली घर में मछली खाती है", "बिल्ली घर में रोटी खाती है"),
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_measures_count_in_every_script(script):
+    """ROUGE-L was 0 outside of a to z, and BLEU 0 or 100 without spaces."""
+    right, other = SENTENCES[script]
+    whole = references.measures([right], [[right]])
+    assert whole["BLEU"] == pytest.approx(100)
+    assert whole["ROUGE-L"] == pytest.approx(100)
+    part = references.measures([other], [[right]])
+    assert 20 < part["BLEU"] < 95
+    assert 50 < part["ROUGE-L"] < 95
+    assert part["words"] > 4

@@ -6,13 +6,13 @@ whichever notation it was read from. The slot error rate is (missing + added + w
 slots of the records, by the patterns of `slot_patterns`.
 """
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dlm_jax.data import files, grammar, pairs
 from dlm_jax.errors import UserError, choices, choose
@@ -101,12 +101,15 @@ def read_references(path: str | Path) -> tuple[list[Record], list[list[str]]]:
     if path.suffix != ".csv":
         rows = [line.partition("||")[::2] for _, line in files.lines(path)]
         return grouped((mr, detokenize(text)) for mr, text in rows)
-    reader = csv.DictReader(files.every_line(path))
-    if not {"mr", "ref"} <= set(reader.fieldnames or ()):
+    rows = list(files.csv_records(path, ConfigDict({"delimiter": ","})))
+    if not rows or not {"mr", "ref"} <= rows[0][1].keys():
         raise UserError(
             f"{path} has no columns mr and ref: give E2E's testset_w_refs.csv"
         )
-    return grouped((row["mr"], row["ref"]) for row in reader)
+    return grouped(
+        (files.cell(row, "mr", where), files.cell(row, "ref", where))
+        for where, row in rows
+    )
 
 
 def grouped(pairs: Iterable[tuple[str, str]]) -> tuple[list[Record], list[list[str]]]:

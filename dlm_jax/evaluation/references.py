@@ -2,16 +2,19 @@
 """Measures of one output per record against one or several references per record.
 
 BLEU and chrF are sacrebleu's, ROUGE-L is rouge-score's. All lie in 0 to 100. No measure
-alone ranks models: outputs that repeat one sentence score above 0 in each of them.
+alone ranks models: outputs that repeat one sentence score above 0 in each of them. In
+scripts without spaces each character counts as a word.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import regex
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from dlm_jax.data.words import words
 from dlm_jax.errors import UserError
 
 References = Sequence[Sequence[str]]
@@ -30,6 +33,10 @@ def check(outputs: Sequence[str], references: References) -> None:
         raise UserError(f"{where} no references: give at least one text per record")
 
 
+def _spaced(text: str) -> str:
+    return " ".join(words(text))
+
+
 def _streams(references: References) -> list[Any]:
     """Returns sacrebleu's layout: reference k of every record, or None past its last."""
     most = max(map(len, references))
@@ -44,7 +51,8 @@ def bleu(outputs: Sequence[str], references: References) -> float:
     """
     check(outputs, references)
     metric = BLEU(tokenize="13a", lowercase=True)
-    return metric.corpus_score(outputs, _streams(references)).score
+    references = [list(map(_spaced, texts)) for texts in references]
+    return metric.corpus_score(list(map(_spaced, outputs)), _streams(references)).score
 
 
 def chrf(outputs: Sequence[str], references: References) -> float:
@@ -62,11 +70,19 @@ def rouge_l(outputs: Sequence[str], references: References) -> float:
     check(outputs, references)
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise UserError(
             "ROUGE-L needs rouge-score: pip install 'dlm_jax[evaluate]'"
         ) from error
-    scorer = RougeScorer(["rougeL"])
+
+    class Words(DefaultTokenizer):  # which knows the letters a to z only
+        def tokenize(self, text: str) -> list[str]:
+            if regex.search(r"(?!\p{Script=Latin})\p{L}", text):
+                return words(text.lower())
+            return super().tokenize(text)
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
     pairs = zip(references, outputs, strict=True)
     best = [scorer.score_multi(x, output)["rougeL"].fmeasure for x, output in pairs]
     return 100 * float(np.mean(best))
@@ -87,5 +103,5 @@ def measures(outputs: Sequence[str], references: References) -> dict[str, float]
         "chrF": chrf(outputs, references),
         "ROUGE-L": rouge_l(outputs, references),
         "distinct": 100 * distinct(outputs),
-        "words": float(np.mean([len(text.split()) for text in outputs])),
+        "words": float(np.mean([len(words(text)) for text in outputs])),
     }
