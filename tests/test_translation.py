@@ -135,12 +135,39 @@ def test_a_pair_without_a_side_is_refused(tmp_path, source, empty):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("name : Aromi|| \n", "line 2 has no text"),
+        ("||a pub\n", "line 2 has no record"),
+    ],
+)
+def test_a_record_or_a_text_alone_is_refused(tmp_path, line, message):
+    (tmp_path / "src1_train.txt").write_text("a : b||c\n" + line, encoding="utf-8")
+    config = _config()
+    config.data.update(source="e2e", path=str(tmp_path), source_column="fields")
+    with pytest.raises(UserError, match=f"{message}: a pair needs"):
+        pairs.load_pairs(config.data, "train")
+
+
+def test_a_column_that_stands_there_twice_is_no_source(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("source,target,source\na,b,c\nd,e,f\n", encoding="utf-8")
+    config = _config()
+    config.data.path = str(path)
+    says = r"source_column to one of source \(column 1\), target, source \(column 3\)"
+    with pytest.raises(UserError, match=says):
+        pairs.load_pairs(config.data, "train")
+    config.data.source_column = "source (column 3)"
+    assert pairs.load_pairs(config.data, "train")[0] == ("c", "b")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"source": "text"}, r"source_column=.* has no effect"),
         ({"source": "prepared"}, r"source_column=.* has no effect"),
         ({"source": "grammar", "path": ""}, r"set it to 'fields'"),
-        ({"source_column": "nosuch"}, r"has no column 'nosuch'"),
+        ({"source_column": "nosuch"}, r"no column 'nosuch': set .*\.source_column to"),
     ],
 )
 def test_unfit_options_of_pairs_are_refused(file, changes, message):

@@ -123,6 +123,11 @@ def read_e2e(path: Path, cfg: Any) -> list[tuple[str, dict[str, str]]]:
                 f"{path} line {number} has no '||' between record and text: "
                 "give E2E's `field : value | ... ||text`, or set config.data.source=text"
             )
+        if cfg.source_column and not (record.strip() and text.strip()):
+            raise UserError(
+                f"{path} line {number} has no {'text' if record.strip() else 'record'}: a "
+                "pair needs a source and a target; remove the line or complete it"
+            )
         items = (item.partition(":") for item in record.split("|"))
         fields = {field.strip(): value.strip() for field, _, value in items}
         pairs.append((text.strip(), fields))
@@ -185,11 +190,11 @@ def csv_records(path: Path, cfg: Any) -> Iterator[tuple[str, dict]]:
     names: list[str] = []
     for line, row in _csv_rows(path, delimiter(path, cfg)):
         if not names:
-            names = [nfc(name) for name in row]
-            if names.count(nfc(cfg.column)) > 1:
-                raise UserError(
-                    f"{path} line {line} has several columns {cfg.column!r}: rename them"
-                )
+            named = [nfc(name) for name in row]
+            names = [  # one of several has no name of its own
+                f"{name} (column {i})" if named.count(name) > 1 else name
+                for i, name in enumerate(named, 1)
+            ]
             continue
         if any(row[len(names) :]):
             raise UserError(
@@ -257,17 +262,18 @@ def _open_quote(lines: list[str], delimiter: str) -> int:
     return opened
 
 
-def cell(record: dict, column: str, where: str) -> str:
+def cell(record: dict, column: str, where: str, option: str = "column") -> str:
     """Returns the text (str or UTF-8 bytes) of a column, stripped. Raises UserError.
 
-    The record's names are in NFC; column may be in any form.
+    The record's names are in NFC; column may be in any form. option: of config.data,
+    which names the column.
     """
     column = nfc(column)
     if column not in record:
         names = ", ".join(str(name) for name in record if name is not None)
         names = names if len(names) < 300 else f"{names[:300]} ..."
         raise UserError(
-            f"{where} has no column {column!r}: set config.data.column to one of {names}"
+            f"{where} has no column {column!r}: set config.data.{option} to one of {names}"
         )
     value = record[column]
     try:
@@ -278,6 +284,6 @@ def cell(record: dict, column: str, where: str) -> str:
         kind = "nothing" if value is None else type(value).__name__
         raise UserError(
             f"{where} column {column!r} holds {kind}, not text: "
-            "fix it or set config.data.column to another"
+            f"fix it or set config.data.{option} to another"
         )
     return normalize(value.strip(), f"{where} column {column!r}")

@@ -19,6 +19,7 @@ from dlm_jax.errors import UserError, choose
 from dlm_jax.types import END, START
 
 FIELDS = "fields"  # config.data.source_column of sources that give records
+SIDES = ("source_column", "column")  # the options of those that have columns
 
 
 class Pair(NamedTuple):
@@ -82,9 +83,7 @@ def load_pairs(cfg: Any, split: str) -> list[Pair]:
 
 def _e2e(cfg: Any, split: str) -> list[Pair]:
     texts, records = sources.e2e_records(cfg, split)
-    return [
-        Pair(linearize(r), text) for text, r in zip(texts, records, strict=True) if text
-    ]
+    return [Pair(linearize(r), text) for text, r in zip(texts, records, strict=True)]
 
 
 def _grammar(cfg: Any, split: str) -> list[Pair]:
@@ -112,13 +111,11 @@ def _records(cfg: Any, split: str) -> list[Pair]:
 
 
 def _tfds(cfg: Any, split: str) -> list[Pair]:
-    return tfds.load_records(cfg, split, _pair, (cfg.source_column, cfg.column))
+    return tfds.load_records(cfg, split, _pair, SIDES)
 
 
 def _pair(record: dict, cfg: Any, where: str) -> Pair:
-    pair = Pair(
-        *(files.cell(record, c, where) for c in (cfg.source_column, cfg.column))
-    )
+    pair = Pair(*(files.cell(record, cfg[side], where, side) for side in SIDES))
     if not pair.source or not pair.target:
         empty = cfg.column if pair.source else cfg.source_column
         raise UserError(

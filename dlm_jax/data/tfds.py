@@ -18,23 +18,26 @@ def load_tfds(cfg: Any, split: str) -> list[str]:
 
     cfg.path: its TFDS name, such as "e2e_cleaned" or "name/config:1.0.0".
     """
-    return load_records(cfg, split, _cell, (cfg.column,))
+    return load_records(cfg, split, _cell, ("column",))
 
 
 def load_records(
     cfg: Any,
     split: str,
     read: Callable[[dict, Any, str], Any],
-    columns: tuple[str, ...],
+    options: tuple[str, ...],
 ) -> list:
-    """Returns read(record, cfg, place) of each record, if not empty. Raises UserError."""
-    found = list(records(cfg, split, read, columns))
+    """Returns read(record, cfg, place) of each record, if not empty.
+
+    options: of cfg, which name the columns that it reads. Raises UserError.
+    """
+    found = list(records(cfg, split, read, options))
     return found if cfg.tfds_valid else hold_out(found, cfg, split)
 
 
 def stream(cfg: Any, split: str) -> Iterator[str]:
     """Yields the texts of the TFDS split that holds `split`. Raises UserError."""
-    return records(cfg, split, _cell, (cfg.column,))
+    return records(cfg, split, _cell, ("column",))
 
 
 def split_name(cfg: Any, split: str) -> str:
@@ -50,18 +53,18 @@ def records(
     cfg: Any,
     split: str,
     read: Callable[[dict, Any, str], Any],
-    columns: tuple[str, ...],
+    options: tuple[str, ...],
 ) -> Iterator[Any]:
     """Yields what `load_records` returns, of both splits if validation is held out."""
     part = split_name(cfg, split)
     try:
         builder = _prepared(cfg)
         names = list(map(nfc, builder.info.features or {}))
-        for column in columns:
-            if nfc(column) not in names:
+        for option in options:
+            if nfc(cfg[option]) not in names:
                 raise UserError(
-                    f"TFDS {cfg.path} has no column {column!r}: "
-                    f"set config.data.column to one of {', '.join(names)}"
+                    f"TFDS {cfg.path} has no column {cfg[option]!r}: "
+                    f"set config.data.{option} to one of {', '.join(names)}"
                 )
         found = builder.as_data_source(split=part)
         named = ({nfc(name): r[name] for name in r} for r in found)
