@@ -358,6 +358,8 @@ def test_a_network_is_shown_the_known_tokens_as_they_are():
 def test_translate_returns_a_text_per_source(lm):
     found = ["big cat", "big big dog", {"eats": "cow"}]
     one = lm.translate(found, seed=1)
+        (lambda lm: lm.translate({"name": " "}), r"' ' in a record: .* not empty"),
+        (lambda lm: lm.translate({"a": "b | c : d"}), r"in a record: .* no |"),
     assert len(one) == 3
     assert all(isinstance(text, str) for text in one)
     many = lm.translate(found, n=3, seed=1)
@@ -461,6 +463,26 @@ def test_an_autoregressive_pair_scores_its_target_alone(file):
 
 
 def test_the_bound_of_a_target_does_not_pay_for_its_source(file):
+def test_evaluate_leaves_out_what_training_drops(file, tmp_path):
+    long = tmp_path / "long.csv"
+    rows = [f"{'big ' * 20}cat,a cat eats mouse", f"big cat,{'a cat ' * 9}"]
+    text = file.read_text("utf-8")
+    long.write_text("\n".join([text, *rows]), encoding="utf-8")
+    config = _config()
+    config.data.update(path=str(long), too_long="drop")
+    loaded = corpus.load_corpus(config)
+    lm, _ = _random_model(file)
+    lm.config["data"] |= {"path": str(long), "too_long": "drop"}
+    record = _evaluated(lm, tmp_path)
+    assert record["nats/token"]["mean"] > 0.5
+    held_out = conditional._held_out(lm, config.data)
+    np.testing.assert_array_equal(
+        lm.encode(*map(list, zip(*[p[::-1] for p in held_out], strict=True))),
+        loaded.valid,
+    )
+    lm.config["data"]["too_long"] = "error"
+
+
     """A random network pays about log v for each open position, and only for these."""
     lm, _ = _random_model(file)
     ids = lm.encode(["a cat eats mouse"] * 8, sources=["big cat"] * 8)
@@ -503,6 +525,22 @@ def test_a_run_learns_to_read_its_source(file, tmp_path):
         for text in lm.translate(f"big big {name}", n=8, seed=4)[0]
     ]
     assert np.mean(right) > 0.9
+@pytest.mark.parametrize("source", ["e2e", "csv"])
+def test_a_file_of_sources_is_read_whole(lm, tmp_path, monkeypatch, source):
+    """Only E2E's lines hold targets, too; each output stands in its source's line."""
+    path, read = tmp_path / "sources.txt", []
+    monkeypatch.setattr(type(lm), "translate", lambda lm, sources: read.extend(sources))
+    monkeypatch.setitem(lm.config["data"], "source", source)
+    path.write_text("\ufeffbig cat\r\nbig || dog\u2028 cow\n", encoding="utf-8")
+    translation.translate_file(lm, str(path))
+    rest = {"e2e": "big", "csv": "big || dog\u2028 cow"}
+    assert read == ["big cat", rest[source]]
+    for text in ("big cat\n\nbig dog\n", "big cat\n \nbig dog", "big cat\n\n"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"sources\.txt line 2 holds no source"):
+            translation.translate_file(lm, str(path))
+
+
     preview = (tmp_path / "run" / "samples" / "600.txt").read_text("utf-8")
     assert all(" || " in line for line in preview.splitlines())
 

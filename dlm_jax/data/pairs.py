@@ -182,3 +182,15 @@ def source_and_target(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids of a row's source, and from its target on, without START."""
     first, second = np.flatnonzero(row == START)[:2]
     return row[first + 1 : second], row[second + 1 :]
+def fitting(
+    pairs: Iterable[Pair], tok: Tokenizer, length: int, fields: Iterable[str]
+) -> list[Pair]:
+    """Returns the pairs that config.data.too_long=drop keeps. fields: to delexicalize."""
+
+    def fits(pair: Pair) -> bool:
+        source, target = delexicalize(pair, fields)
+        return len(encode_source(tok, source)) + len(tok.encode(target)) < length
+
+    return list(filter(fits, pairs))
+
+

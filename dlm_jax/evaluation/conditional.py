@@ -142,6 +142,17 @@ def _row(task: Task, texts: list[list[str]]) -> dict[str, dict[str, float]]:
     }
 
 
+def _held_out(lm: DiffusionLM, cfg: Any) -> list[Pair]:
+    """Returns the held-out pairs, without those that are too long if training drops them."""
+    found = pairs.load_pairs(cfg, "valid")
+    if cfg.too_long != "drop":
+        return found
+    kept = pairs.fitting(found, lm.tokenizer, cfg.length, cfg.delexicalize)
+    if len(kept) < len(found):
+        console.say(f"{len(found) - len(kept)} held-out pairs are too long: left out")
+    return kept
+
+
 @backend.prepared
 def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     """Measures outputs and likelihood; prints a table and writes a JSON file.
@@ -156,7 +167,7 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
         raise UserError(
             f"config.evaluate.{name}={options[name]}: not for this model; leave it out"
         )
-    held_out = pairs.load_pairs(config.data, "valid")
+    held_out = _held_out(lm, config.data)
     make = TASKS.get(config.data.source, _text_task)
     task = make(config, held_out, options.n)
     console.say(f"{len(task.sources)} sources, {len(held_out)} held-out pairs")

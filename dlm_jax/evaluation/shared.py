@@ -43,7 +43,7 @@ def export(lm: DiffusionLM, workdir: str) -> Path:
         lm = lm.with_classifier(*options["classifiers"].split())
     sources: list[str] = []
     if lm.cfg.known_source:
-        sources = translation.read_sources(lm.config["sample"]["sources"])[:n]
+        sources = translation.read_sources(lm, lm.config["sample"]["sources"])[:n]
         lm.config["sample"]["sources"] = ""  # a file of this machine
     folder = Path(options["folder"] or Path(workdir) / "pretrained")
     lm.save_pretrained(folder, dtype=options["dtype"])

@@ -47,8 +47,14 @@ def as_sources(value: Any) -> list[str]:
 
 
 def _record(value: Mapping) -> dict[str, str]:
-    arguments.as_texts("sources", [*value, *value.values()])
-    return dict(value)
+    """Returns a record of texts that its linear form keeps apart. Raises UserError."""
+    for text in arguments.as_texts("sources", [*value, *value.values()]):
+        if not text.strip() or "|" in text:
+            raise UserError(
+                f"sources: {text!r} in a record: give names and values that are not empty "
+                "and hold no |, which separates them"
+            )
+    return {name.strip(): text.strip() for name, text in value.items()}
 
 
 def encode_sources(tok: Tokenizer, sources: Sequence[str], length: int) -> np.ndarray:
@@ -240,12 +246,20 @@ def beam_search(lm: TrainedModel, sources: Any, *, beams: int) -> list[str]:
 def translate_file(lm: Any, path: str) -> list[str]:
     """Generates the target of each line of a file of sources, as config.sample says.
 
-    In E2E's files what follows `||` is no part of the source. Raises UserError.
+    For a model of E2E's records what follows `||` is no part of the source. Raises
+    UserError, also for an empty line: outputs stand in the lines of their sources.
     """
-    return lm.translate(read_sources(path))
+    return lm.translate(read_sources(lm, path))
 
 
-def read_sources(path: str) -> list[str]:
-    """Reads a file of sources, one a line. Raises UserError if there is none."""
-    lines = files.lines(files.existing(path, "sources", "a file of sources", "sample"))
-    return [line.partition("||")[0].strip() for _, line in lines]
+def read_sources(lm: Any, path: str) -> list[str]:
+    """Reads a file of sources, one a line. Raises UserError, also for an empty line."""
+    place = files.existing(path, "sources", "a file of sources", "sample")
+    sources = list(files.every_line(place))
+    if lm.config["data"]["source"] == "e2e":
+        sources = [source.partition("||")[0].strip() for source in sources]
+    if "" in sources:
+        raise UserError(
+            f"{path} line {sources.index('') + 1} holds no source: remove or complete it"
+        )
+    return sources
