@@ -207,62 +207,6 @@ def test_a_source_without_room(file, too_long):
             corpus.load_corpus(config)
 
 
-# --- placeholders
-
-
-def test_delexicalize_replaces_whole_values_on_both_sides():
-    pair = pairs.Pair(
-        "name : The Eagle | food : French | near : Eagle",
-        "Near Eagle , The Eagle serves French food , as The Eagles .",
-    )
-    made = pairs.delexicalize(pair, ("name", "near"))
-    assert made.source == "name : X-name | food : French | near : X-near"
-    assert made.target == "Near X-near , X-name serves French food , as The Eagles ."
-    assert pairs.delexicalize(pair, ()) == pair
-    plain = pairs.Pair("no record at all", "a text")
-    assert pairs.delexicalize(plain, ("name",)) == plain
-
-
-@pytest.fixture(scope="module")
-def named(tmp_path_factory):
-    """A random model of E2E's records whose names are placeholders."""
-    folder = tmp_path_factory.mktemp("named")
-    names = ["Aromi", "Zizzi", "The Eagle", "Cocum"]
-    lines = "".join(f"name : {n} | food : Thai||{n} has Thai food .\n" for n in names)
-    for split in ("train", "valid"):
-        (folder / f"src1_{split}.txt").write_text(lines, encoding="utf-8")
-    config = _config()
-    config.data.update(
-        source="e2e", path=str(folder), source_column="fields", min_count=0,
-        delexicalize=("name",),
-    )  # fmt: skip
-    loaded = corpus.load_corpus(config)
-    step_cfg = resolve_config(config)
-    state = init_state(jax.random.key(0), step_cfg, loaded.tokenizer.vocab_size)
-    record = json.loads(config.to_json_best_effort())
-    return loading.from_parts(step_cfg.cfg, state.params, loaded.tokenizer, record)
-
-
-def test_names_are_placeholders_within_and_names_outside(named):
-    words = set(named.tokenizer.tokens())
-    assert "X-name" in words
-    assert not words & {"Aromi", "Zizzi", "Eagle"}
-    # a name that no training text holds comes back in the text
-    new = {"name": "Café Neu", "food": "Thai"}
-    template = "Café Neu has [...]"
-    assert named.translate(new, template=template)[0].startswith("Café Neu has")
-    for source in (new, "name : Aromi | food : Thai"):
-        assert "X-name" not in " ".join(named.translate(source, n=20, seed=1)[0])
-
-
-def test_the_likelihood_is_of_the_placeholders(named):
-    ids = [
-        named.encode([f"{n} has Thai food ."], sources=[f"name : {n} | food : Thai"])
-        for n in ("Aromi", "Zizzi")
-    ]
-    np.testing.assert_array_equal(*ids)
-
-
 # --- training
 
 
@@ -358,8 +302,6 @@ def test_a_network_is_shown_the_known_tokens_as_they_are():
 def test_translate_returns_a_text_per_source(lm):
     found = ["big cat", "big big dog", {"eats": "cow"}]
     one = lm.translate(found, seed=1)
-        (lambda lm: lm.translate({"name": " "}), r"' ' in a record: .* not empty"),
-        (lambda lm: lm.translate({"a": "b | c : d"}), r"in a record: .* no |"),
     assert len(one) == 3
     assert all(isinstance(text, str) for text in one)
     many = lm.translate(found, n=3, seed=1)
@@ -416,6 +358,8 @@ def test_a_phrase_in_the_source_does_not_count_for_the_target(lm):
         (lambda lm: lm.translate(3), r"sources=3"),
         (lambda lm: lm.translate(["a", 3]), r"3 is no text"),
         (lambda lm: lm.translate({"name": 3}), r"3 is no text"),
+        (lambda lm: lm.translate({"name": " "}), r"' ' in a record: .* not empty"),
+        (lambda lm: lm.translate({"a": "b | c : d"}), r"in a record: .* no |"),
         (lambda lm: lm.translate("big " * 14), r"has 14 tokens, .* room for 12"),
         (lambda lm: lm.translate("big cat", n=0), r"n="),
         (lambda lm: lm.translate("big cat", mbr=0), r"mbr="),
@@ -463,26 +407,6 @@ def test_an_autoregressive_pair_scores_its_target_alone(file):
 
 
 def test_the_bound_of_a_target_does_not_pay_for_its_source(file):
-def test_evaluate_leaves_out_what_training_drops(file, tmp_path):
-    long = tmp_path / "long.csv"
-    rows = [f"{'big ' * 20}cat,a cat eats mouse", f"big cat,{'a cat ' * 9}"]
-    text = file.read_text("utf-8")
-    long.write_text("\n".join([text, *rows]), encoding="utf-8")
-    config = _config()
-    config.data.update(path=str(long), too_long="drop")
-    loaded = corpus.load_corpus(config)
-    lm, _ = _random_model(file)
-    lm.config["data"] |= {"path": str(long), "too_long": "drop"}
-    record = _evaluated(lm, tmp_path)
-    assert record["nats/token"]["mean"] > 0.5
-    held_out = conditional._held_out(lm, config.data)
-    np.testing.assert_array_equal(
-        lm.encode(*map(list, zip(*[p[::-1] for p in held_out], strict=True))),
-        loaded.valid,
-    )
-    lm.config["data"]["too_long"] = "error"
-
-
     """A random network pays about log v for each open position, and only for these."""
     lm, _ = _random_model(file)
     ids = lm.encode(["a cat eats mouse"] * 8, sources=["big cat"] * 8)
@@ -525,22 +449,6 @@ def test_a_run_learns_to_read_its_source(file, tmp_path):
         for text in lm.translate(f"big big {name}", n=8, seed=4)[0]
     ]
     assert np.mean(right) > 0.9
-@pytest.mark.parametrize("source", ["e2e", "csv"])
-def test_a_file_of_sources_is_read_whole(lm, tmp_path, monkeypatch, source):
-    """Only E2E's lines hold targets, too; each output stands in its source's line."""
-    path, read = tmp_path / "sources.txt", []
-    monkeypatch.setattr(type(lm), "translate", lambda lm, sources: read.extend(sources))
-    monkeypatch.setitem(lm.config["data"], "source", source)
-    path.write_text("\ufeffbig cat\r\nbig || dog\u2028 cow\n", encoding="utf-8")
-    translation.translate_file(lm, str(path))
-    rest = {"e2e": "big", "csv": "big || dog\u2028 cow"}
-    assert read == ["big cat", rest[source]]
-    for text in ("big cat\n\nbig dog\n", "big cat\n \nbig dog", "big cat\n\n"):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=r"sources\.txt line 2 holds no source"):
-            translation.translate_file(lm, str(path))
-
-
     preview = (tmp_path / "run" / "samples" / "600.txt").read_text("utf-8")
     assert all(" || " in line for line in preview.splitlines())
 
@@ -553,6 +461,26 @@ def _evaluated(lm, tmp_path, **options):
         "n": 6, "seeds": 2, "mbr": 3, "nll_texts": 8, "draws": 2, "num_steps": (2, 4),
     } | options  # fmt: skip
     return conditional.evaluate(lm, str(tmp_path))
+
+
+def test_evaluate_leaves_out_what_training_drops(file, tmp_path):
+    long = tmp_path / "long.csv"
+    rows = [f"{'big ' * 20}cat,a cat eats mouse", f"big cat,{'a cat ' * 9}"]
+    text = file.read_text("utf-8")
+    long.write_text("\n".join([text, *rows]), encoding="utf-8")
+    config = _config()
+    config.data.update(path=str(long), too_long="drop")
+    loaded = corpus.load_corpus(config)
+    lm, _ = _random_model(file)
+    lm.config["data"] |= {"path": str(long), "too_long": "drop"}
+    record = _evaluated(lm, tmp_path)
+    assert record["nats/token"]["mean"] > 0.5
+    held_out = conditional._held_out(lm, config.data)
+    np.testing.assert_array_equal(
+        lm.encode(*map(list, zip(*[p[::-1] for p in held_out], strict=True))),
+        loaded.valid,
+    )
+    lm.config["data"]["too_long"] = "error"
 
 
 @pytest.mark.parametrize("variant", ["modern", "autoregressive"])
@@ -595,6 +523,22 @@ def test_evaluate_of_e2e_groups_references(tmp_path):
     good, bad = task.score(texts[:1]), task.score(["Aromi is a coffee shop ."])
     assert (good["slot error rate"], good["BLEU"]) == (0, pytest.approx(100))
     assert bad["slot error rate"] > 50
+
+
+@pytest.mark.parametrize("source", ["e2e", "csv"])
+def test_a_file_of_sources_is_read_whole(lm, tmp_path, monkeypatch, source):
+    """Only E2E's lines hold targets, too; each output stands in its source's line."""
+    path, read = tmp_path / "sources.txt", []
+    monkeypatch.setattr(type(lm), "translate", lambda lm, sources: read.extend(sources))
+    monkeypatch.setitem(lm.config["data"], "source", source)
+    path.write_text("\ufeffbig cat\r\nbig || dog\u2028 cow\n", encoding="utf-8")
+    translation.translate_file(lm, str(path))
+    rest = {"e2e": "big", "csv": "big || dog\u2028 cow"}
+    assert read == ["big cat", rest[source]]
+    for text in ("big cat\n\nbig dog\n", "big cat\n \nbig dog", "big cat\n\n"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"sources\.txt line 2 holds no source"):
+            translation.translate_file(lm, str(path))
 
 
 @pytest.mark.slow

@@ -58,9 +58,11 @@ def load_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
 
 def _load_pairs(cfg: Any, tokenizer: Tokenizer | None) -> Corpus:
     """Loads pairs; sources and targets share the tokenizer."""
+    given = {split: pairs.load_pairs(cfg, split) for split in ("train", "valid")}
+    pairs.check_fields(given["train"], cfg.delexicalize)
     loaded = {
-        split: list(pairs.delexicalized(pairs.load_pairs(cfg, split), cfg.delexicalize))
-        for split in ("train", "valid")
+        split: list(pairs.delexicalized(found, cfg.delexicalize))
+        for split, found in given.items()
     }
     texts = {split: list(map(" ".join, found)) for split, found in loaded.items()}
     tokenizer = tokenizer or sources.train_tokenizer(cfg, texts["train"])

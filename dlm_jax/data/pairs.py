@@ -34,18 +34,32 @@ def linearize(record: Mapping[str, str]) -> str:
     return " | ".join(f"{field} : {value}" for field, value in record.items())
 
 
+def placeholder(field: str) -> str:
+    """Returns the word that stands for the value of a field, such as X-name."""
+    return f"X-{field.replace(' ', '-')}"
+
+
 def placeholders(source: str, fields: Iterable[str]) -> dict[str, str]:
-    """Returns {value: its placeholder} of a record's fields, such as Aromi: X-name."""
+    """Returns {value: its placeholder} of a record's fields, the longest value first."""
     record = parse_linearized(source)
-    found = {record[f]: f"X-{f.replace(' ', '-')}" for f in fields if record.get(f)}
+    found = {record[f]: placeholder(f) for f in fields if record.get(f)}
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def replace_words(text: str, new: Mapping[str, str]) -> str:
-    """Replaces whole words, or several in a row, in the order of `new`."""
-    for value, word in new.items():
-        text = re.sub(rf"(?<!\S){re.escape(value)}(?!\S)", lambda _, w=word: w, text)
-    return text
+    """Replaces whole words, or several in a row; the first ones of `new` come first.
+
+    A word that is replaced by "" is left out with the space before it.
+    """
+    if not new:
+        return text
+    any_ = "|".join(map(re.escape, new))
+
+    def put(found: re.Match) -> str:
+        word = new[found[2]]
+        return found[1] + word if word else ""
+
+    return re.sub(rf"( ?)(?<!\S)({any_})(?!\S)", put, text)
 
 
 def delexicalize(pair: Pair, fields: Iterable[str]) -> Pair:
@@ -61,6 +75,24 @@ def delexicalize(pair: Pair, fields: Iterable[str]) -> Pair:
 def delexicalized(pairs: Iterable[Pair], fields: Iterable[str]) -> Iterable[Pair]:
     """Applies `delexicalize` to pairs, if there are fields."""
     return (delexicalize(pair, fields) for pair in pairs) if fields else pairs
+
+
+def check_fields(pairs: Iterable[Pair], fields: Iterable[str]) -> None:
+    """Raises UserError for one of config.data.delexicalize that no source has."""
+    absent = set(fields)
+    found: set[str] = set()
+    for pair in pairs:
+        if not absent:
+            return
+        found |= (record := parse_linearized(pair.source)).keys()
+        absent -= record.keys()
+    if absent:
+        names = ", ".join(sorted(found))
+        names = names if len(names) < 300 else f"{names[:300]} ..."
+        raise UserError(
+            f"config.data.delexicalize: no source has the field {min(absent)!r}; choose "
+            f"of {names}"
+        )
 
 
 def parse_linearized(source: str) -> dict[str, str]:
@@ -168,6 +200,18 @@ def encode_pairs(
     return ids
 
 
+def fitting(
+    pairs: Iterable[Pair], tok: Tokenizer, length: int, fields: Iterable[str]
+) -> list[Pair]:
+    """Returns the pairs that config.data.too_long=drop keeps. fields: to delexicalize."""
+
+    def fits(pair: Pair) -> bool:
+        source, target = delexicalize(pair, fields)
+        return len(encode_source(tok, source)) + len(tok.encode(target)) < length
+
+    return list(filter(fits, pairs))
+
+
 def encode_source(tok: Tokenizer, source: str) -> list[int]:
     """Returns the ids of START, the source and the second START."""
     return [START, *tok.encode(source), START]
@@ -182,15 +226,3 @@ def source_and_target(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the ids of a row's source, and from its target on, without START."""
     first, second = np.flatnonzero(row == START)[:2]
     return row[first + 1 : second], row[second + 1 :]
-def fitting(
-    pairs: Iterable[Pair], tok: Tokenizer, length: int, fields: Iterable[str]
-) -> list[Pair]:
-    """Returns the pairs that config.data.too_long=drop keeps. fields: to delexicalize."""
-
-    def fits(pair: Pair) -> bool:
-        source, target = delexicalize(pair, fields)
-        return len(encode_source(tok, source)) + len(tok.encode(target)) < length
-
-    return list(filter(fits, pairs))
-
-

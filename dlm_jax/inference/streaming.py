@@ -75,7 +75,7 @@ def texts(lm: TrainedModel, ids: np.ndarray, hidden: list[dict] | None) -> list[
     """Returns the texts of rows [n l], of pairs their targets."""
     if hidden is None:
         return lm.decode(ids)
-    return translation.show(translation.target_texts(lm.tokenizer, ids), hidden)
+    return translation.show(lm, translation.target_texts(lm.tokenizer, ids), hidden)
 
 
 def agreement(table: Table, x0_hat: Latent, ids: Ids) -> Float[Array, "b l"]:

@@ -149,10 +149,31 @@ def _read(lm: TrainedModel, sources: list[str]) -> tuple[np.ndarray, list[dict]]
     return encode_sources(lm.tokenizer, read, lm.length), hidden
 
 
-def show(texts: list[str], hidden: list[dict]) -> list[str]:
-    """Puts the values back in the place of their placeholders."""
-    shown = ({word: value for value, word in new.items()} for new in hidden)
-    return list(map(pairs.replace_words, texts, shown))
+def _bar(lm: TrainedModel, given: Constraints, hidden: list[dict]) -> Constraints:
+    """Bars, per row, the placeholders of fields that its source lacks."""
+    words = set(map(pairs.placeholder, lm.config["data"]["delexicalize"]))
+    free = np.ones((len(hidden), 1, lm.tokenizer.vocab_size), bool)
+    for row, new in zip(free, hidden, strict=True):
+        for word in words - set(new.values()):
+            ids = lm.tokenizer.encode(word)
+            if len(ids) == 1 and ids != [UNK]:  # not pieces, which other words need
+                row[:, ids] = False
+    if lm.cfg.causal or free.all():
+        return given
+    allowed = free if given.allowed is None else free & given.allowed
+    shape = (len(hidden), lm.length, lm.tokenizer.vocab_size)
+    return given._replace(allowed=np.broadcast_to(allowed, shape))
+
+
+def show(lm: TrainedModel, texts: list[str], hidden: list[dict]) -> list[str]:
+    """Puts the values in the place of their placeholders, of which none stays."""
+    words = map(pairs.placeholder, lm.config["data"]["delexicalize"])
+    none = dict.fromkeys(words, "")
+    shown = (none | {word: value for value, word in new.items()} for new in hidden)
+    return [
+        pairs.replace_words(text, new).strip() if new else text
+        for text, new in zip(texts, shown, strict=True)
+    ]
 
 
 class Targets(NamedTuple):
@@ -183,11 +204,12 @@ def prepare(
     given_texts = as_sources(sources)
     rows, hidden = _read(lm, given_texts)
     if template is not None and len(given_texts) == 1:
-        template = pairs.replace_words(request.check_template(template), hidden[0])
+        template = normalize(request.check_template(template), "template")
+        template = pairs.replace_words(template, hidden[0])
     rows, hidden = rows.repeat(n, 0), [new for new in hidden for _ in range(n)]
     targets = request.take_constraints(lm, len(rows), template, options, CONSTRAINTS)
     guidance = GuidanceConfig(cfg_weight=lm.default("cfg_weight", cfg_weight))
-    return Targets(with_targets(rows, targets), guidance, hidden)
+    return Targets(_bar(lm, with_targets(rows, targets), hidden), guidance, hidden)
 
 
 def translate(
@@ -219,7 +241,7 @@ def translate(
         count, constraints=asked.constraints, guidance=asked.guidance, **options
     )
     texts = target_texts(lm.tokenizer, made.ids)
-    texts = show(texts, asked.hidden)
+    texts = show(lm, texts, asked.hidden)
     if mbr > 1:
         texts = [
             bayes_risk.select(texts[i : i + mbr]) for i in range(0, len(texts), mbr)
@@ -240,7 +262,7 @@ def beam_search(lm: TrainedModel, sources: Any, *, beams: int) -> list[str]:
     )
     parts = np.array_split(rows, -(-len(rows) // BATCH))
     ids = np.concatenate([search(lm.ema, part) for part in parts])
-    return show(target_texts(lm.tokenizer, ids), hidden)
+    return show(lm, target_texts(lm.tokenizer, ids), hidden)
 
 
 def translate_file(lm: Any, path: str) -> list[str]:
