@@ -42,21 +42,20 @@ def train_classifier(
 
     given: {name: value} of config's flags, of which none may be without effect.
     """
-    job = classifier_job(config)
-    refuse_ignored(given or {}, job.config, UNREAD, "classifier.model")
-    loop.run(job, workdir, allow_fallback=allow_fallback)
+    loop.run(classifier_job(config, given), workdir, allow_fallback=allow_fallback)
 
 
-def classifier_job(config: Any) -> Job:
+def classifier_job(config: Any, given: Mapping[str, Any] | None = None) -> Job:
     """Returns the job of training a classifier for the run config.classifier.model.
 
     Text, noise schedule, vocabulary and embedding table are those of that run. It has
-    no preview, because classifiers generate no text.
+    no preview, because classifiers generate no text. given: as of `train_classifier`.
     """
     if not config.classifier.model:
         raise UserError("config.classifier.model: name the run that is to be steered")
     base = loading.load(config.classifier.model)
     config = with_base_settings(config, base)
+    refuse_ignored(given or {}, config, UNREAD, "classifier.model")
     vocab, corpus = labelled_corpus(config, base)
     task = classifier_task(vocab, np.asarray(base.ema.table))
     step_cfg = resolve_config(config)._replace(schedule=base.schedule, task=task)
