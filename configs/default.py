@@ -100,6 +100,7 @@ def get_config() -> Any:
             "seeds": 3,
             "texts": "",  # a file of texts to measure instead of samples
             "ar_model": "",  # workdir of an autoregressive run, for fluency
+            "gpt2": "",  # folder of a GPT-2, for generation perplexity (docs/measures.md)
             "references": "",  # pairs of E2E: testset_w_refs.csv; "": held-out pairs
             "mbr": 10,  # pairs: candidates of minimum Bayes risk; 1: not measured
             "nll_texts": 512,  # held-out texts for the likelihood bound

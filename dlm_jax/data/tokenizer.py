@@ -131,18 +131,7 @@ class HFTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        try:
-            import tokenizers  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                "config.data.tokenizer=hf needs the package tokenizers: "
-                "pip install 'dlm_jax[hf]'"
-            ) from error
-        tokenizer = tokenizers.Tokenizer.from_str(self.model)
-        tokenizer.encode_special_tokens = True
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return open_hf(self.model)
 
     @cached_property
     def _strings(self) -> dict[int, str]:
@@ -206,6 +195,24 @@ class HFTokenizer:
     def to_dict(self) -> dict[str, Any]:
         """Returns a record that JSON can store."""
         return {"kind": "hf", "model": self.model}
+
+
+def open_hf(model: str) -> Any:
+    """Returns the tokenizer of a tokenizer.json's text; no text is a special token.
+
+    Raises UserError without the package tokenizers, and its own Exception for others.
+    """
+    try:
+        import tokenizers  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            "a tokenizer.json needs the package tokenizers: pip install 'dlm_jax[hf]'"
+        ) from error
+    tokenizer = tokenizers.Tokenizer.from_str(model)
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _with_gaps(ids: list[int], encoding: Any, text: str) -> list[int]:

@@ -162,10 +162,13 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     config: Any = ConfigDict(lm.config)
     options = config.evaluate
     check_ranges(lm.config, "evaluate")
-    if options.texts or (options.references and config.data.source != "e2e"):
-        name = "texts" if options.texts else "references"
+    others = [name for name in ("texts", "gpt2") if options[name]]
+    if options.references and config.data.source != "e2e":
+        others.append("references")
+    if others:
         raise UserError(
-            f"config.evaluate.{name}={options[name]}: not for this model; leave it out"
+            f"config.evaluate.{others[0]}={options[others[0]]}: not for this model; "
+            "leave it out"
         )
     held_out = _held_out(lm, config.data)
     make = TASKS.get(config.data.source, _text_task)

@@ -20,7 +20,7 @@ from dlm_jax.data.normalization import normalize
 from dlm_jax.diffusion import likelihood
 from dlm_jax.diffusion.likelihood import MeanStderr
 from dlm_jax.errors import UserError
-from dlm_jax.evaluation import plots, text_metrics
+from dlm_jax.evaluation import gpt2, plots, text_metrics
 from dlm_jax.evaluation.exact import gap_rows
 from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
@@ -34,6 +34,7 @@ class Reference(NamedTuple):
 
     held_out: texts that metrics compare with; the held-out column uses the other half.
     train_grams: the 4-grams of train. on_grammar: the data is the built-in grammar.
+    judge: a GPT-2, which was not trained on this data.
     """
 
     train: frozenset[str]
@@ -41,6 +42,7 @@ class Reference(NamedTuple):
     held_out: list[str]
     ar_model: DiffusionLM | None
     on_grammar: bool
+    judge: gpt2.GPT2 | None = None
 
 
 class Row(NamedTuple):
@@ -65,6 +67,12 @@ def _ar_nll(texts: list[str], reference: Reference) -> float:
     ar_model = _ar_model(reference)
     ids = ar_model.encode(texts)
     return float(ar_model.nll(ids).total().sum() / tokens(ids).sum())
+
+
+def _judge(reference: Reference) -> gpt2.GPT2:
+    if reference.judge is None:
+        raise UserError("needs config.evaluate.gpt2, the folder of a GPT-2")
+    return reference.judge
 
 
 def _energy(texts: list[str], reference: Reference) -> float:
@@ -126,6 +134,16 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
+# by reference.judge, on its own tokens
+GPT2_METRICS: dict[str, Metric] = {
+    "GPT-2 nats/token": Metric(lambda t, r: _judge(r).nats_per_token(t), +1, 0.5),
+    "GPT-2 entropy per text, nats": Metric(
+        lambda t, r: _judge(r).entropy_per_text(t), -1, 0.25
+    ),
+    "GPT-2 entropy, nats": Metric(lambda t, r: _judge(r).entropy(t), -1, 0.25),
+}
+
+
 def tokens(ids: np.ndarray) -> np.ndarray:
     """Counts the tokens of each row [n]: words and END, without START and PAD."""
     return np.sum((ids != PAD) & (ids != START), -1)
@@ -138,8 +156,8 @@ def over_seeds(values: list[float]) -> MeanStderr:
     return MeanStderr(float(np.mean(values)), float(error))
 
 
-def _row(name: str, samples: list, held_out: list, reference: Reference) -> Row:
-    metric, none = METRICS[name], MeanStderr(math.nan, math.nan)
+def _row(metric: Metric, samples: list, held_out: list, reference: Reference) -> Row:
+    none = MeanStderr(math.nan, math.nan)
     try:
         sampled, real = (
             over_seeds([metric.value(texts, reference) for texts in part])
@@ -172,7 +190,18 @@ def compare(
         )
     real = [held_out[i * size : (i + 1) * size] for i in range(len(samples))]
     samples = [texts[:size] for texts in samples]
-    return {name: _row(name, samples, real, reference) for name in METRICS}
+    metrics = METRICS if reference.judge is None else METRICS | GPT2_METRICS
+    rows = {name: _row(m, samples, real, reference) for name, m in metrics.items()}
+    if (nats := rows.get("GPT-2 nats/token")) and not nats.note:
+        both = (_exp(nats.samples), _exp(nats.held_out))
+        rows["GPT-2 perplexity"] = Row(*both, flag=False)
+    return rows
+
+
+def _exp(nats: MeanStderr) -> MeanStderr:
+    """Returns exp of a mean, and its standard error to first order."""
+    mean = math.exp(nats.mean)
+    return MeanStderr(mean, mean * nats.stderr)
 
 
 # --- likelihood
@@ -216,6 +245,7 @@ def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
     ar_model = loading.load_ar_model(
         "config.evaluate.ar_model", config.evaluate.ar_model, lm
     )
+    judge = _load_judge(config.evaluate.gpt2)
     train = sources.load_texts(config.data, "train")
     held_out = sources.load_texts(config.data, "valid")
     splits = {"train": train, "valid": held_out}
@@ -225,8 +255,17 @@ def references(lm: DiffusionLM, config: Any) -> tuple[Reference, list[str]]:
     half = len(held_out) // 2
     seen = frozenset(text_metrics.all_grams(train))
     on_grammar = config.data.source == "grammar"
-    reference = Reference(frozenset(train), seen, held_out[half:], ar_model, on_grammar)
+    reference = Reference(
+        frozenset(train), seen, held_out[half:], ar_model, on_grammar, judge
+    )
     return reference, held_out[:half]
+
+
+def _load_judge(folder: str) -> gpt2.GPT2 | None:
+    try:
+        return gpt2.load(folder) if folder else None
+    except UserError as error:
+        raise UserError(f"config.evaluate.gpt2={folder}: {error}") from error
 
 
 def _check(options: Any, lm: DiffusionLM) -> None:

@@ -35,8 +35,14 @@ def all_grams(texts: Iterable[str], n: int = NGRAM) -> Iterator[tuple[str, ...]]
 
 def unigram_entropy(texts: Iterable[str]) -> float:
     """Computes the entropy of word frequencies, nats; low if texts use few words."""
-    counts = np.array(list(Counter(all_grams(texts, 1)).values()), float)
-    return float(-sum(n / counts.sum() * log(n / counts.sum()) for n in counts))
+    return entropy(Counter(all_grams(texts, 1)).values())
+
+
+def entropy(counts: Iterable[int]) -> float:
+    """Computes the entropy of frequencies in proportion to counts, nats; 0 of none."""
+    share = np.array(list(counts), float)
+    share /= share.sum()
+    return float(-sum(p * log(p) for p in share))
 
 
 def distinct(texts: list[str], n: int) -> float:

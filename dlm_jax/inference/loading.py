@@ -151,7 +151,8 @@ def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, Py
         ) from error
 
 
-# options of config.data that the configs of older runs lack
+# options that the configs of older runs lack
+LATER_EVALUATE = {"references": "", "mbr": 10, "gpt2": ""}
 LATER = {
     "source_column": "",
     "delexicalize": (),
@@ -182,6 +183,8 @@ def from_parts(
             f"{params.table.shape[0]}: they are not of one checkpoint"
         )
     config = config | {"data": LATER | config["data"]}
+    if "evaluate" in config:
+        config["evaluate"] = LATER_EVALUATE | config["evaluate"]
     if "sample" in config:
         config["sample"] = TRANSLATION | config["sample"]
     noise_schedule = schedule.make_schedule(**config["schedule"])

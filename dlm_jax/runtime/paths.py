@@ -18,7 +18,7 @@ SEVERAL = ("data.path", "data.valid_path")  # files with commas between, and pat
 LISTS = ("control.classifiers",)  # paths separated by spaces
 PATHS = (
     *(*TRAINING, *LISTS, "control.ar_model", "control.targets"),
-    *("evaluate.ar_model", "evaluate.texts"),
+    *("evaluate.ar_model", "evaluate.gpt2", "evaluate.texts"),
 )
 
 
