@@ -105,6 +105,7 @@ def get_config() -> Any:
             "mbr": 10,  # pairs: candidates of minimum Bayes risk; 1: not measured
             "nll_texts": 512,  # held-out texts for the likelihood bound
             "draws": 16,  # noise levels per text for the bound
+            "ode_texts": 0,  # held-out texts for the likelihood by the ODE; 0: none
             "num_steps": (8, 16, 32, 64),  # sampling steps of the quality plot
         }
     )

@@ -39,7 +39,7 @@ RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "data": {"seed": ZERO_OR_MORE, "valid_fraction": PROBABILITY},
     "classifier": {"texts": ZERO_OR_MORE},
     "evaluate": {"n": TWO_OR_MORE, "seeds": COUNT, "draws": COUNT}
-    | {"nll_texts": TWO_OR_MORE, "mbr": COUNT},
+    | {"nll_texts": TWO_OR_MORE, "ode_texts": ZERO_OR_MORE, "mbr": COUNT},
     "control": {"n": COUNT, "samples": COUNT, "seeds": COUNT},
 }
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from dlm_jax.data import grammar, inside_outside, tokenizer
-from dlm_jax.diffusion import guidance, likelihood, model, rounding, samplers, schedule
+from dlm_jax.diffusion import (
+    guidance,
+    likelihood,
+    model,
+    ode_likelihood,
+    rounding,
+    samplers,
+    schedule,
+)
 from dlm_jax.evaluation import exact, text_metrics
 from dlm_jax.types import END, PAD, START
 
@@ -106,6 +114,27 @@ def test_the_bound_of_the_exact_denoiser_is_exact(table):
     nats = -np.array([grammar.log_prob(text) for text in texts])
     excess = np.asarray(bound.total()) - nats
     error = excess.std(ddof=1) / np.sqrt(len(texts))
+    assert abs(excess.mean()) < 5 * error
+    assert error < 0.03 * nats.mean()  # so that the comparison could fail
+
+
+@pytest.mark.slow
+def test_the_ode_of_the_exact_denoiser_is_exact(table):
+    """Each text's -log p, within the error that is stated for it."""
+    texts = grammar.sample(5, 24)
+    predict = exact.exact_predictor(table, INFORMATION, WORDS)
+    ids, key = jnp.asarray(_ids(texts)), jax.random.key(1)
+
+    def run(key):
+        options = {"draws": 3, "num_steps": 16}
+        return ode_likelihood.bound(key, ids, table, predict, INFORMATION, **options)
+
+    bound, stderr = jax.jit(run)(key)
+    nats = -np.array([grammar.log_prob(text) for text in texts])
+    excess = np.asarray(bound.total()) - nats
+    error = np.sqrt(np.mean(stderr**2))  # of three draws each: pooled over the texts
+    assert 0.5 * error < excess.std() < 2 * error
+    error /= np.sqrt(len(texts))
     assert abs(excess.mean()) < 5 * error
     assert error < 0.03 * nats.mean()  # so that the comparison could fail
 

@@ -183,11 +183,12 @@ def _optimal(log_p, texts, noise, sigma_0):
     texts = jnp.asarray(texts)
     means = jnp.asarray(TABLE)[texts][..., 0]  # [n l]
 
-    def posterior(x, t):
+    def posterior(x, t):  # t [b], or [b l] with marks of known tokens
+        t = t[:, None] if t.ndim == 1 or sigma_0 else jnp.maximum(t, 0.0)
         alpha, sigma = noise.alpha_sigma(t)
         var = (sigma**2 + (alpha * sigma_0) ** 2)[:, None]
-        off = x[:, None, :, 0] - alpha[:, None, None] * means
-        log = log_p - jnp.sum(off**2, -1) / (2 * var)
+        off = x[:, None, :, 0] - alpha[:, None] * means
+        log = log_p - jnp.sum(off**2 / (2 * var), -1)
         return jax.nn.softmax(log, -1)
 
     def estimate(x, t):

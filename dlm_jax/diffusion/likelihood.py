@@ -173,6 +173,15 @@ def _prior(x: Latent, schedule: Schedule, sigma_0: float) -> Float[Array, "b l"]
     return 0.5 * jnp.sum(kl, -1)
 
 
+def inserter(
+    x: Latent, given: model.Masks | None
+) -> Callable[[Latent, Time], tuple[Latent, Time]]:
+    """Returns a function (x_t, t) -> (x_t, t) that makes the given tokens of x clean."""
+    if given is None:
+        return lambda x_t, t: (x_t, t)
+    return lambda x_t, t: model.insert_clean_tokens(x, given[0], x_t, t, given[1])
+
+
 def bound(
     key: PRNGKey,
     ids: Ids,
@@ -206,11 +215,7 @@ def bound_by_token(
     """Estimates the share of each token in the terms of `bound`, [b l], nats."""
     x, sigma_0 = embed(table, ids), predict.sigma_0
     unknown = jnp.ones(ids.shape) if given is None else 1.0 - given[0]
-
-    def with_given(x_t: Latent, t: Time) -> tuple[Latent, Time]:
-        if given is None:
-            return x_t, t
-        return model.insert_clean_tokens(x, given[0], x_t, t, given[1])
+    with_given = inserter(x, given)
 
     k_time, k_noise, k_first, k_last = jax.random.split(key, 4)
     u = jax.random.uniform(k_time, ids.shape[:1])

@@ -162,7 +162,7 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     config: Any = ConfigDict(lm.config)
     options = config.evaluate
     check_ranges(lm.config, "evaluate")
-    others = [name for name in ("texts", "gpt2") if options[name]]
+    others = [name for name in ("texts", "gpt2", "ode_texts") if options[name]]
     if options.references and config.data.source != "e2e":
         others.append("references")
     if others:

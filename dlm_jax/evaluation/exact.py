@@ -8,6 +8,7 @@ integrates is the information in the language at each level of noise.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,15 +42,11 @@ def exact_predictor(
     table: Table, schedule: Schedule, tokenizer: Tokenizer
 ) -> likelihood.LatentPredictor:
     """Returns the exact denoiser in the form that `likelihood.bound` takes."""
-    tokens = tuple(tokenizer.tokens())
-
-    def host(scores: Array) -> np.ndarray:
-        return grammar.posterior(np.asarray(scores), tokens)[0].astype(np.float32)
+    posterior = _differentiable_posterior(tuple(tokenizer.tokens()))
 
     def probabilities(x_t: Latent, t: Time) -> Array:
-        scores = model.token_posterior_logits(table, x_t, jnp.maximum(t, 0.0), schedule)
-        shape = jax.ShapeDtypeStruct(scores.shape, jnp.float32)
-        return jax.pure_callback(host, shape, scores)
+        t = jnp.maximum(t, 0.0)
+        return posterior(model.token_posterior_logits(table, x_t, t, schedule))
 
     def estimate(x_t: Latent, t: Time) -> Latent:
         p = probabilities(x_t, t)
@@ -59,6 +56,42 @@ def exact_predictor(
         return jnp.log(jnp.maximum(probabilities(x, t), 1e-30))
 
     return likelihood.LatentPredictor(estimate, decode, 0.0)
+
+
+STEP = 1e-4  # of a difference quotient, nats
+
+
+def _differentiable_posterior(tokens: tuple[str, ...]) -> Callable[[Array], Array]:
+    """Returns p(token | scores [b l v]), with the derivative that jax.vjp takes.
+
+    As p is the gradient of the log of the total weight, its derivative is symmetric: a
+    product with it is a difference quotient in that direction, in float64.
+    """
+
+    def on_host(function: Callable, *arrays: Array) -> jax.Array:
+        def host(*arrays: Array) -> np.ndarray:
+            return function(*(np.asarray(x, np.float64) for x in arrays)).astype("f4")
+
+        shape = jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32)
+        return jax.pure_callback(host, shape, *arrays)
+
+    def value(scores: np.ndarray) -> np.ndarray:
+        return grammar.posterior(scores, tokens)[0]
+
+    def slope(scores: np.ndarray, along: np.ndarray) -> np.ndarray:
+        size = STEP / np.maximum(np.abs(along).max((1, 2), keepdims=True), 1e-30)
+        ends = (value(scores + sign * size * along) for sign in (1, -1))
+        return (next(ends) - next(ends)) / (2 * size)
+
+    @jax.custom_vjp
+    def posterior(scores: Array) -> Array:
+        return on_host(value, scores)
+
+    posterior.defvjp(
+        lambda scores: (posterior(scores), scores),
+        lambda scores, along: (on_host(slope, scores, along),),
+    )
+    return posterior
 
 
 class Level(NamedTuple):

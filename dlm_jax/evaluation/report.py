@@ -26,7 +26,7 @@ from dlm_jax.inference import loading
 from dlm_jax.inference.pipeline import DiffusionLM
 from dlm_jax.ranges import check_ranges
 from dlm_jax.runtime import backend, hosts
-from dlm_jax.types import PAD, START
+from dlm_jax.types import PAD, START, UNK, Array
 
 
 class Reference(NamedTuple):
@@ -212,8 +212,8 @@ def likelihood_rows(
 ) -> dict[str, MeanStderr]:
     """Estimates the bound on -log p of texts, per token and per position.
 
-    draws: noise levels per text. For an autoregressive model the values are exact. On
-    the grammar, adds the excess over the exact -log p, and the gap by level of noise.
+    draws: noise levels per text. For an autoregressive model the values are exact. In
+    bits per character, too, unless a text has UNK. On the grammar, adds the excess over the exact -log p, and the gap by level of noise.
     """
     ids = lm.encode(texts)
     terms, count = lm.nll(ids, draws=draws), tokens(ids)
@@ -223,6 +223,8 @@ def likelihood_rows(
     rows["nats/position"] = likelihood.ratio_with_stderr(
         total, np.full(len(ids), ids.shape[1])
     )
+    if UNK not in ids:
+        rows["bits/character"] = _per_character(lm, texts, total / math.log(2), count)
     if not lm.cfg.causal:
         for name, term in terms._asdict().items():
             if name == "length" and not lm.cfg.known_length:
@@ -235,6 +237,38 @@ def likelihood_rows(
         )
         rows |= gap_rows(lm, ids, count)
     return rows
+
+
+def _per_character(
+    lm: DiffusionLM, texts: list[str], bits: Array, count: np.ndarray
+) -> MeanStderr:
+    """Divides bits of rows by the characters of their tokens, of `count` per row.
+
+    Rows that hold whole texts have these texts' characters, others the mean per token.
+    """
+    characters = np.array(list(map(len, texts)))
+    sizes = np.array([len(lm.tokenizer.encode(text)) + 1 for text in texts])
+    if np.array_equal(sizes, count):
+        return likelihood.ratio_with_stderr(bits, characters)
+    mean = characters.sum() / sizes.sum()
+    return likelihood.ratio_with_stderr(bits, count * mean)
+
+
+def ode_rows(lm: DiffusionLM, texts: list[str], draws: int) -> dict[str, MeanStderr]:
+    """Estimates -log p of texts under the ODE sampler, nats per token, and the difference.
+
+    {} without texts, and of an autoregressive model. Raises UserError.
+    """
+    if not texts or lm.cfg.causal:
+        return {}
+    ids = lm.encode(texts)
+    ode, other = (
+        lm.nll(ids, draws=n, estimator=name).total()
+        for name, n in (("ode", 1), ("variational", draws))
+    )
+    rows = {"ODE, nats/token": ode, "ODE less variational, nats/token": ode - other}
+    count = tokens(ids)
+    return {n: likelihood.ratio_with_stderr(x, count) for n, x in rows.items()}
 
 
 # --- the command
@@ -351,15 +385,20 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
         console.say(f"{line}, beside as many held-out ones")
     rows = compare([texts[:size] for texts in samples], held_out, reference)
     bounds = likelihood_rows(lm, held_out[: options.nll_texts], options.draws)
+    bounds |= ode_rows(lm, held_out[: options.ode_texts], options.draws)
     if reference.ar_model is not None:
         ar_rows = likelihood_rows(reference.ar_model, held_out[: options.nll_texts], 1)
         bounds["autoregressive, nats/token"] = ar_rows["nats/token"]
     points = frontier(lm, reference, options)
-    _show(rows, bounds, points, samples[0][:8])
+    estimator = (
+        "exact" if lm.cfg.causal else f"variational bound, {options.draws} draws"
+    )
+    _show(rows, bounds, estimator, points, samples[0][:8])
     record = {
         "step": lm.step,
         "samples": f"{len(samples)} x {size}",
         "measures": {name: row._asdict() for name, row in rows.items()},
+        "estimator": estimator,
         "likelihood": {name: value._asdict() for name, value in bounds.items()},
         "frontier": points,
         "sample": lm.config["sample"],
@@ -371,12 +410,15 @@ def evaluate(lm: DiffusionLM, workdir: str) -> dict[str, Any]:
     return record
 
 
-def _show(rows: dict, bounds: dict, points: list, texts: list[str]) -> None:
+def _show(
+    rows: dict, bounds: dict, estimator: str, points: list, texts: list[str]
+) -> None:
     console.say(f"{'':32s}{'samples':>18s}{'held-out text':>18s}")
     for name, row in rows.items():
         values = "".join(f"{m:10.3f} ±{e:6.3f}" for m, e in (row.samples, row.held_out))
         tail = "  worse than held-out text" if row.flag else ""
         console.say(f"{name:32s}" + (f"  {row.note}" if row.note else values + tail))
+    console.say(f"-log p of held-out text ({estimator} per text; ± over the texts)")
     for name, value in bounds.items():
         console.say(f"{name:32s}{value.mean:10.3f} ±{value.stderr:6.3f}")
     for point in points:

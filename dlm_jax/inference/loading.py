@@ -152,7 +152,7 @@ def model_shapes(config: dict, vocab: int) -> tuple[DenoiserConfig, Schedule, Py
 
 
 # options that the configs of older runs lack
-LATER_EVALUATE = {"references": "", "mbr": 10, "gpt2": ""}
+LATER_EVALUATE = {"references": "", "mbr": 10, "gpt2": "", "ode_texts": 0}
 LATER = {
     "source_column": "",
     "delexicalize": (),

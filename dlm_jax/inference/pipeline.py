@@ -138,24 +138,25 @@ class DiffusionLM(TrainedModel):
         draws: Integer = 8,
         seed: Integer = 0,
         tolerance: Real | None = None,
+        estimator: str = "variational",
+        num_steps: Integer | None = None,
     ) -> scoring.EstimatedBound:
         """Estimates the bound on -log p of each row of ids [n l]: nats, as named terms [n].
 
-        Its field stderr [n] is the standard error of `total()`, and tokens [n l] are the
-        nats of each token, without those of the length. draws: noise levels per
-        row. tolerance: nats; repeats the estimate of each row until its standard error
-        is at most this, or until `scoring.MAX_DRAWS`. For an autoregressive model
-        -log p is exact, stored whole in the field `rounding`. Of a pair it is that of
-        the target given the source. Raises UserError.
+        Its field stderr [n] is the standard error of `total()`, over draws of the noise
+        for each row, and tokens [n l] are the nats of each token, without those of the
+        length. estimator, num_steps: see `scoring.Estimator`. tolerance: nats; repeats
+        the estimate of each row until its error is at most this, or until
+        `scoring.MAX_DRAWS`. An autoregressive model's -log p is exact, in the field
+        `rounding`. Of a pair it is that of the target given the source. Raises UserError.
         """
         ids = arguments.check_ids(ids, self.length, self.tokenizer.vocab_size)
         if self.cfg.known_source and not pairs.are_pairs(ids):
             raise UserError("ids: not pairs; give lm.encode(targets, sources=...)")
+        how = scoring.choose_estimator(self, estimator, draws, num_steps)
         tolerance = None if tolerance is None else real("tolerance", tolerance, over=0)
         key = sampling.key_of_seed(request.check_seed(seed))
-        return scoring.nll(
-            key, self, ids, request.check_count("draws", draws), tolerance
-        )
+        return scoring.nll(key, self, ids, how, tolerance)
 
     @backend.prepared
     def features(self, ids: AnyIds) -> np.ndarray:

@@ -2,49 +2,97 @@
 """Scores of texts: the bound on -log p, and an autoregressive model's features."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.data import batching
-from dlm_jax.diffusion import autoregressive, likelihood, losses, model
+from dlm_jax.diffusion import (
+    autoregressive,
+    likelihood,
+    losses,
+    model,
+    ode_likelihood,
+)
 from dlm_jax.diffusion.model import Params
+from dlm_jax.errors import UserError, choose
 from dlm_jax.inference.trained_model import TrainedModel
+from dlm_jax.ranges import integer
 from dlm_jax.runtime import sharding
-from dlm_jax.types import PAD, Array, Ids, PyTree
+from dlm_jax.types import PAD, Array, Ids, Integer, PyTree
 
-BATCH = 256  # rows scored at once
+BATCH, ODE_BATCH = 256, 32  # rows scored at once; a derivative takes more memory
 REPEATS, MAX_DRAWS = 8, 2**16  # per text: the least estimates, the most noise levels
+ODE_STEPS = 32
 MAX_ROWS = 2**16  # of one round of estimates
 
 # (key, params, ids [b l]) -> arrays [b ...]
 Score = Callable[[jax.Array, Params, Ids], PyTree]
 
 
+class Estimator(NamedTuple):
+    """How -log p is estimated, from `draws` draws of the noise.
+
+    name: "variational" (`likelihood.bound`), "ode" (`ode_likelihood.bound`, with
+    num_steps steps) or "exact", which an autoregressive model's is.
+    """
+
+    name: str
+    draws: int
+    num_steps: int = 0
+
+
+def choose_estimator(
+    lm: TrainedModel, name: Any, draws: Integer, num_steps: Integer | None
+) -> Estimator:
+    """Returns an estimator of a diffusion model, or "exact" of others. Raises UserError."""
+    choose("estimator", dict.fromkeys(("variational", "ode")), name)
+    draws = integer("draws", draws, 1, 2**31 - 1)
+    if name == "ode" and lm.cfg.causal:
+        raise UserError(
+            "estimator='ode': -log p of an autoregressive model is exact; leave it out"
+        )
+    if name == "ode":
+        steps = (
+            ODE_STEPS
+            if num_steps is None
+            else integer("num_steps", num_steps, 2, 2**16)
+        )
+        return Estimator(name, draws, steps)
+    if num_steps is not None:
+        raise UserError(f"num_steps={num_steps}: it needs estimator='ode'")
+    return Estimator("exact" if lm.cfg.causal else name, draws)
+
+
 class EstimatedBound(likelihood.Bound):
     """Estimates of the named terms of each text [n], nats, with their standard error.
 
-    stderr [n]: of `total()`, in nats, over the draws of the noise. It is 0 if -log p is
-    exact, nan with a single draw. tokens [n l]: the share of each token in the terms
-    but that of the length, nats.
+    estimator: see `Estimator`. stderr [n]: of `total()`, in nats, over the draws of the
+    noise. It is 0 if -log p is exact, nan with a single draw. tokens [n l]: the share of
+    each token in the terms but that of the length, nats; nan by the ODE.
     """
 
     stderr: np.ndarray
     tokens: np.ndarray
+    estimator: str
 
     @classmethod
     def of(
-        cls, terms: likelihood.Bound, stderr: np.ndarray, tokens: np.ndarray
+        cls,
+        terms: likelihood.Bound,
+        stderr: np.ndarray,
+        tokens: np.ndarray,
+        estimator: str,
     ) -> "EstimatedBound":
-        """Returns the terms with a standard error, and the share of each token."""
+        """Returns the terms with the other fields."""
         made = cls(*terms)
-        made.stderr, made.tokens = stderr, tokens
+        made.stderr, made.tokens, made.estimator = stderr, tokens, estimator
         return made
 
 
-def make_nll(lm: TrainedModel, draws: int) -> Score:
+def make_nll(lm: TrainedModel, how: Estimator) -> Score:
     """Returns (Bound, stderr, tokens): the bound on -log p of each row, as `EstimatedBound`.
 
     In nats. An autoregressive model's is exact. Of a pair it is that of the target given
@@ -64,12 +112,19 @@ def make_nll(lm: TrainedModel, draws: int) -> Score:
         predict = likelihood.latent_predictor(
             params, lm.cfg, lm.schedule, sigma_0=sigma_0
         )
-        options = {"draws": draws, "given": model.given_tokens(ids, lm.cfg)}
-        by_token, profile = likelihood.bound_by_token(
-            key, ids, params.table, predict, lm.schedule, **options
-        )
-        stderr, nats = likelihood.profile_stderr(profile), by_token.total()
-        terms = by_token.bound()
+        given, arrays = model.given_tokens(ids, lm.cfg), (ids, params.table)
+        options: Any = {"draws": how.draws, "given": given}
+        if how.name == "ode":
+            terms, stderr = ode_likelihood.bound(
+                key, *arrays, predict, lm.schedule, num_steps=how.num_steps, **options
+            )
+            nats = jnp.full(ids.shape, jnp.nan)
+        else:
+            by_token, profile = likelihood.bound_by_token(
+                key, *arrays, predict, lm.schedule, **options
+            )
+            terms, nats = by_token.bound(), by_token.total()
+            stderr = likelihood.profile_stderr(profile)
         if not lm.cfg.known_length:
             return terms, stderr, nats
         counts = jnp.asarray(lm.lengths + (0,) * (lm.length + 1 - len(lm.lengths)))
@@ -77,22 +132,26 @@ def make_nll(lm: TrainedModel, draws: int) -> Score:
         tokens = jnp.sum(jnp.asarray(ids) != PAD, -1)
         return terms._replace(length=-jnp.log(share[tokens])), stderr, nats
 
-    return exact if lm.cfg.causal else bound
+    return exact if how.name == "exact" else bound
 
 
 def nll(
-    key: jax.Array, lm: TrainedModel, ids: Ids, draws: int, tolerance: float | None
+    key: jax.Array, lm: TrainedModel, ids: Ids, how: Estimator, tolerance: float | None
 ) -> EstimatedBound:
     """Estimates the bound of each row of ids [n l], until its error is at most tolerance.
 
-    draws: noise levels per estimate. Without a tolerance there is one estimate per row.
+    Without a tolerance there is one estimate per row.
     """
+    batch = ODE_BATCH if how.name == "ode" else BATCH
 
     def estimate(key: jax.Array, rows: Ids) -> tuple[likelihood.Bound, Any, Any]:
-        return by_batches(key, lm, ("nll", draws), lambda: make_nll(lm, draws), rows)
+        def make() -> Score:
+            return make_nll(lm, how)
 
-    if tolerance is None or lm.cfg.causal:
-        return EstimatedBound.of(*estimate(key, ids))
+        return by_batches(key, lm, ("nll", how), make, rows, batch=batch)
+
+    if tolerance is None or how.name == "exact":
+        return EstimatedBound.of(*estimate(key, ids), how.name)
     # sums over the estimates of each text: the terms, total^2 and stderr^2; the tokens
     sums, open_, done = np.zeros((6, len(ids))), np.arange(len(ids)), 0
     by_token = np.zeros(np.shape(ids))
@@ -111,10 +170,10 @@ def nll(
         means = sums[:, open_] / done
         between = (means[4] - means[:4].sum(0) ** 2) * done / (done - 1)
         error[open_] = np.sqrt(np.fmax(between, means[5]) / done)
-        open_ = open_[(error[open_] > tolerance) & (done * draws < MAX_DRAWS)]
+        open_ = open_[(error[open_] > tolerance) & (done * how.draws < MAX_DRAWS)]
     terms = likelihood.Bound(*(sums[:4] / counts).astype(np.float32))
     by_token = (by_token / counts[:, None]).astype(np.float32)
-    return EstimatedBound.of(terms, error.astype(np.float32), by_token)
+    return EstimatedBound.of(terms, error.astype(np.float32), by_token, how.name)
 
 
 def features(lm: TrainedModel, ids: Ids) -> np.ndarray:
@@ -127,13 +186,19 @@ def features(lm: TrainedModel, ids: Ids) -> np.ndarray:
 
 
 def by_batches(
-    key: jax.Array, lm: TrainedModel, name: Any, make: Callable[[], Score], ids: Ids
+    key: jax.Array,
+    lm: TrainedModel,
+    name: Any,
+    make: Callable[[], Score],
+    ids: Ids,
+    *,
+    batch: int = BATCH,
 ) -> PyTree:
-    """Scores all rows of ids [n l], up to BATCH at a time, each batch with its own key.
+    """Scores all rows of ids [n l], up to batch at a time, each batch with its own key.
 
     name, make: of the compiled score. Batches have few sizes, for few compilations.
     """
-    size = min(BATCH, 1 << (len(ids) - 1).bit_length())
+    size = min(batch, 1 << (len(ids) - 1).bit_length())
     score = lm.cached((name, size, ids.shape[1]), make)
     parts = []
     for i, (rows, mask) in enumerate(batching.batches(np.asarray(ids), size)):
