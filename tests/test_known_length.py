@@ -270,6 +270,17 @@ def test_tags_and_trees_give_their_length(lm):
     assert constraints.give_length(tree, without) == tree
 
 
+def test_allowed_tokens_stay_if_the_length_is_drawn(lm):
+    """They were overwritten by the mask of any word."""
+    vocab = lm.tokenizer.vocab_size
+    allowed = np.ones((4, lm.length, vocab), bool)
+    allowed[:, 1] = np.arange(vocab) == 7
+    out = lm.generate(
+        4, constraints=constraints.Constraints(allowed=allowed), num_steps=2
+    )
+    assert (out.ids[:, 1] == 7).all()
+
+
 def test_drawn_lengths_have_room_for_phrases_and_constituents(lm):
     chart = np.full((2, LENGTH, LENGTH), -1)
     chart[1, 3, 21] = 5  # a constituent that ends with word 21

@@ -93,13 +93,18 @@ def check_support(
 
 
 def draw_lengths(lm: TrainedModel, rows: Constraints, n: int, seed: int) -> Constraints:
-    """Fixes START, END and PAD of n texts whose lengths are drawn as in training."""
+    """Fixes START, END and PAD of n texts whose lengths are drawn as in training.
+
+    The tokens that rows allow stay as they are, without special tokens.
+    """
     counts = range(1, lm.length - 1)
     least = constraints.least_words(rows, n)
     words = constraints.draw_word_counts(lm.lengths, n, seed, counts, least)
     template = guidance.length_template(np.array(words), lm.length)
     ids, known = map(np.asarray, template)
     allowed = constraints.any_word(ids.shape, lm.tokenizer.vocab_size)
+    if rows.allowed is not None:
+        allowed = allowed & np.asarray(rows.allowed)
     return rows._replace(ids=ids, known=known, allowed=allowed)
 
 
