@@ -170,9 +170,11 @@ def slot_errors(record: Mapping[str, str], text: str) -> SlotErrors:
 def _refuse_unknown(record: Mapping[str, str]) -> None:
     unknown = [field for field in record if field not in FIELDS]
     if unknown or not record:
-        known = choices(*unknown[:1], FIELDS) if unknown else ", ".join(FIELDS)
-        what = f"the field {unknown[0]!r} is unknown" if unknown else "an empty record"
-        raise UserError(f"{what}: {known}")
+        if not record:
+            raise UserError(f"an empty record: {', '.join(FIELDS)}")
+        raise UserError(
+            f"the field {unknown[0]!r} is unknown: {choices(unknown[0], FIELDS)}"
+        )
     for field, known in slot_patterns.VALUES.items():
         if field in record and record[field] not in known:
             choose(field, dict.fromkeys(known), record[field])

@@ -9,6 +9,7 @@ import contextlib
 import os
 import zlib
 from pathlib import Path
+from typing import Any, cast
 
 FOLDER, SIZE = "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"
 LARGEST = 2**31  # bytes
@@ -44,7 +45,7 @@ def keep_for_library() -> None:
     """
     import jax
 
-    folder, config = own_folder(), jax.config
+    folder, config = own_folder(), cast(Any, jax.config)
     if folder is None or config.jax_compilation_cache_dir is not None:
         return
     with contextlib.suppress(OSError):
