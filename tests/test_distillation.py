@@ -178,7 +178,9 @@ def test_a_guided_teacher_of_pairs_teaches_its_guided_words():
 
     free = log_p(model.empty_source(ids))
     for weight in (1.0, 2.5):
-        guided = jax.nn.softmax(free + weight * (log_p(ids) - free))
+        p, q = jnp.exp(log_p(ids)), jnp.exp(free)
+        guided = jnp.maximum(q + weight * (p - q), 0)
+        guided /= jnp.sum(guided, -1, keepdims=True)
         each = -jnp.sum(guided * log_p(ids), -1)
         target = ~model.source(ids)
         wanted = jnp.sum(each * target, -1) / 6

@@ -22,7 +22,7 @@ from dlm_jax.diffusion.model import DenoiseLogits, Params
 from dlm_jax.diffusion.schedule import Schedule, add_noise, expand_to
 from dlm_jax.diffusion.time_sampling import NoiseDraws
 from dlm_jax.nn.transformer import DenoiserConfig
-from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, Real
+from dlm_jax.types import Array, Ids, Latent, Logits, PerExample, Real, Table
 
 Times = Float[Array, "n b"]  # of a chain, falling; negative: clean data
 
@@ -126,9 +126,7 @@ def loss(
     teach, student = bind(teacher), bind(params)
     if cfg_weight != 1:
         free = bind(teacher, model.empty_source(ids))
-        teach = guidance.classifier_free_guidance(teach, free, weight=cfg_weight)
-        any_word = jnp.ones((*ids.shape, len(params.table)), bool)
-        teach = guidance.restrict_tokens(teach, params.table, any_word)  # normalises
+        teach = _guided(teach, free, params.table, cfg_weight)
     first = _first(teach, x_t, t, draws)
     target = chain_target(teach, schedule, x_t, times, first, gain=gain)
     _, log_p = student(x_t, t, _first(student, x_t, t, draws))
@@ -137,6 +135,21 @@ def loss(
     error = jnp.sum(each * mask, -1) / jnp.maximum(count, 1)
     zero = jnp.zeros_like(error)
     return LossTerms(error, zero, zero, zero, jnp.ones_like(error))
+
+
+def _guided(
+    conditional: DenoiseLogits, free: DenoiseLogits, table: Table, weight: Real
+) -> DenoiseLogits:
+    """Mixes the probabilities as guidance mixes the estimates; none is below 0."""
+
+    def guided(x_t: Latent, t: Any, x0_prev: Latent) -> tuple[Latent, Logits]:
+        p, q = (jnp.exp(d(x_t, t, x0_prev)[1]) for d in (conditional, free))
+        mixed = jnp.maximum(q + weight * (p - q), 0.0)
+        mixed = mixed / jnp.sum(mixed, -1, keepdims=True)
+        mean = jnp.einsum("blv,vd->bld", mixed, table, precision="highest")
+        return mean, jnp.log(mixed)
+
+    return guided
 
 
 def _first(denoise: DenoiseLogits, x_t: Latent, t: Any, draws: NoiseDraws) -> Latent:

@@ -97,7 +97,8 @@ def classifier_free_guidance(
 
     Classifier-free guidance, arXiv:2207.12598: weight 1 is the conditional model, a
     larger weight exaggerates the condition. The mixed log-probabilities are not
-    normalised; `restrict_tokens` normalises them.
+    normalised. `restrict_tokens` belongs inside: from mixed log-probabilities it would
+    take words that are unlikely under both.
     """
 
     def mix(without: Array, within: Array) -> Array:

@@ -136,6 +136,10 @@ def _constrain_tokens(
     if not (condition_on_known or constraints.allowed is not None or conditions):
         return model.bind(params, cfg, schedule=schedule)
     denoise_logits = model.bind_logits(params, cfg, schedule=schedule)
+    if constraints.allowed is not None:  # before guidance, which mixes the estimates
+        denoise_logits = guidance.restrict_tokens(
+            denoise_logits, params.table, constraints.allowed
+        )
     if condition_on_known:
         denoise_logits = _condition_on_known(
             denoise_logits,
@@ -144,10 +148,6 @@ def _constrain_tokens(
             config,
             cfg=cfg,
             words=supports_conditioning,
-        )
-    if constraints.allowed is not None:
-        denoise_logits = guidance.restrict_tokens(
-            denoise_logits, params.table, constraints.allowed
         )
     if not conditions:
         return guidance.drop_logits(denoise_logits)
