@@ -7,7 +7,8 @@
     dlm --config protocols:lm1b_packed --workdir runs/lm1b_packed \\
         --config.data.source=prepared --config.data.path=prepared/lm1b_packed
 
-A variant is a protocol, then `-small` (the default) or `-tiny`, then `-ce` (the default:
+A variant is a protocol (`:tinystories256`, `:text8`, `:lm1b_packed`, `:lm1b_padded` or `:owt`), then
+`-small` (the default) or `-tiny`, then `-ce` (the default:
 cross-entropy) or `-likelihood` (the bound is the loss, d = 16). `small` is the size of the
 field: 12 layers of width 768, 512 rows per step, AdamW. `tiny` is what a CPU core trains in
 about ten minutes. docs/protocols.md has the commands of each protocol.

@@ -264,7 +264,7 @@ def test_names_that_are_no_options(lm):
         ({"semantic": {3: "cheap"}}, "semantic: 3 is no text"),
         (
             {"semantic": {"foood": "cheap"}},
-            "semantic 'foood': choose one of name, type",
+            "semantic 'foood': did you mean 'food'? choose one of name, type",
         ),
         ({"template": True}, "template=True"),
         ({"pos": 3}, "pos=3"),

@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 
 import dlm_jax
 from dlm_jax import main
+from dlm_jax.errors import choose
 from dlm_jax.inference import pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -64,10 +65,13 @@ def _fill(line, variables):
 
 def parse(arguments):
     """Parses a command as `dlm` does, up to its work."""
+    if main._asked_for_lines(arguments):
+        return
     argv = ["dlm", *arguments]
     with flagsaver.flagsaver(), mock.patch.object(sys, "argv", argv):
         main.FLAGS.unparse_flags()
         assert main.parse_flags(argv)[1:] == [], arguments
+        choose("--mode", main.MODES, main.FLAGS.mode)
         main._check_flags()
         assert main.FLAGS.workdir, arguments
         trains = ("train", "train_classifier", "distill", "prepare_data")

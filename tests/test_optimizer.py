@@ -157,7 +157,10 @@ def test_average():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "adam"}, r"config.optim.name='adam': choose one of adamw, muon"),
+        (
+            {"name": "adam"},
+            r"config.optim.name='adam': did you mean 'adamw'\? choose one of adamw, muon",
+        ),
         ({"decay": "slow"}, r"config.optim.decay='slow': choose one of linear, cosine"),
     ],
 )

@@ -310,7 +310,8 @@ def _parse(monkeypatch, *given):
     config_flags.DEFINE_config_file("config", None, "", flag_values=fresh)
     flags.DEFINE_string("mode", "train", "", flag_values=fresh)
     flags.DEFINE_integer("step", None, "", flag_values=fresh)
-    flags.DEFINE_bool("allow_fallback", False, "", flag_values=fresh)
+    for name in ("allow_fallback", "profile"):
+        flags.DEFINE_bool(name, False, "", flag_values=fresh)
     argv = list(main._with_config_files(["main", *given]))
     monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads it
     fresh(argv)

@@ -76,7 +76,7 @@ def test_a_placeholder_without_a_value_reaches_nobody(named, monkeypatch, tmp_pa
     assert "X-name" not in " ".join(map(" ".join, found))
     assert "Café Neu" in " ".join(found[1])
     # diffusion does not even generate it
-    monkeypatch.setattr(translation, "_show", lambda lm, texts, hidden: texts)
+    monkeypatch.setattr(translation, "show", lambda lm, texts, hidden: texts)
     without, with_ = named.translate(records, n=20, seed=1)
     assert "X-name" not in " ".join(without)
     assert "X-name" in " ".join(with_)

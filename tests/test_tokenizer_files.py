@@ -211,7 +211,11 @@ JUNK = r"^\S*tok is not a tokenizer\.json of .*: correct config\.data\.tokenizer
         ("hf", b'{"the": 0, "cat": 1}', JUNK),
         ("hf", b'{"model_max_length": 512, "tokenizer_class": "BertTokenizer"}', JUNK),
         ("hf", b'{"version": "1.0", "model": {"type": "None"}}', JUNK),
-        ("wordpiece", b"", "config.data.tokenizer='wordpiece': choose one of word, "),
+        (
+            "wordpiece",
+            b"",
+            "config.data.tokenizer='wordpiece': did you mean 'word'. choose one of word, ",
+        ),
     ],
 )
 def test_mistakes_are_one_line(kind, content, says, tmp_path):

@@ -171,7 +171,7 @@ def _refuse_unknown(record: Mapping[str, str]) -> None:
     unknown = [field for field in record if field not in FIELDS]
     if unknown or not record:
         if not record:
-            raise UserError(f"an empty record: {', '.join(FIELDS)}")
+            raise UserError(f"an empty record: give fields of {', '.join(FIELDS)}")
         raise UserError(
             f"the field {unknown[0]!r} is unknown: {choices(unknown[0], FIELDS)}"
         )

@@ -7,7 +7,7 @@ trajectory.png   a text from noise to its end
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def measure(
     bounds = lm.nll(ids, seed=0).total()
     lengths = np.maximum(text_metrics.lengths(texts), 1)
 
-    def pick(index: Sequence[int]) -> list[str]:
+    def pick(index: Any) -> list[str]:
         return [texts[i] for i in index]
 
     measures: dict[str, Callable[[Any], Any]] = {

@@ -155,9 +155,8 @@ class SamplingConfig(Settings):
 
         if not self.uses("sharpness"):
             return solver(denoise)
-        if self.solver == "ddim" and samplers.is_off(
-            dict(self.solver_options).get("eta", 0.0)
-        ):
+        options = {"eta": 0.0} | dict(self.solver_options)
+        if self.solver == "ddim" and samplers.is_off(options["eta"]):
             return samplers.flow(denoise, schedule, gain=self.sharpness)
         return samplers.sharpen(solver, denoise, schedule, gain=self.sharpness)
 
