@@ -352,7 +352,12 @@ def _fail(error: object, end: Callable[[str], NoReturn] | None = None) -> NoRetu
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl flags; an unknown config key or file is one line, not a traceback."""
+    """Parses absl flags; an unknown config key or file is one line, not a traceback.
+
+    A mode may come first, without its flag: `dlm serve --model e2e`.
+    """
+    if argv[1:] and argv[1] in MODES:
+        argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
     try:
         rest = FLAGS(list(_with_config_files(argv)))
         if FLAGS["verbosity"].using_default_value:

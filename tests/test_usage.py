@@ -49,6 +49,12 @@ def test_the_examples_of_the_help_are_commands(monkeypatch):
         main.FLAGS.unparse_flags()
 
 
+def test_a_mode_may_stand_first():
+    assert main.parse_flags(["dlm", "serve", "--model", "e2e"]) == ["dlm"]
+    assert (main.FLAGS.mode, main.FLAGS.workdir) == ("serve", "e2e")
+    main.FLAGS.unparse_flags()
+
+
 def test_each_listed_config_can_be_made():
     names = [line.split()[0] for line in _dlm("configs").splitlines()]
     assert {"grammar", "grammar:faithful", "e2e:block", "classifier:tree"} <= {*names}
