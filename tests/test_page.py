@@ -72,7 +72,14 @@ def page(browser, served):
     _, url = served
     page, faults = browser.new_page(), []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("requestfailed", lambda request: faults.append(request.url))
+    # the browser also calls a stream aborted that the page has read to its end
+    page.on(
+        "requestfailed",
+        lambda request: (
+            request.failure == "net::ERR_ABORTED"
+            or faults.append(f"{request.url} {request.failure}")
+        ),
+    )
     page.set_default_timeout(120_000)
     page.goto(url)
     page.wait_for_selector("#run:enabled")
