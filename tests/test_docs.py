@@ -27,8 +27,6 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^(?: {4,}.*)?\n)+", re.MULTILINE)
 INLINE = re.compile(r"`(dlm --[^`]+)`")
-# Line of code: what README runs before it. Its model of the lines before is another one.
-BEFORE = {'lm = lm.with_classifier("runs/pos")': 'lm = dlm_jax.load("runs/quickstart")'}
 
 
 def python_blocks(text):
@@ -156,8 +154,6 @@ def folder(tmp_path_factory):
 def run_page(page, folder):
     """Runs the python blocks of a page as one program; returns (status, output)."""
     text = page.read_text(encoding="utf-8")
-    for line, before in BEFORE.items():
-        text = text.replace(line, f"{before}\n{line}")
     program = folder / f"{page.stem}.py"
     program.write_text("\n\n".join(python_blocks(text)), encoding="utf-8")
     command = [sys.executable, str(program)]
