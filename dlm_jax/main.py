@@ -98,13 +98,8 @@ def _distill(config: Any, workdir: str, step: int | None) -> None:
     )
 
 
-REPLACED = (
-    "sample",
-    "evaluate",
-    "export",
-    "control",
-    "classifier",
-)  # sections of the config
+# sections of the config
+REPLACED = ("sample", "evaluate", "export", "control", "classifier")
 
 
 def _load(config: Any, workdir: str, step: int | None, *, moved: Any = ()) -> Any:
