@@ -8,26 +8,25 @@ import importlib
 import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dlm_jax.errors import UserError, choose
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Writer:
+@runtime_checkable
+class Writer(Protocol):
     """Where the metrics of a run go besides metrics.jsonl."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of a step, such as train/loss."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Writes what is left."""
-        raise NotImplementedError
 
 
-class TensorBoard(Writer):
+class TensorBoard:
     """Event files in workdir/tensorboard; a resumed run replaces what lay ahead of it."""
 
     def __init__(self, workdir: Any, start: int, config: Mapping[str, Any]):
@@ -45,7 +44,7 @@ class TensorBoard(Writer):
         self.events.close()
 
 
-class WeightsAndBiases(Writer):
+class WeightsAndBiases:
     """A run of wandb in the project dlm_jax; a resumed run continues it."""
 
     def __init__(self, workdir: Any, start: int, config: Mapping[str, Any]):
